@@ -1,0 +1,50 @@
+// What one AdamW step works on, as both backends see it. Pointers are borrowed; all arrays of an entry hold
+// `numel` items in the same memory order.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "math/adamw.h"
+#include "tensor.h"
+
+namespace fastft {
+
+// One parameter tensor that takes part in this step.
+struct AdamWEntry {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;   // null without amsgrad
+  const void* anchor;     // null: not anchored
+  const uint8_t* mask;    // null, or one byte per element: 0 = leave untouched
+  const int64_t* rows;    // null, or the indices of the live rows, ascending
+  int64_t numel;
+  int64_t row_size;       // elements per row; used with rows
+  int64_t live_rows;      // length of rows
+  float* device_step;     // the step count, counted by the kernel; null when `bias1`, `bias2` are given instead
+  int32_t group;
+  DType dtype, state_dtype, grad_dtype, anchor_dtype;
+  double bias1, bias2;    // 1 − βᵗ for the step being taken
+
+  int64_t live_numel() const { return rows ? live_rows * row_size : numel; }
+};
+
+struct AdamWGroup {
+  AdamWOptions options;
+  const void* lr;  // null, or where the learning rate lies on the device
+  DType lr_dtype;
+};
+
+// What the whole step shares. On CUDA the pointers are device memory and nothing is read by the host.
+struct AdamWControl {
+  const double* sum_of_squares;  // Σ grad² over all live elements, before unscaling; null when not needed
+  const float* grad_scale;       // null or a factor that the gradients still carry
+  const float* found_inf;        // null, or skip where not 0
+  int64_t* skipped_steps;        // null, or counts the skipped steps
+  double max_grad_norm;          // < 0: no clipping
+  bool skip_nonfinite;
+};
+
+}  // namespace fastft

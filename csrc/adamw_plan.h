@@ -1,0 +1,99 @@
+// A step's tensors, checked once and then only watched. Python makes a plan when parameters, state, masks or anchors
+// change; each step asks it whether it still holds, gathers the gradients and runs.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "adamw.h"
+#include "torch_access.h"
+#if FASTFT_WITH_CUDA
+#include "cuda/adamw.h"
+#endif
+
+namespace fastft {
+
+class AdamWPlan {
+ public:
+  // One tuple for each parameter, in the order of the groups:
+  //   (param,)           never stepped here, whatever its gradient
+  //   (param, group)     no state yet: a gradient makes the plan stale
+  //   (param, group, name, stepped, exp_avg, exp_avg_sq, max_exp_avg_sq | None, step, anchor | None, mask | None,
+  //    rows | None, counts_on_device)
+  // where `stepped` is the plain tensor to step: param itself, or its local part. Throws ArgumentError.
+  explicit AdamWPlan(const py::list& entries);
+
+  // Reads the gradients. Returns False if the plan no longer describes `parameter_lists` (one list a group) and
+  // `state`, else the list of positions whose gradient needs Python's help before set_grad (not plain, or laid out
+  // differently).
+  py::object gather(const py::list& parameter_lists, const py::dict& state);
+  void set_grad(int64_t position, py::object grad);
+  // Lets go of the gradients.
+  void release();
+
+  // Where this step's parameters lie: a list of (device type, index).
+  py::list devices() const;
+
+  // Writes Σ grad² over the live elements on a device into a float64 tensor there.
+  void sum_of_squares(const py::tuple& device, const py::object& out, const py::object& workspace);
+
+  // Steps the parameters of a device. groups: tuples (lr, beta1, beta2, eps, weight_decay, anchor_decay, l2_anchor,
+  // amsgrad, maximize), lr a float or a tensor on the device.
+  void step(const py::tuple& device, const py::list& groups, const py::object& sum_of_squares, double max_grad_norm,
+            bool skip_nonfinite, const py::object& grad_scale, const py::object& found_inf,
+            const py::object& skipped_steps, const py::object& workspace);
+
+  // Bytes of zeroed memory to pass as `workspace`; 0 for the CPU.
+  int64_t workspace_bytes(const py::tuple& device) const;
+
+  // Kernels launched so far; 0 for the CPU.
+  int64_t launches(const py::tuple& device) const;
+
+ private:
+  enum class Kind { ignored, dormant, live };
+
+  struct Slot {
+    Kind kind = Kind::ignored;
+    py::object param;  // as it stands in the group
+    bool wrapped = false;
+    std::string name;
+    TensorRef stepped, exp_avg, exp_avg_sq, max_exp_avg_sq, step, anchor, mask, rows;
+    AdamWEntry entry = {};
+    // This step:
+    py::object grad;
+    bool active = false;
+  };
+
+  // What a dict held when the plan was made.
+  struct Snapshot {
+    PyObject *key, *value;
+  };
+
+  bool state_is_unchanged(PyObject* state) const;
+  void remember_state(PyObject* state);
+  void fill(Slot& slot, const py::tuple& t);
+  bool accept_grad(Slot& slot);
+  bool runs_kernels(const Slot& slot) const;
+  std::vector<AdamWEntry> active_entries(Device device, const std::vector<AdamWGroup>* groups);
+  void count_steps(Device device);
+
+  std::vector<Slot> slots_;
+  bool state_known_ = false;
+  std::vector<Snapshot> state_items_;        // of `state` and, behind each item, of the parameter's own dict
+  std::vector<Py_ssize_t> state_item_sizes_;
+#if FASTFT_WITH_CUDA
+  struct Table {
+    void* workspace;
+    cuda::AdamWTable table;
+  };
+  cuda::AdamWTable& table(Device device, const py::object& workspace);
+  std::map<std::pair<int32_t, int32_t>, std::unique_ptr<Table>> tables_;
+#endif
+};
+
+// Positions of tensors that overlap another one of the list in memory.
+py::list overlapping(const py::list& tensors);
+
+}  // namespace fastft

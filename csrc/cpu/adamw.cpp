@@ -1,0 +1,85 @@
+// Cuts all entries into chunks, so that one parallel loop serves many small tensors as well as few large ones.
+#include "adamw.h"
+
+#include <algorithm>
+
+#include "adamw_kernels.h"
+#include "parallel.h"
+
+namespace fastft::cpu {
+namespace {
+
+constexpr int64_t kChunk = 32768;  // elements; below this a step is not worth a second thread
+
+struct Chunk {
+  int64_t entry, begin, end;
+};
+
+std::vector<Chunk> chunks_of(const std::vector<AdamWEntry>& entries) {
+  std::vector<Chunk> chunks;
+  chunks.reserve(entries.size());
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const int64_t n = entries[i].live_numel();
+    for (int64_t begin = 0; begin < n; begin += kChunk)
+      chunks.push_back({static_cast<int64_t>(i), begin, std::min(begin + kChunk, n)});
+  }
+  return chunks;
+}
+
+// work(first chunk, last chunk) over all of them; serial while they hold less than one chunk's worth of elements.
+template <typename Work>
+void for_each_chunk(const std::vector<Chunk>& chunks, const Work& work) {
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  int64_t elements = 0;
+  for (const Chunk& c : chunks) elements += c.end - c.begin;
+  const int64_t average = std::max<int64_t>(1, elements / std::max<int64_t>(1, count));
+  parallel_for(count, kChunk / average, work);
+}
+
+const AdamWKernels& kernels() {
+#if defined(__x86_64__)
+  static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (v3) return adamw_v3;
+#endif
+  return adamw_baseline;
+}
+
+}  // namespace
+
+std::string instruction_set() { return kernels().instruction_set; }
+
+double sum_of_squares(const std::vector<AdamWEntry>& entries) {
+  const std::vector<Chunk> chunks = chunks_of(entries);
+  std::vector<double> partial(chunks.size());
+  const AdamWKernels& k = kernels();
+  for_each_chunk(chunks, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      partial[i] = k.sum_of_squares(entries[chunks[i].entry], chunks[i].begin, chunks[i].end);
+  });
+  double total = 0.0;  // in the order of the chunks, whoever summed them
+  for (double p : partial) total += p;
+  return total;
+}
+
+bool adamw(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGroup>& groups,
+           const AdamWControl& control) {
+  const double scale = control.grad_scale ? *control.grad_scale : 1.0;
+  const double norm = control.sum_of_squares ? square_root(*control.sum_of_squares) / scale : 0.0;
+  if (adamw_skips(control.skip_nonfinite, norm, control.found_inf)) {
+    if (control.skipped_steps) ++*control.skipped_steps;
+    return true;
+  }
+  const std::vector<Chunk> chunks = chunks_of(entries);
+  const AdamWKernels& k = kernels();
+  for_each_chunk(chunks, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const AdamWEntry& e = entries[chunks[i].entry];
+      const AdamWOptions& o = groups[e.group].options;
+      k.update(e, chunks[i].begin, chunks[i].end, o,
+               adamw_grad_factor(scale, norm, control.max_grad_norm, o.maximize));
+    }
+  });
+  return false;
+}
+
+}  // namespace fastft::cpu

@@ -1,0 +1,191 @@
+// Compiled once per instruction set, FASTFT_KERNELS naming the result. Everything but that result has internal
+// linkage, so the linker can never hand one set's code to the other.
+#include "adamw_kernels.h"
+
+#include "../math/rounding.h"
+
+namespace fastft::cpu {
+namespace {
+
+// Elements that are widened at a time; six float arrays of this length stay in the first-level cache.
+constexpr int64_t kBlock = 512;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The live elements [begin, end) as runs of consecutive memory: run(offset, length).
+template <typename Run>
+inline void for_each_run(const AdamWEntry& e, int64_t begin, int64_t end, const Run& run) {
+  if (e.rows == nullptr) return run(begin, end - begin);
+  while (begin < end) {
+    const int64_t first = begin / e.row_size;
+    const int64_t column = begin - first * e.row_size;
+    int64_t last = first + 1;  // adjacent rows make one run
+    while (last * e.row_size < end && e.rows[last] == e.rows[last - 1] + 1) ++last;
+    const int64_t length = smaller(end, last * e.row_size) - begin;
+    run(e.rows[first] * e.row_size + column, length);
+    begin += length;
+  }
+}
+
+template <typename Stored, typename T>
+inline void widen_all(const void* from, int64_t offset, int64_t n, T* to) {
+  const Stored* source = static_cast<const Stored*>(from) + offset;
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(widen(source[i]));
+}
+
+template <typename T>
+constexpr DType native = DType::f32;
+template <>
+constexpr DType native<double> = DType::f64;
+
+// n elements from offset on in the type T: in place where they are stored so, else widened into buffer.
+template <typename T>
+inline T* load(const void* data, DType dtype, int64_t offset, int64_t n, T* buffer) {
+  if (data == nullptr) return nullptr;
+  if (dtype == native<T>) return const_cast<T*>(static_cast<const T*>(data)) + offset;
+  switch (dtype) {
+    case DType::bf16:
+      widen_all<bfloat16>(data, offset, n, buffer);
+      break;
+    case DType::f16:
+      widen_all<float16>(data, offset, n, buffer);
+      break;
+    case DType::f32:
+      widen_all<float>(data, offset, n, buffer);
+      break;
+    default:
+      widen_all<double>(data, offset, n, buffer);
+      break;
+  }
+  return buffer;
+}
+
+template <typename Stored>
+inline void narrow_all(const float* from, void* to, int64_t offset, int64_t n, const uint8_t* mask) {
+  Stored* target = static_cast<Stored*>(to) + offset;
+  for (int64_t i = 0; i < n; ++i) {
+    Stored rounded;
+    narrow(from[i], &rounded);
+    target[i] = mask == nullptr || mask[i] ? rounded : target[i];
+  }
+}
+
+// Undoes load: elements that were widened are rounded back, masked-out ones excepted.
+template <typename T>
+inline void store(const T* values, void* data, DType dtype, int64_t offset, int64_t n, const uint8_t* mask) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (dtype == DType::bf16) narrow_all<bfloat16>(values, data, offset, n, mask);
+    if (dtype == DType::f16) narrow_all<float16>(values, data, offset, n, mask);
+  }
+}
+
+template <bool kAnchored, bool kAmsgrad, bool kMasked, typename T>
+inline void update_elements(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v,
+                            T* __restrict vmax, const T* __restrict a, const uint8_t* __restrict mask, int64_t n,
+                            T grad_factor, const AdamWScalars<T>& scalars) {
+  const AdamWScalars<T> s = scalars;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T pi = p[i], mi = m[i], vi = v[i], xi = kAmsgrad ? vmax[i] : T(0);
+    adamw_element(pi, g[i], mi, vi, xi, kAnchored ? a[i] : T(0), kAnchored, kAmsgrad, grad_factor, s);
+    const bool live = !kMasked || mask[i] != 0;
+    p[i] = live ? pi : p[i];
+    m[i] = live ? mi : m[i];
+    v[i] = live ? vi : v[i];
+    if (kAmsgrad) vmax[i] = live ? xi : vmax[i];
+  }
+}
+
+template <typename T>
+using UpdateElements = void (*)(T*, const T*, T*, T*, T*, const T*, const uint8_t*, int64_t, T,
+                                const AdamWScalars<T>&);
+
+template <typename T>
+UpdateElements<T> choose(bool anchored, bool amsgrad, bool masked) {
+  static constexpr UpdateElements<T> table[8] = {
+      update_elements<false, false, false, T>, update_elements<false, false, true, T>,
+      update_elements<false, true, false, T>,  update_elements<false, true, true, T>,
+      update_elements<true, false, false, T>,  update_elements<true, false, true, T>,
+      update_elements<true, true, false, T>,   update_elements<true, true, true, T>,
+  };
+  return table[anchored * 4 + amsgrad * 2 + masked];
+}
+
+template <typename T>
+void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor) {
+  const AdamWScalars<T> scalars = adamw_scalars<T>(options, e.bias1, e.bias2);
+  const UpdateElements<T> elements = choose<T>(e.anchor != nullptr, options.amsgrad, e.mask != nullptr);
+  const T factor = static_cast<T>(grad_factor);
+  alignas(64) T p_[kBlock], g_[kBlock], m_[kBlock], v_[kBlock], x_[kBlock], a_[kBlock];
+  for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
+    // Nothing to widen: the whole run at once.
+    const bool in_place = e.dtype == native<T> && e.state_dtype == native<T> && e.grad_dtype == native<T> &&
+                          (e.anchor == nullptr || e.anchor_dtype == native<T>);
+    const int64_t step = in_place ? length : kBlock;
+    for (int64_t at = offset, stop = offset + length; at < stop; at += step) {
+      const int64_t n = smaller(step, stop - at);
+      const uint8_t* mask = e.mask ? e.mask + at : nullptr;
+      T* p = load(e.param, e.dtype, at, n, p_);
+      T* g = load(e.grad, e.grad_dtype, at, n, g_);
+      T* m = load(e.exp_avg, e.state_dtype, at, n, m_);
+      T* v = load(e.exp_avg_sq, e.state_dtype, at, n, v_);
+      T* x = options.amsgrad ? load(e.max_exp_avg_sq, e.state_dtype, at, n, x_) : nullptr;
+      T* a = load(e.anchor, e.anchor_dtype, at, n, a_);
+      elements(p, g, m, v, x, a, mask, n, factor, scalars);
+      store(p, e.param, e.dtype, at, n, mask);
+      store(m, e.exp_avg, e.state_dtype, at, n, mask);
+      store(v, e.exp_avg_sq, e.state_dtype, at, n, mask);
+      if (x) store(x, e.max_exp_avg_sq, e.state_dtype, at, n, mask);
+    }
+  });
+}
+
+void update(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor) {
+  if (e.dtype == DType::f64)
+    update_as<double>(e, begin, end, options, grad_factor);
+  else
+    update_as<float>(e, begin, end, options, grad_factor);
+}
+
+// Independent sums, so that the additions neither wait for each other nor depend on the vector width.
+constexpr int64_t kLanes = 16;
+
+template <typename T>
+double sum_of_squares_as(const AdamWEntry& e, int64_t begin, int64_t end) {
+  alignas(64) T g_[kBlock];
+  double sums[kLanes] = {};
+  for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
+    for (int64_t at = offset, stop = offset + length; at < stop; at += kBlock) {
+      const int64_t n = smaller(kBlock, stop - at);
+      T* g = load(e.grad, e.grad_dtype, at, n, g_);
+      if (e.mask) {  // a masked-out gradient may be NaN: it must be left out, not multiplied by 0
+        for (int64_t i = 0; i < n; ++i) g_[i] = e.mask[at + i] ? g[i] : T(0);
+        g = g_;
+      }
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) {
+          const double x = g[i + j];
+          sums[j] = madd(x, x, sums[j]);
+        }
+      for (; i < n; ++i) {
+        const double x = g[i];
+        sums[i % kLanes] = madd(x, x, sums[i % kLanes]);
+      }
+    }
+  });
+  double total = 0.0;
+  for (double s : sums) total += s;
+  return total;
+}
+
+double sum_of_squares(const AdamWEntry& e, int64_t begin, int64_t end) {
+  return e.grad_dtype == DType::f64 ? sum_of_squares_as<double>(e, begin, end)
+                                    : sum_of_squares_as<float>(e, begin, end);
+}
+
+}  // namespace
+
+extern const AdamWKernels FASTFT_KERNELS = {FASTFT_INSTRUCTION_SET, sum_of_squares, update};
+
+}  // namespace fastft::cpu

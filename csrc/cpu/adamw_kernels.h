@@ -1,0 +1,22 @@
+// The inner loops of the CPU step, one set per instruction set; cpu/adamw.cpp picks one and drives it.
+#pragma once
+
+#include "../adamw.h"
+
+namespace fastft::cpu {
+
+struct AdamWKernels {
+  const char* instruction_set;
+  // Σ grad² over live elements [begin, end) of the entry, in double.
+  double (*sum_of_squares)(const AdamWEntry& entry, int64_t begin, int64_t end);
+  // The step over live elements [begin, end); grad_factor carries unscaling, clipping and the sign.
+  void (*update)(const AdamWEntry& entry, int64_t begin, int64_t end, const AdamWOptions& options,
+                 double grad_factor);
+};
+
+extern const AdamWKernels adamw_baseline;
+#if defined(__x86_64__)
+extern const AdamWKernels adamw_v3;  // x86-64-v3: AVX2, FMA, F16C
+#endif
+
+}  // namespace fastft::cpu

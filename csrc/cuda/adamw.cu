@@ -1,0 +1,442 @@
+// The AdamW step on CUDA. All tensors of a dtype combination are one launch: a block takes one chunk of one tensor,
+// found through a map that lies on the device.
+#include "adamw.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <tuple>
+
+#include "launch.cuh"
+
+namespace fastft::cuda {
+namespace {
+
+constexpr int64_t kChunk = 16384;  // live elements per block
+
+// An entry as the kernels read it.
+struct DeviceEntry {
+  void *param, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+  const void* anchor;
+  const uint8_t* mask;
+  const int64_t* rows;
+  float* step;
+  int64_t live_numel, row_size;
+  uint32_t first_chunk, chunks;
+  DType grad_dtype, anchor_dtype;
+  bool vectorised;  // every array is 16-byte aligned, and so is every row
+};
+
+// What tensors of one group and step count share.
+struct Row {
+  AdamWOptions options;
+  double bias1, bias2;
+  const void* lr;
+  DType lr_dtype;
+};
+
+// Kernel parameters; at most 32,764 bytes. `space` holds the rows, then per tensor the gradient's address and the
+// index of its row.
+struct Args {
+  const DeviceEntry* entries;
+  const uint32_t* chunk_entry;
+  uint32_t* tickets;
+  double* partial;
+  double* out;
+  AdamWControl control;
+  uint32_t first_entry, count, first_chunk, row_count, total_chunks;
+  bool counts_skips, finishes;
+  alignas(8) unsigned char space[32000];
+
+  FASTFT_HD const Row* row(uint32_t i) const { return reinterpret_cast<const Row*>(space) + i; }
+  FASTFT_HD const void* const* grad(uint32_t i) const {
+    return reinterpret_cast<const void* const*>(space + row_count * sizeof(Row)) + i;
+  }
+  FASTFT_HD const uint16_t* row_index(uint32_t i) const {
+    return reinterpret_cast<const uint16_t*>(space + row_count * sizeof(Row) + count * sizeof(void*)) + i;
+  }
+};
+static_assert(sizeof(Args) <= 32764, "kernel parameters");
+
+constexpr uint64_t kBytesPerEntry = sizeof(void*) + sizeof(uint16_t);
+
+// Where live element i lies.
+__device__ __forceinline__ int64_t place(const DeviceEntry& e, int64_t i) {
+  if (e.rows == nullptr) return i;
+  int64_t row;
+  if (e.live_numel <= 0xffffffffll)
+    row = static_cast<uint32_t>(i) / static_cast<uint32_t>(e.row_size);
+  else
+    row = i / e.row_size;
+  return e.rows[row] * e.row_size + (i - row * e.row_size);
+}
+
+// work.template run<N>(offset) over the live elements [begin, end) of a block's chunk, N at a time where possible.
+template <int N, typename Work>
+__device__ __forceinline__ void for_each_live(const DeviceEntry& e, int64_t begin, int64_t end, Work& work) {
+  if (e.vectorised) {
+    int64_t i = begin + static_cast<int64_t>(threadIdx.x) * N;
+    for (; i + N <= end; i += kThreads * N) work.template run<N>(place(e, i));
+    for (; i < end; ++i) work.template run<1>(place(e, i));
+  } else {
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) work.template run<1>(place(e, i));
+  }
+}
+
+struct SumOfSquares {
+  const void* grad;
+  const uint8_t* mask;
+  DType dtype;
+  double sum;
+
+  template <int N>
+  __device__ __forceinline__ void run(int64_t offset) {
+    double g[N];
+    read_any(grad, dtype, offset, g);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (mask == nullptr || mask[offset + i]) sum = madd(g[i], g[i], sum);
+  }
+};
+
+// partial[chunk] = Σ grad² of the chunk; the last block to finish adds the partial sums up, always in the same order.
+__global__ void __launch_bounds__(kThreads) grad_sum_of_squares(const __grid_constant__ Args args) {
+  const uint32_t chunk = args.first_chunk + blockIdx.x;
+  const uint32_t index = args.chunk_entry[chunk];
+  const DeviceEntry& e = args.entries[index];
+  const int64_t begin = static_cast<int64_t>(chunk - e.first_chunk) * kChunk;
+  const int64_t end = begin + kChunk < e.live_numel ? begin + kChunk : e.live_numel;
+  SumOfSquares work{*args.grad(index - args.first_entry), e.mask, e.grad_dtype, 0.0};
+  for_each_live<8>(e, begin, end, work);
+  const double sum = block_sum(work.sum);
+
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    args.partial[chunk] = sum;
+    __threadfence();
+    last = args.finishes && atomicAdd(args.tickets, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  double total = 0.0;
+  const volatile double* partial = args.partial;
+  for (uint32_t i = threadIdx.x; i < args.total_chunks; i += kThreads) total += partial[i];
+  total = block_sum(total);
+  if (threadIdx.x == 0) {
+    *args.out = total;
+    *args.tickets = 0;
+  }
+}
+
+// What all threads of a block share.
+template <typename T>
+struct Shared {
+  DeviceEntry entry;
+  const void* grad;
+  AdamWScalars<T> scalars;
+  T grad_factor;
+  bool skip;
+};
+
+template <typename Param, typename State>
+struct Update {
+  using T = compute_t<Param>;
+  const Shared<T>& shared;
+
+  template <int N>
+  __device__ __forceinline__ void run(int64_t offset) {
+    // 16 bytes of the parameter, then the moments 16 bytes at a time, then gradient and anchor, whose dtype is known
+    // only now, four elements at a time: so few values are held at once that nothing spills.
+    constexpr int kStatePart = N * sizeof(State) <= 16 ? N : 16 / sizeof(State);
+    constexpr int kPart = sizeof(T) == sizeof(double) ? 1 : kStatePart < 4 ? kStatePart : 4;
+    const DeviceEntry& e = shared.entry;
+    const bool amsgrad = e.max_exp_avg_sq != nullptr, anchored = e.anchor != nullptr;
+    Param p[N];
+    read(e.param, offset, p);
+#pragma unroll
+    for (int first = 0; first < N; first += kStatePart) {
+      State m[kStatePart], v[kStatePart];
+      read(e.exp_avg, offset + first, m);
+      read(e.exp_avg_sq, offset + first, v);
+#pragma unroll
+      for (int part = 0; part < kStatePart; part += kPart) {
+        T g[kPart], a[kPart];
+        State x[kPart];
+        uint8_t live[kPart];
+        if (amsgrad) read(e.max_exp_avg_sq, offset + first + part, x);
+        if (e.mask) read(e.mask, offset + first + part, live);
+        read_any(shared.grad, e.grad_dtype, offset + first + part, g);
+        if (anchored) read_any(e.anchor, e.anchor_dtype, offset + first + part, a);
+#pragma unroll
+        for (int j = 0; j < kPart; ++j) {
+          asm volatile("" ::: "memory");  // scalars stay in shared memory: held in registers they would not fit
+          const int k = part + j, i = first + k;
+          if (e.mask && !live[j]) continue;  // its bits stay as they were read
+          T pi = widen(p[i]), mi = widen(m[k]), vi = widen(v[k]), xi = amsgrad ? widen(x[j]) : T(0);
+          adamw_element(pi, g[j], mi, vi, xi, anchored ? a[j] : T(0), anchored, amsgrad, shared.grad_factor,
+                        shared.scalars);
+          narrow(pi, &p[i]);
+          narrow(mi, &m[k]);
+          narrow(vi, &v[k]);
+          if (amsgrad) narrow(xi, &x[j]);
+        }
+        if (amsgrad) write(e.max_exp_avg_sq, offset + first + part, x);
+      }
+      write(e.exp_avg, offset + first, m);
+      write(e.exp_avg_sq, offset + first, v);
+    }
+    write(e.param, offset, p);
+  }
+};
+
+__device__ __forceinline__ double read_scalar(const void* data, DType dtype) {
+  double x[1];
+  read_any(data, dtype, 0, x);
+  return x[0];
+}
+
+// Fills it in, in one thread. Not inlined: its double-precision powers would otherwise take registers from the loop.
+template <typename T>
+__device__ __noinline__ void prepare(const Args& args, uint32_t index, Shared<T>* out) {
+  const DeviceEntry& e = args.entries[index];
+  out->entry = e;
+  out->grad = *args.grad(index - args.first_entry);
+  const AdamWControl& control = args.control;
+  const double scale = control.grad_scale ? *control.grad_scale : 1.0;
+  const double norm = control.sum_of_squares ? square_root(*control.sum_of_squares) / scale : 0.0;
+  out->skip = adamw_skips(control.skip_nonfinite, norm, control.found_inf);
+  if (out->skip && args.counts_skips && blockIdx.x == 0 && control.skipped_steps) ++*control.skipped_steps;
+  const Row& row = *args.row(*args.row_index(index - args.first_entry));
+  AdamWOptions options = row.options;
+  if (row.lr) options.lr = read_scalar(row.lr, row.lr_dtype);
+  double bias1 = row.bias1, bias2 = row.bias2;
+  if (e.step) {
+    const double t = static_cast<double>(*e.step) + 1.0;
+    bias1 = adamw_bias(options.beta1, t);
+    bias2 = adamw_bias(options.beta2, t);
+  }
+  out->scalars = adamw_scalars<T>(options, bias1, bias2);
+  out->grad_factor = static_cast<T>(adamw_grad_factor(scale, norm, control.max_grad_norm, options.maximize));
+}
+
+// Four blocks to a multiprocessor: at most 64 registers a thread.
+template <typename Param, typename State>
+__global__ void __launch_bounds__(kThreads, 4) adamw_step(const __grid_constant__ Args args) {
+  using T = compute_t<Param>;
+  const uint32_t chunk = args.first_chunk + blockIdx.x;
+  const uint32_t index = args.chunk_entry[chunk];
+
+  __shared__ Shared<T> shared;
+  if (threadIdx.x == 0) prepare(args, index, &shared);
+  __syncthreads();
+  if (shared.skip) return;
+
+  const DeviceEntry& e = shared.entry;
+  constexpr int kVector = 16 / sizeof(Param);
+  const int64_t begin = static_cast<int64_t>(chunk - e.first_chunk) * kChunk;
+  const int64_t end = begin + kChunk < e.live_numel ? begin + kChunk : e.live_numel;
+  Update<Param, State> work{shared};
+  for_each_live<kVector>(e, begin, end, work);
+
+  // The tensor's last block counts the step: by then every block of it has read the old count.
+  if (e.step && threadIdx.x == 0) {
+    __threadfence();
+    if (atomicAdd(&args.tickets[1 + index], 1u) == e.chunks - 1) {
+      args.tickets[1 + index] = 0;
+      *e.step += 1.0f;
+    }
+  }
+}
+
+using Kernel = void (*)(Args);
+
+struct Combination {
+  DType param, state;
+  Kernel kernel;
+  const char* name;
+};
+
+const Combination kCombinations[] = {
+    {DType::f32, DType::f32, adamw_step<float, float>, "adamw_step<float, float>"},
+    {DType::bf16, DType::bf16, adamw_step<bfloat16, bfloat16>, "adamw_step<bfloat16, bfloat16>"},
+    {DType::bf16, DType::f32, adamw_step<bfloat16, float>, "adamw_step<bfloat16, float>"},
+    {DType::f16, DType::f16, adamw_step<float16, float16>, "adamw_step<float16, float16>"},
+    {DType::f16, DType::f32, adamw_step<float16, float>, "adamw_step<float16, float>"},
+    {DType::f64, DType::f64, adamw_step<double, double>, "adamw_step<double, double>"},
+};
+
+const Combination& combination_of(const AdamWEntry& e) {
+  for (const Combination& c : kCombinations)
+    if (c.param == e.dtype && c.state == e.state_dtype) return c;
+  throw std::runtime_error(std::string("no kernel for parameters of ") + name(e.dtype) + " with state of " +
+                           name(e.state_dtype));
+}
+
+uint32_t chunks_of(const AdamWEntry& e) {
+  return static_cast<uint32_t>(std::max<int64_t>(1, (e.live_numel() + kChunk - 1) / kChunk));
+}
+
+int64_t aligned16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// Where the parts of the workspace begin, for n entries of `chunks` chunks in all.
+struct Layout {
+  int64_t entries = 0, chunk_entry, image_end, tickets, partial, end;
+  Layout(int64_t n, int64_t chunks) {
+    chunk_entry = aligned16(n * sizeof(DeviceEntry));
+    image_end = aligned16(chunk_entry + chunks * sizeof(uint32_t));
+    tickets = image_end;
+    partial = aligned16(tickets + (1 + n) * sizeof(uint32_t));
+    end = partial + chunks * sizeof(double);
+  }
+};
+
+bool is_vectorised(const AdamWEntry& e) {
+  const void* arrays[] = {e.param, e.grad, e.exp_avg, e.exp_avg_sq, e.max_exp_avg_sq, e.anchor, e.mask};
+  for (const void* a : arrays)
+    if (reinterpret_cast<uintptr_t>(a) % 16 != 0) return false;
+  return e.rows == nullptr || e.row_size % 8 == 0;
+}
+
+}  // namespace
+
+int64_t AdamWTable::workspace_bytes(const std::vector<AdamWEntry>& entries) {
+  int64_t chunks = 0;
+  for (const AdamWEntry& e : entries) chunks += chunks_of(e);
+  return Layout(static_cast<int64_t>(entries.size()), chunks).end;
+}
+
+void AdamWTable::set_entries(const std::vector<AdamWEntry>& entries, void* stream) {
+  entries_ = entries;
+  std::stable_sort(entries_.begin(), entries_.end(), [](const AdamWEntry& a, const AdamWEntry& b) {
+    return std::tie(a.dtype, a.state_dtype) < std::tie(b.dtype, b.state_dtype);
+  });
+  first_chunk_.assign(1, 0);
+  for (const AdamWEntry& e : entries_) first_chunk_.push_back(first_chunk_.back() + chunks_of(e));
+
+  const Layout layout(static_cast<int64_t>(entries_.size()), first_chunk_.back());
+  if (layout.end > bytes_) throw std::runtime_error("the workspace is smaller than the step's table");
+  std::vector<char> image(layout.image_end, 0);  // zeroed, padding too: it is compared byte by byte
+  uint32_t* chunk_entry = reinterpret_cast<uint32_t*>(image.data() + layout.chunk_entry);
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const AdamWEntry& e = entries_[i];
+    DeviceEntry& d = reinterpret_cast<DeviceEntry*>(image.data())[i];
+    d.param = e.param;
+    d.exp_avg = e.exp_avg;
+    d.exp_avg_sq = e.exp_avg_sq;
+    d.max_exp_avg_sq = e.max_exp_avg_sq;
+    d.anchor = e.anchor;
+    d.mask = e.mask;
+    d.rows = e.rows;
+    d.step = e.device_step;
+    d.live_numel = e.live_numel();
+    d.row_size = e.row_size;
+    d.first_chunk = first_chunk_[i];
+    d.chunks = first_chunk_[i + 1] - first_chunk_[i];
+    d.grad_dtype = e.grad_dtype;
+    d.anchor_dtype = e.anchor_dtype;
+    d.vectorised = is_vectorised(e);
+    std::fill(chunk_entry + first_chunk_[i], chunk_entry + first_chunk_[i + 1], static_cast<uint32_t>(i));
+  }
+  if (image == image_) return;
+  const DeviceGuard guard(device_);
+  image_ = std::move(image);
+  char* base = static_cast<char*>(workspace_);
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  check(cudaMemcpyAsync(base, image_.data(), image_.size(), cudaMemcpyHostToDevice, s), "uploading the step's table");
+  check(cudaMemsetAsync(base + layout.tickets, 0, layout.partial - layout.tickets, s), "clearing the tickets");
+}
+
+namespace {
+
+// Fills args with entries from `first` on, as many (before `stop`) as fit; returns how many.
+template <typename RowOf>
+uint32_t fill(Args& args, const std::vector<AdamWEntry>& entries, uint32_t first, uint32_t stop, const RowOf& row_of) {
+  std::map<std::tuple<int32_t, double, double>, uint16_t> known;
+  std::vector<Row> rows;
+  std::vector<uint16_t> index;
+  uint32_t count = 0;
+  for (; first + count < stop; ++count) {
+    const AdamWEntry& e = entries[first + count];
+    const auto key = std::make_tuple(e.group, e.bias1, e.bias2);
+    const bool is_new = known.find(key) == known.end();
+    if ((rows.size() + is_new) * sizeof(Row) + (count + 1) * kBytesPerEntry > sizeof args.space) break;
+    if (is_new) {
+      known[key] = static_cast<uint16_t>(rows.size());
+      rows.push_back(row_of(e));
+    }
+    index.push_back(known[key]);
+  }
+  args.first_entry = first;
+  args.count = count;
+  args.row_count = static_cast<uint32_t>(rows.size());
+  unsigned char* at = args.space;
+  if (!rows.empty()) std::memcpy(at, rows.data(), rows.size() * sizeof(Row));
+  at += rows.size() * sizeof(Row);
+  for (uint32_t i = 0; i < count; ++i, at += sizeof(void*))
+    std::memcpy(at, &entries[first + i].grad, sizeof(void*));
+  std::memcpy(at, index.data(), index.size() * sizeof(uint16_t));
+  return count;
+}
+
+}  // namespace
+
+void AdamWTable::sum_of_squares(double* out, void* stream) {
+  const DeviceGuard guard(device_);
+  const Layout layout(static_cast<int64_t>(entries_.size()), first_chunk_.back());
+  char* base = static_cast<char*>(workspace_);
+  const uint32_t n = static_cast<uint32_t>(entries_.size());
+  Args args = {};
+  args.entries = reinterpret_cast<const DeviceEntry*>(base);
+  args.chunk_entry = reinterpret_cast<const uint32_t*>(base + layout.chunk_entry);
+  args.tickets = reinterpret_cast<uint32_t*>(base + layout.tickets);
+  args.partial = reinterpret_cast<double*>(base + layout.partial);
+  args.out = out;
+  args.total_chunks = first_chunk_.back();
+  if (n == 0) check(cudaMemsetAsync(out, 0, sizeof *out, static_cast<cudaStream_t>(stream)), "clearing the norm");
+  for (uint32_t first = 0; first < n;) {
+    const uint32_t count = fill(args, entries_, first, n, [](const AdamWEntry&) { return Row{}; });
+    args.first_chunk = first_chunk_[first];
+    args.finishes = first + count == n;
+    launch(grad_sum_of_squares, "grad_sum_of_squares", first_chunk_[first + count] - args.first_chunk, stream, args);
+    ++launches_;
+    first += count;
+  }
+}
+
+void AdamWTable::adamw(const std::vector<AdamWGroup>& groups, const AdamWControl& control, void* stream) {
+  const DeviceGuard guard(device_);
+  const Layout layout(static_cast<int64_t>(entries_.size()), first_chunk_.back());
+  char* base = static_cast<char*>(workspace_);
+  const uint32_t n = static_cast<uint32_t>(entries_.size());
+  Args args = {};
+  args.entries = reinterpret_cast<const DeviceEntry*>(base);
+  args.chunk_entry = reinterpret_cast<const uint32_t*>(base + layout.chunk_entry);
+  args.tickets = reinterpret_cast<uint32_t*>(base + layout.tickets);
+  args.control = control;
+  const auto row_of = [&](const AdamWEntry& e) {
+    const AdamWGroup& g = groups[e.group];
+    return Row{g.options, e.bias1, e.bias2, g.lr, g.lr_dtype};
+  };
+  for (uint32_t first = 0; first < n;) {
+    const Combination& combination = combination_of(entries_[first]);
+    uint32_t stop = first;
+    while (stop < n && entries_[stop].dtype == combination.param && entries_[stop].state_dtype == combination.state)
+      ++stop;
+    const uint32_t count = fill(args, entries_, first, stop, row_of);
+    args.first_chunk = first_chunk_[first];
+    args.counts_skips = first == 0;
+    launch(combination.kernel, combination.name, first_chunk_[first + count] - args.first_chunk, stream, args);
+    ++launches_;
+    first += count;
+  }
+}
+
+std::string unavailable_reason() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return count > 0 ? "" : "no CUDA device";
+}
+
+}  // namespace fastft::cuda

@@ -1,0 +1,191 @@
+"""The fine-tuning itself. ``train`` is the loop; the two recipes differ in the anchor and in nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+import fastft
+
+from .corpus import Review
+
+Inputs = Mapping[str, Tensor]
+Batch = tuple[Inputs, Tensor]
+Tokenize = Callable[[list[str]], Inputs]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of a run. The defaults are the full run."""
+
+    train_rows: int = 2048
+    test_rows: int = 2000
+    pools: int = 3
+    pool_size: int = 1000
+    epochs: int = 1
+    batch_size: int = 32
+    max_length: int = 64
+    lr: float = 3e-4
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    anchor_decay: float = 100.0
+    seed: int = 0
+
+
+class Classifier(nn.Module):
+    """A pre-trained encoder and a linear head on the mean of its token vectors."""
+
+    def __init__(self, encoder: nn.Module, width: int, labels: int = 2) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, labels)
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """One vector per text: the mean over its tokens, padding left out."""
+        tokens: Tensor = self.encoder(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1).to(tokens.dtype)
+        return (tokens * mask).sum(1) / mask.sum(1)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """The logits of each text."""
+        logits: Tensor = self.head(self.embed(inputs))
+        return logits
+
+
+Recipe = Callable[[Classifier, Config], tuple[torch.optim.Optimizer, Callable[[], Tensor]]]
+"""Makes an optimizer, and a function that clips, steps and returns the gradients' norm before clipping."""
+
+
+def torch_adamw(model: Classifier, config: Config) -> tuple[torch.optim.Optimizer, Callable[[], Tensor]]:
+    """torch's AdamW in its fastest form, and torch's clipping."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
+
+    def step() -> Tensor:
+        norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        return norm
+
+    return optimizer, step
+
+
+def fastft_adamw(model: Classifier, config: Config) -> tuple[torch.optim.Optimizer, Callable[[], Tensor]]:
+    """fastft's AdamW: clips inside the step, and holds all but the new head near its pre-trained values."""
+    optimizer = fastft.AdamW(
+        model.parameters(),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        anchor=fastft.Anchor.snapshot(model, exclude=("head.*",)),
+        anchor_decay=config.anchor_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+    def step() -> Tensor:
+        optimizer.step()
+        return optimizer.grad_norm
+
+    return optimizer, step
+
+
+@dataclass
+class Log:
+    """What one training run left behind: a value per step, and the seconds of the whole."""
+
+    loss: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    optimizer_seconds: list[float] = field(default_factory=list)
+    training_seconds: float = 0.0
+
+
+def train(model: Classifier, batches: list[Batch], recipe: Recipe, config: Config, title: str) -> Log:
+    """Fine-tune ``model`` in place on ``batches``, once through."""
+    log = Log()
+    start = time.perf_counter()
+    optimizer, step = recipe(model, config)
+    schedule = LambdaLR(optimizer, warm_up_then_decay(len(batches), config.warmup))
+    torch.manual_seed(config.seed)  # the same dropout for every recipe
+    model.train()
+    with tqdm(batches, desc=title, unit="step", disable=None) as bar:
+        for inputs, labels in bar:
+            loss = cross_entropy(model(inputs), labels)
+            loss.backward()
+            before_step = time.perf_counter()
+            norm = step()
+            log.optimizer_seconds.append(time.perf_counter() - before_step)
+            log.loss.append(loss.item())
+            log.grad_norm.append(float(norm))
+            log.lr.append(schedule.get_last_lr()[0])
+            schedule.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+    log.training_seconds = time.perf_counter() - start
+    return log
+
+
+def warm_up_then_decay(steps: int, warmup: float) -> Callable[[int], float]:
+    """A factor on lr: up in a straight line over the first part of the steps, then down to zero."""
+    rise = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise)))
+
+    return factor
+
+
+def make_batches(reviews: list[Review], tokenize: Tokenize, config: Config) -> list[Batch]:
+    """All batches of all epochs, in the order in which every recipe will see them."""
+    generator = torch.Generator().manual_seed(config.seed)
+    return [
+        (tokenize([reviews[i].text for i in rows]), torch.tensor([int(reviews[i].positive) for i in rows]))
+        for _ in range(config.epochs)
+        for rows in shuffled([len(review.text) for review in reviews], config.batch_size, generator)
+    ]
+
+
+def shuffled(lengths: list[int], size: int, generator: torch.Generator, span: int = 8) -> Iterator[list[int]]:
+    """Batches of row numbers in random order, with rows of like length together to save padding.
+
+    Rows are shuffled, sorted by length within stretches of ``span`` batches, cut, and the batches shuffled.
+    """
+    order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
+    batches: list[list[int]] = []
+    for start in range(0, len(order), span * size):
+        stretch = sorted(order[start : start + span * size], key=lengths.__getitem__)
+        batches += [stretch[i : i + size] for i in range(0, len(stretch), size)]
+    for index in torch.randperm(len(batches), generator=generator).tolist():
+        yield batches[index]
+
+
+def fit_linear_probe(model: Classifier, embeddings: Tensor, labels: Tensor, l2: float = 1e-2) -> None:
+    """Fit ``model.head`` on frozen embeddings by L-BFGS, so that both recipes start from the same good head.
+
+    ``l2`` was chosen on reviews that are in neither the default training rows nor the test rows.
+    """
+    # In float64, where L-BFGS converges to the one minimum whatever the rounding of the embeddings.
+    x, y = embeddings.double(), labels
+    weight = torch.zeros(model.head.out_features, x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(model.head.out_features, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = cross_entropy(x @ weight.T + bias, y) + l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(bias)
