@@ -1,0 +1,445 @@
+"""``Anchor``: the pre-trained weights that an optimizer pulls back to; where they come from, how they are kept."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+VERSION = 1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What a safetensors header calls the dtypes above.
+FILE_DTYPES = ("F32", "BF16", "F16", "F64")
+
+
+class Anchor:
+    """Weights to stay near to (L2-SP: Li et al. 2018, https://arxiv.org/abs/1802.01483), by parameter name.
+
+    Made by :meth:`snapshot` or :meth:`from_safetensors`, given to :class:`fastft.AdamW`. A parameter is found by
+    identity (that of the module it was made from) or by name. ``Anchor()`` is empty.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}  # what is in memory
+        self._file: WeightFile | None = None  # where the rest is read from
+        self._in_file: dict[str, str] = {}  # parameter name → name in the file
+        self._offloaded = False
+        self._bound: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id(parameter)
+        self._ready: dict[str, tuple[Any, Tensor]] = {}  # laid out like a parameter, with what it was laid out for
+
+    # -- where it comes from -------------------------------------------------------------------------------
+
+    @classmethod
+    def snapshot(
+        cls,
+        module_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        exclude: str | Iterable[str] = (),
+    ) -> Anchor:
+        """The values that parameters have now.
+
+        Args:
+            module_or_named_parameters: a module, or ``(name, parameter)`` pairs.
+            dtype: float32, bfloat16 or float16 (float64 with float64 parameters); None: each parameter's own.
+            device: None: beside each parameter. ``"cpu"`` with parameters on a GPU keeps the anchor in pinned
+                host memory, from where the optimizer brings it to the GPU a part ahead of the step.
+            exclude: names, glob patterns or module names (``"head"`` means all of ``head.*``) of what stays
+                free, such as a new head.
+
+        Raises ``ValueError`` for a pattern that matches nothing, a name given twice, or a parameter that is not
+        a dense floating-point tensor.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+        named = named_tensors(module_or_named_parameters)
+        excluded = matching(exclude, [name for name, _ in named])
+        kept = [(name, p) for name, p in named if name not in excluded]
+        for name, p in kept:
+            if p.dtype not in DTYPES or p.layout != torch.strided or p.is_meta:
+                where = f" on {p.device}" if p.is_meta else ""
+                raise ValueError(
+                    f"{name}: expected a dense float32, bfloat16, float16 or float64 parameter, got {p.dtype}, "
+                    f"{p.layout}{where}; leave it out with exclude"
+                )
+            if dtype == torch.float64 and p.dtype != torch.float64:
+                raise ValueError(f"dtype: float64 goes with float64 parameters only, and {name} is {p.dtype}")
+        anchor = cls()
+        by_id: dict[int, Tensor] = {}
+        for name, p in kept:
+            if id(p) not in by_id:  # tied parameters share one copy
+                target = p.device if device is None else torch.device(device)
+                to_host = target.type == "cpu" and p.device.type == "cuda"
+                anchor._offloaded |= to_host
+                by_id[id(p)] = copied(p, dtype or p.dtype, target, pin=to_host)
+            anchor._tensors[name] = by_id[id(p)]
+            anchor._bind(name, p)
+        return anchor
+
+    @classmethod
+    def from_safetensors(
+        cls, path: str | Path, module: nn.Module, *, exclude: str | Iterable[str] = ()
+    ) -> Anchor:
+        """Weights from a file, mapped to the module's parameters by name.
+
+        Args:
+            path: a ``.safetensors`` file, a ``.safetensors.index.json``, or a folder with ``model.safetensors``
+                or its index. Only headers are read now; a tensor is read when the optimizer first asks for it.
+            module: the module to be tuned. Where its names differ from the file's by a prefix ("bert.") on one
+                side, the prefix is found.
+            exclude: as in :meth:`snapshot`.
+
+        Raises one ``ValueError`` with every parameter that the file lacks or holds in another shape.
+        """
+        file = WeightFile.open(path)
+        named = named_tensors(module)
+        excluded = matching(exclude, [name for name, _ in named])
+        # A tied parameter has several names, and the file may know only one of them.
+        aliases: dict[int, list[str]] = {}
+        for name, p in module.named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(p), []).append(name)
+        wanted = [(name, p) for name, p in named if name not in excluded]
+        prefix = file.prefix_for([alias for _, p in wanted for alias in aliases[id(p)]])
+
+        anchor = cls()
+        problems = []
+        for name, p in wanted:
+            stored = next((prefix(alias) for alias in aliases[id(p)] if prefix(alias) in file.headers), None)
+            if stored is None:
+                problems.append(f"  {name}: missing")
+                continue
+            file_dtype, shape = file.headers[stored]
+            if shape != list(p.shape):
+                problems.append(f"  {name}: expected shape {list(p.shape)}, the file holds {shape}")
+            elif file_dtype not in FILE_DTYPES:
+                problems.append(f"  {name}: expected one of {', '.join(FILE_DTYPES)}, the file holds {file_dtype}")
+            anchor._in_file[name] = stored
+            anchor._bind(name, p)
+        if problems:
+            raise ValueError(
+                f"{path}: cannot anchor {len(problems)} of {len(wanted)} parameters:\n"
+                + "\n".join(problems)
+                + "\nLeave new ones out with exclude."
+            )
+        anchor._file = file
+        return anchor
+
+    def update(self, other: Anchor) -> None:
+        """Take in everything that ``other`` has; raises ``ValueError`` if both know a name."""
+        both = set(self.names) & set(other.names)
+        if both:
+            raise ValueError(f"update: both anchors hold {', '.join(sorted(both))}")
+        if other._file is not None:
+            raise ValueError("update: expected an anchor in memory, got one that lies in a file")
+        self._tensors.update(other._tensors)
+        self._bound.update(other._bound)
+        self._offloaded |= other._offloaded
+
+    # -- lookup --------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the anchored parameters, in order."""
+        return (*self._in_file, *(name for name in self._tensors if name not in self._in_file))
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the weights wait in host memory for parameters on a GPU."""
+        return self._offloaded
+
+    @property
+    def source(self) -> dict[str, str] | None:
+        """``{"path", "sha256"}`` of the file it came from; None for a snapshot."""
+        return None if self._file is None else {"path": str(self._file.path), "sha256": self._file.sha256}
+
+    def bind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Tell which parameters the names mean; names that are not anchored are passed over.
+
+        Raises ``ValueError`` with every shape that does not agree, and then binds nothing.
+        """
+        known = [(name, p) for name, p in named_parameters if name in self]
+        shapes = [(name, list(p.shape), self._shape(name)) for name, p in known]
+        wrong = [
+            f"  {name}: expected shape {expected}, the anchor has {got}" for name, expected, got in shapes if expected != got
+        ]
+        if wrong:
+            raise ValueError("\n".join(["the anchor does not fit the parameters:", *wrong]))
+        for name, p in known:
+            self._bind(name, p)
+
+    def name_of(self, param: Tensor) -> str | None:
+        """The name under which ``param`` itself is known; None if it is not."""
+        reference, name = self._bound.get(id(param), (None, None))
+        return name if reference is not None and reference() is param else None
+
+    def get(self, key: str | Tensor, default: Any = None) -> Any:
+        """The weights of a name or parameter, as they are kept; ``default`` if there are none."""
+        name = key if isinstance(key, str) else self.name_of(key)
+        if name is None or name not in self:
+            return default
+        if name not in self._tensors:
+            assert self._file is not None
+            return self._file.read(self._in_file[name])
+        return self._tensors[name]
+
+    def __getitem__(self, key: str | Tensor) -> Tensor:
+        found = self.get(key)
+        if found is None:
+            if isinstance(key, str):
+                raise KeyError(f"{key}: not anchored{closest(key, self.names)}")
+            raise KeyError(f"a parameter of shape {list(key.shape)}: not anchored")
+        return found  # type: ignore[no-any-return]
+
+    def __contains__(self, key: object) -> bool:
+        if isinstance(key, Tensor):
+            return self.name_of(key) is not None
+        return key in self._tensors or key in self._in_file
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __repr__(self) -> str:
+        if self._file is not None:
+            return f"Anchor({len(self)} parameters, from {self._file.path})"
+        tensors = {id(t): t for t in self._tensors.values()}.values()
+        kinds = sorted({f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors})
+        elements, nbytes = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+        described = f", {elements:,} elements, {nbytes / 1e6:.1f} MB, {', '.join(kinds)}" if kinds else ""
+        return f"Anchor({len(self)} parameters{described}{', offloaded' if self._offloaded else ''})"
+
+    def tensor_for(self, param: Tensor, name: str | None = None) -> Tensor | None:
+        """The weights as a step needs them: in the parameter's memory order, beside it unless offloaded.
+
+        Found by identity, else by ``name``; None if not anchored. The same tensor comes back until the
+        parameter's device or memory order changes. Raises ``ValueError`` if the shapes differ.
+        """
+        known = self.name_of(param) or (name if name is not None and name in self else None)
+        if known is None:
+            return None
+        if self._shape(known) != list(param.shape):
+            raise ValueError(
+                f"{name or known}: anchor: expected the parameter's shape {list(param.shape)}, "
+                f"got {self._shape(known)}"
+            )
+        layout = (param.device, param.stride(), param.dtype == torch.float64)
+        if known not in self._ready or self._ready[known][0] != layout:
+            self._ready[known] = (layout, self._prepare(self.get(known), param))
+        return self._ready[known][1]
+
+    def _prepare(self, kept: Tensor, param: Tensor) -> Tensor:
+        dtype = kept.dtype
+        if dtype == torch.float64 and param.dtype != torch.float64:
+            dtype = torch.float32
+        if type(kept) is not Tensor or type(param.detach()) is not Tensor:
+            return kept.to(param.device, dtype)  # a DTensor, or to become one: the optimizer lays it out
+        pin = self._offloaded and param.device.type == "cuda"
+        device = kept.device if pin else param.device
+        if kept.device == device and kept.dtype == dtype and kept.stride() == param.stride():
+            return kept
+        laid_out = torch.empty_like(param, dtype=dtype, device=device, requires_grad=False)
+        return (laid_out.pin_memory() if pin else laid_out).copy_(kept)
+
+    def _shape(self, name: str) -> list[int]:
+        if name in self._tensors:
+            return list(self._tensors[name].shape)
+        assert self._file is not None
+        return self._file.headers[self._in_file[name]][1]
+
+    def _bind(self, name: str, param: Tensor) -> None:
+        if self.name_of(param) is None:  # the first name of tied parameters counts
+            self._bound[id(param)] = (weakref.ref(param), name)
+
+    # -- checkpoints and copies ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs: plain values and tensors.
+
+        ``{"version", "source": None | {"path", "sha256", "names": {parameter: name in the file}}, "names",
+        "offloaded", "tensors": {name: tensor}}``; ``tensors`` is empty for an anchor that lies in a file.
+        """
+        source: dict[str, Any] | None = self.source
+        if source is not None:
+            source["names"] = dict(self._in_file)
+        return {
+            "version": VERSION,
+            "source": source,
+            "names": list(self.names),
+            "offloaded": self._offloaded,
+            "tensors": dict(self._tensors),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, path: str | Path | None = None) -> None:
+        """Become what was saved. Bindings to parameters are kept where names and shapes still agree.
+
+        Args:
+            state_dict: from :meth:`state_dict`.
+            path: where the file lies now, if it was moved.
+
+        Raises ``ValueError`` if the dict is not one of these, or the file is gone or has other content; the
+        anchor is then as before.
+        """
+        version = state_dict.get("version")
+        if version != VERSION:
+            raise ValueError(f"anchor state: expected version {VERSION}, got {version!r}")
+        loaded = Anchor()
+        loaded._offloaded = bool(state_dict["offloaded"])
+        for name, tensor in state_dict["tensors"].items():
+            if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+                raise ValueError(f"anchor state: {name}: expected a floating-point tensor, got {tensor!r:.80}")
+            loaded._tensors[name] = tensor.detach().clone()
+        source = state_dict["source"]
+        if source is not None:
+            loaded._file = WeightFile.open(path or source["path"])
+            if loaded._file.sha256 != source["sha256"]:
+                raise ValueError(
+                    f"{loaded._file.path}: the anchor's file has changed: expected sha256 {source['sha256']}, "
+                    f"got {loaded._file.sha256}"
+                )
+            loaded._in_file = dict(source["names"])
+        bound = [(name, p) for ref, name in self._bound.values() if (p := ref()) is not None]
+        loaded.bind((name, p) for name, p in bound if name in loaded and loaded._shape(name) == list(p.shape))
+        self.__dict__.update(loaded.__dict__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Parameters themselves, so that a deep copy or a pickle together with the model follows its copies.
+        bound = [(p, name) for ref, name in self._bound.values() if (p := ref()) is not None]
+        return {**self.__dict__, "_bound": bound, "_ready": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._bound = {id(p): (weakref.ref(p), name) for p, name in state["_bound"]}
+
+
+class WeightFile:
+    """safetensors on disk, one file or shards with an index: headers and a content hash, tensors on demand."""
+
+    def __init__(self, path: Path, shards: dict[Path, list[str]]) -> None:
+        self.path = path
+        self.headers: dict[str, tuple[str, list[int]]] = {}  # name → (dtype, shape)
+        self.shard_of: dict[str, Path] = {}
+        digest = hashlib.sha256()
+        for shard in sorted(shards):
+            with safe_open(shard, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    view = opened.get_slice(name)
+                    self.headers[name] = (view.get_dtype(), list(view.get_shape()))
+                    self.shard_of[name] = shard
+            with open(shard, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        self.sha256 = digest.hexdigest()
+
+    @classmethod
+    def open(cls, path: str | Path) -> WeightFile:
+        """From a file, an index, or a folder that holds one of them by their usual names."""
+        path = Path(path)
+        if path.is_dir():
+            usual = [path / "model.safetensors", path / "model.safetensors.index.json"]
+            found = next((p for p in usual if p.exists()), None)
+            if found is None:
+                raise ValueError(f"{path}: expected {usual[0].name} or {usual[1].name} in this folder, found neither")
+            path = found
+        if not path.exists():
+            raise ValueError(
+                f"{path}: the anchor's file does not exist; if it was moved, make the anchor from its new place"
+            )
+        path = path.absolute()
+        if path.suffix != ".json":
+            return cls(path, {path: []})
+        weight_map = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f'{path}: expected an index with a "weight_map"')
+        shards: dict[Path, list[str]] = {}
+        for name, shard in weight_map.items():
+            if Path(shard).name != shard:
+                raise ValueError(f"{path}: expected shards beside the index, got {shard!r}")
+            shards.setdefault(path.parent / shard, []).append(name)
+        absent = [str(shard) for shard in shards if not shard.exists()]
+        if absent:
+            raise ValueError(f"{path}: shards are missing: {', '.join(absent)}")
+        return cls(path, shards)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the file's dtype, on the CPU."""
+        with safe_open(self.shard_of[name], framework="pt") as opened:
+            return opened.get_tensor(name)  # type: ignore[no-any-return]
+
+    def prefix_for(self, names: Iterable[str]) -> PrefixRule:
+        """The rule from a module's names to the file's that finds most of them; as they are, where it is a tie."""
+        names = set(names)
+        rules = {PrefixRule()}
+        rules.update(PrefixRule(add=head) for stored in self.headers for head, tail in splits(stored) if tail in names)
+        rules.update(PrefixRule(drop=head) for name in names for head, tail in splits(name) if tail in self.headers)
+        return max(rules, key=lambda r: (sum(r(name) in self.headers for name in names), not r.add + r.drop, r.add, r.drop))
+
+
+@dataclass(frozen=True)
+class PrefixRule:
+    """From a parameter's name in the module to its name in the file."""
+
+    add: str = ""
+    drop: str = ""
+
+    def __call__(self, name: str) -> str:
+        return self.add + name.removeprefix(self.drop)
+
+
+def splits(name: str) -> Iterator[tuple[str, str]]:
+    """Every way to cut a dotted name in two: ``("a.", "b.c")``, ``("a.b.", "c")``."""
+    for i, letter in enumerate(name):
+        if letter == ".":
+            yield name[: i + 1], name[i + 1 :]
+
+
+def named_tensors(source: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """(name, parameter) pairs, each name once."""
+    named = list(source.named_parameters() if isinstance(source, nn.Module) else source)
+    seen: set[str] = set()
+    for item in named:
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)):
+            raise TypeError(
+                f"expected a module or (name, parameter) pairs, such as model.named_parameters(); got {item!r:.80}"
+            )
+        if item[0] in seen:
+            raise ValueError(f"{item[0]}: expected each name once, got it twice")
+        seen.add(item[0])
+    return named
+
+
+def matching(exclude: str | Iterable[str], names: list[str]) -> set[str]:
+    """The names that any pattern (a name, a glob, a module) takes in."""
+    found: set[str] = set()
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+        hits = {n for n in names if n == pattern or n.startswith(pattern + ".") or fnmatchcase(n, pattern)}
+        if not hits:
+            raise ValueError(f"exclude: {pattern!r} matches no parameter{closest(pattern, names)}")
+        found |= hits
+    return found
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """A hint at what may have been meant."""
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f"; the closest are {', '.join(near)}" if near else ""
+
+
+def copied(p: Tensor, dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:
+    """A copy that shares nothing with ``p``, in its memory order."""
+    source = p.detach()
+    if not pin:
+        return source.to(device, dtype, copy=True)
+    return torch.empty_like(source, dtype=dtype, device=device).pin_memory().copy_(source)

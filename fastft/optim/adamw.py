@@ -1,0 +1,720 @@
+"""``AdamW``: torch's, in one pass over memory, with an anchor, clipping, skipping and masks in the same pass."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT
+
+from fastft import _C
+from fastft.anchor import Anchor
+
+from .masks import UpdateMask, check_mask
+from .staging import PART_BYTES, Staging, staging_for
+from .step import (
+    ANCHOR_MODES,
+    KERNEL_DTYPES,
+    Part,
+    fit_grad,
+    is_dtensor,
+    laid_out_like,
+    like,
+    local,
+    runs_kernels,
+    take_step,
+)
+
+CHECKPOINT_KEY = "fastft"
+CHECKPOINT_VERSION = 1
+STATE_DTYPES = (None, torch.float32)
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class AdamW(torch.optim.AdamW):
+    r"""AdamW as a drop-in for :class:`torch.optim.AdamW`, with what fine-tuning asks for in the same pass.
+
+    For each element that is not frozen or masked, t counting the steps of its tensor:
+
+    .. code-block:: text
+
+        g  = grad · grad_scale⁻¹ · min(1, max_grad_norm / (‖grad‖₂ + 1e-6))
+        p  = p − lr·weight_decay·p − min(1, lr·anchor_decay)·(p − anchor)
+        m  = β₁·m + (1−β₁)·g
+        v  = β₂·v + (1−β₂)·g²
+        p  = p − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + eps)
+
+    Everything is computed in float32 (float64 for float64 parameters) whatever the dtype it is stored in. State
+    dicts are exchanged with ``torch.optim.AdamW`` in both directions, mid-run.
+
+    Args:
+        params: parameters, named parameters or group dicts, as for any torch optimizer. float32, bfloat16,
+            float16 and float64 on CPU or CUDA, any dense memory order, take the fused step, DTensors by their
+            local part. What it cannot take (complex parameters, sparse gradients, memory with gaps or shared
+            with another parameter, tensor subclasses, other devices) takes torch's own step as long as no
+            option below concerns it, and raises a ``ValueError`` naming the parameter and the option otherwise.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in
+            torch. ``foreach`` and ``fused`` choose between torch's implementations and change nothing here,
+            except that ``fused`` and ``capturable`` keep the step count on the parameter's device.
+        anchor: where the weights are pulled back to: ``"init"`` (their values now), an :class:`fastft.Anchor`,
+            or None.
+        anchor_decay: λ ≥ 0 of the pull, scaled by lr as weight_decay is. In groups: the key ``anchor_decay``.
+            ``lr·anchor_decay`` above 1 would overshoot and raises a ``ValueError``; with an lr that lies on a
+            GPU it counts as 1 instead.
+        anchor_mode: ``"decoupled"`` as above, or ``"l2"``: ``anchor_decay·(p − anchor)`` is added to g instead
+            and so preconditioned by Adam (L2-SP; Li et al. 2018, https://arxiv.org/abs/1802.01483). In groups:
+            the key ``anchor_mode``.
+        max_grad_norm: clip to this global 2-norm over all groups and devices, or None. What is frozen or
+            masked does not count.
+        skip_nonfinite: leave everything as it is in a step whose gradients' norm is inf or NaN.
+        state_dtype: ``torch.float32`` keeps the moments of 16-bit parameters in float32; None in the
+            parameter's dtype, as torch does.
+
+    After a step with clipping or skipping, :attr:`grad_norm` and :attr:`skipped_steps` tell what happened,
+    without having waited for the GPU.
+
+    Decoupled weight decay: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
+
+    # On the class: an instance attribute would not survive copy.deepcopy.
+    _step_supports_amp_scaling = True
+
+    grad_norm: Tensor | None
+    """Global 2-norm of the last step's gradients, unscaled, before clipping: 0-d, float64; None if not needed."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        anchor: Anchor | Literal["init"] | None = None,
+        anchor_decay: float = 0.0,
+        anchor_mode: Literal["decoupled", "l2"] = "decoupled",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not (anchor is None or anchor == "init" or isinstance(anchor, Anchor)):
+            raise ValueError(f'anchor: expected None, "init" or a fastft.Anchor, got {anchor!r}')
+        if max_grad_norm is not None and not max_grad_norm >= 0.0:
+            raise ValueError(f"max_grad_norm: expected None or a number >= 0, got {max_grad_norm!r}")
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype: expected None or torch.float32, got {state_dtype!r}")
+        self._anchor = Anchor() if anchor == "init" else anchor
+        self._anchors_new_params = anchor == "init"
+        self._max_grad_norm = max_grad_norm
+        self._skip_nonfinite = bool(skip_nonfinite)
+        self._state_dtype = state_dtype
+        self._anchor_defaults = {"anchor_decay": anchor_decay, "anchor_mode": anchor_mode}
+        self._masks: dict[Tensor, UpdateMask] = {}
+        self._frozen: set[Tensor] = set()
+        self._skipped: Tensor | None = None
+        self.grad_norm = None
+        self._forget_plan()
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self.defaults.update(self._anchor_defaults)
+        if isinstance(anchor, Anchor) and len(anchor) and not any(
+            self._anchor_name(p, name) for _, p, name in self._parameters()
+        ):
+            raise ValueError(
+                f"anchor: none of the optimizer's parameters is in {anchor!r}: it knows parameters by identity "
+                "(those it was made from) or by name (pass model.named_parameters() to the optimizer)"
+            )
+
+    # -- the step ------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform a single optimization step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called with gradients enabled.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _step(self) -> None:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+            found_inf: Tensor | None = getattr(self, "found_inf", None)
+            self._check_groups()
+            self._gather(counts_on_device=self._skip_nonfinite or found_inf is not None)
+            may_skip = self._skip_nonfinite or found_inf is not None
+            if may_skip and self._skipped is None:
+                self._skipped = torch.zeros((), dtype=torch.int64, device=self._first_device())
+            try:
+                if self._left_to_torch:
+                    self._step_with_torch(grad_scale, found_inf)
+                self.grad_norm = take_step(
+                    self._parts,
+                    self.param_groups,
+                    max_grad_norm=self._max_grad_norm,
+                    skip_nonfinite=self._skip_nonfinite,
+                    grad_scale=grad_scale,
+                    found_inf=found_inf,
+                    skipped_steps=self._skipped if may_skip else None,
+                )
+            finally:
+                for part in self._parts:
+                    part.plan.release()
+                if self._left_to_torch:
+                    self._forget_plan()  # next time their gradients may be dense
+
+    def _check_groups(self) -> None:
+        """Raise where a group's numbers make no sense; schedulers and users may have changed them."""
+        for index, group in enumerate(self.param_groups):
+            decay = group["anchor_decay"]
+            if decay == 0.0 and group["anchor_mode"] in ANCHOR_MODES:
+                continue
+            where = f"param_groups[{index}]"
+            check_anchor_options(decay, group["anchor_mode"], where)
+            if self._anchor is None:
+                raise ValueError(f"{where}: anchor_decay: expected 0 without an anchor, got {decay}")
+            lr = group["lr"]
+            if group["anchor_mode"] == "decoupled" and not (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+                pull = float(lr) * decay
+                if pull > 1.0:
+                    raise ValueError(
+                        f"{where}: lr * anchor_decay: expected at most 1 (a step would land beyond the anchor), "
+                        f"got {float(lr):g} * {decay:g} = {pull:g}"
+                    )
+
+    def _gather(self, counts_on_device: bool) -> None:
+        """Make sure that the plan is up to date, and hand it this step's gradients. Writes no parameter."""
+        key = (
+            counts_on_device,
+            [
+                (g["anchor_decay"] != 0.0, g["amsgrad"], g["capturable"], g["fused"], g["differentiable"])
+                for g in self.param_groups
+            ],
+        )
+        if key == self._plan_key and all(self._gather_part(part) for part in self._parts):
+            return
+        self._forget_plan()
+        before = set(self.state)
+        try:
+            self._make_plan(counts_on_device)
+            if not all(self._gather_part(part) for part in self._parts):
+                raise RuntimeError("the parameters, their gradients or their state changed during the step")
+        except BaseException:
+            self._forget_plan()
+            for p in set(self.state) - before:  # nothing stepped, so nothing has state that had none
+                del self.state[p]
+            raise
+        self._plan_key = key
+
+    def _gather_part(self, part: Part) -> bool:
+        """Whether the part's plan still holds; if so it now has its gradients."""
+        helpless = part.plan.gather([group["params"] for group in self.param_groups], self.state)
+        if isinstance(helpless, bool):
+            return helpless
+        for position in helpless:
+            p, _, name, stepped = part.entries[position][:4]
+            # The plan watches the local tensor; a DTensor may have got another one.
+            if p.grad.layout != torch.strided or local(p) is not stepped:
+                return False
+            part.plan.set_grad(position, fit_grad(p.grad, p, stepped, name))
+        return True
+
+    def _make_plan(self, counts_on_device: bool) -> None:
+        live: dict[int, tuple[int, Tensor, str]] = {}
+        # What each parameter looks like to a plan that does not step it: one tuple for each, in order.
+        entries: list[tuple[Any, ...]] = []
+        for position, (group_index, p, name) in enumerate(self._parameters()):
+            has_state = bool(self.state.get(p))
+            frozen = p in self._frozen
+            dormant = p.grad is None and not has_state and not frozen
+            entries.append((p, group_index) if dormant else (p,))
+            if frozen or dormant:
+                continue
+            refuse_unusable(p, name)
+            reason = why_not_fused(p, self.param_groups[group_index])
+            if reason:
+                self._leave_to_torch(group_index, p, name, reason)
+            else:
+                live[position] = (group_index, p, name)
+        shared = _C.overlapping([local(p) for _, p, _ in live.values()])
+        for position in [list(live)[i] for i in shared]:
+            self._leave_to_torch(*live.pop(position), "memory that it shares with another parameter")
+        for position, (group_index, p, name) in live.items():
+            entries[position] = self._live_entry(group_index, p, name, counts_on_device)
+        self._parts = list(parts_of(entries, list(live)))
+
+    def _live_entry(self, group_index: int, p: Tensor, name: str, counts_on_device: bool) -> tuple[Any, ...]:
+        """The tuple that tells a plan all about a parameter; makes its state ready."""
+        group = self.param_groups[group_index]
+        on_device = self._prepare_state(p, group, name, counts_on_device)
+        state, stepped = self.state[p], local(p)
+        anchor = None
+        if group["anchor_decay"] != 0.0 and self._anchor is not None:
+            anchor = self._anchor.tensor_for(p, self._anchor_name(p, name) or name)
+            if anchor is not None:
+                anchor = local(like(anchor, p))
+        mask, rows = self._masks[p].for_core(p) if p in self._masks else (None, None)
+        return (
+            p,
+            group_index,
+            name,
+            stepped,
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
+            local(state["max_exp_avg_sq"]) if group["amsgrad"] else None,
+            state["step"],
+            anchor,
+            mask,
+            rows,
+            on_device,
+        )
+
+    def _prepare_state(self, p: Tensor, group: dict[str, Any], name: str, counts_on_device: bool) -> bool:
+        """Make the state if there is none, and bring it into the parameter's memory order.
+
+        Returns whether the step count lies on the device, where a kernel counts.
+        """
+        state = self.state[p]
+        names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+        kernels = runs_kernels(p.device)
+        on_device = bool(kernels and (group["capturable"] or group["fused"] or counts_on_device))
+        if not state:
+            default = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+            beside = group["capturable"] or group["fused"] or on_device
+            state["step"] = (
+                torch.zeros((), dtype=torch.float32, device=p.device)
+                if beside
+                else torch.zeros((), dtype=default, device="cpu")
+            )
+            for key in names:
+                state[key] = torch.zeros_like(
+                    p, dtype=self._moment_dtype(p), memory_format=torch.preserve_format
+                )
+            return on_device
+        missing = [key for key in ("step", *names) if not isinstance(state.get(key), Tensor)]
+        if missing:
+            raise ValueError(f"{name}: state: expected tensors for {', '.join(missing)}, got {sorted(state)}")
+        for key in names:
+            if not is_dtensor(p) and state[key].shape == p.shape:
+                state[key] = laid_out_like(state[key], p)
+        step = state["step"]
+        if step.numel() != 1:
+            raise ValueError(f"{name}: state: step: expected one number, got shape {list(step.shape)}")
+        on_device = on_device or bool(kernels and step.device == p.device and step.device.type != "cpu")
+        device = p.device if on_device else torch.device("cpu")
+        if step.device != device or step.dtype not in (torch.float32, torch.float64)[: 1 if on_device else 2]:
+            state["step"] = step.to(device, torch.float32)
+        return on_device
+
+    def _moment_dtype(self, p: Tensor) -> torch.dtype:
+        wide = self._state_dtype is not None and p.dtype in (torch.bfloat16, torch.float16)
+        return torch.float32 if wide else p.dtype
+
+    def _leave_to_torch(self, group_index: int, p: Tensor, name: str, reason: str) -> None:
+        """Remember that torch's own step takes ``p``, or raise if it must obey an option that torch lacks."""
+        group = self.param_groups[group_index]
+        options = {
+            "max_grad_norm": self._max_grad_norm is not None,
+            "skip_nonfinite": self._skip_nonfinite,
+            "anchor_decay": group["anchor_decay"] != 0.0 and self._anchor_name(p, name) is not None,
+            "an update mask": p in self._masks,
+            "state_dtype": self._moment_dtype(p) != p.dtype,
+        }
+        used = [option for option, on in options.items() if on]
+        if used:
+            raise ValueError(
+                f"{name}: has {reason}, which only torch's own step can take; it knows no {', '.join(used)}"
+            )
+        self._left_to_torch.append((group_index, p))
+
+    def _step_with_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        calls = []
+        for index, group in enumerate(self.param_groups):
+            params = [p for i, p in self._left_to_torch if i == index and p.grad is not None]
+            lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+            has_complex = self._init_group({**group, "params": params}, *lists)
+            calls.append((group, has_complex, lists))
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        for group, has_complex, (params, grads, *others) in calls:
+            if not params:
+                continue
+            if grad_scale is not None:
+                grads = [grad / grad_scale.to(grad.device) for grad in grads]
+            adam(
+                params,
+                grads,
+                *others,
+                has_complex=has_complex,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                decoupled_weight_decay=True,
+                **{key: group[key] for key in TORCH_OPTIONS},
+            )
+
+    def _first_device(self) -> torch.device:
+        for part in self._parts:
+            for entry in part.entries:
+                if len(entry) > 2 and entry[0].grad is not None:
+                    return entry[3].device
+        return torch.device("cpu")
+
+    def _forget_plan(self) -> None:
+        self._plan_key: Any = None
+        self._parts: list[Part] = []
+        self._left_to_torch: list[tuple[int, Tensor]] = []
+
+    # -- what may be stepped -------------------------------------------------------------------------------
+
+    def freeze(self, params: Tensor | nn.Module | Iterable[Tensor]) -> None:
+        """Leave parameters untouched, bit for bit, whatever their ``.grad`` holds.
+
+        ``requires_grad`` stays as it is, their state is kept, and their gradients count in no norm.
+        """
+        self._frozen.update(self._known_parameters(params, "freeze"))
+        self._forget_plan()
+
+    def unfreeze(self, params: Tensor | nn.Module | Iterable[Tensor]) -> None:
+        """Step frozen parameters again. One that never stepped starts at its own t = 1."""
+        self._frozen.difference_update(self._known_parameters(params, "unfreeze"))
+        self._forget_plan()
+
+    def set_update_mask(self, param: Tensor, mask: Tensor | None) -> None:
+        """Step only the rows or elements of ``param`` where ``mask`` is true; all of it with None.
+
+        Args:
+            param: one of the optimizer's parameters.
+            mask: bool, of shape ``[param.shape[0]]`` (rows) or ``param.shape`` (elements), on any device;
+                copied. What is masked out is left untouched bit for bit: parameter, moments, decay, anchor; its
+                gradient does not count in the norm. A step's cost follows the fraction of active rows.
+        """
+        (known,) = self._known_parameters([param], "set_update_mask")
+        if mask is None:
+            self._masks.pop(known, None)
+        else:
+            self._masks[known] = UpdateMask(mask, known, self._name_of(known))
+        self._forget_plan()
+
+    def update_mask(self, param: Tensor) -> Tensor | None:
+        """A copy of the mask that was set for ``param``, or None."""
+        (known,) = self._known_parameters([param], "update_mask")
+        return self._masks[known].mask.clone() if known in self._masks else None
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped for non-finite gradients: 0-d, int64, on the device that counts."""
+        return torch.zeros((), dtype=torch.int64) if self._skipped is None else self._skipped.clone()
+
+    def _known_parameters(self, params: Tensor | nn.Module | Iterable[Tensor], method: str) -> list[Tensor]:
+        if isinstance(params, nn.Module):
+            params = params.parameters()
+        found = [params] if isinstance(params, Tensor) else list(params)
+        known = {id(p) for _, p, _ in self._parameters()}
+        for p in found:
+            if not isinstance(p, Tensor):
+                raise TypeError(f"{method}: expected parameters of the optimizer, got {type(p).__name__}")
+            if id(p) not in known:
+                raise ValueError(
+                    f"{method}: expected a parameter of this optimizer, got another {type(p).__name__} of shape "
+                    f"{list(p.shape)}"
+                )
+        return found
+
+    # -- groups and names ----------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as in torch; ``anchor_decay`` and ``anchor_mode`` may be among the keys.
+
+        With ``anchor="init"`` the new parameters' values are now taken as their anchor.
+        """
+        options = self._anchor_defaults
+        if isinstance(param_group, dict):
+            options = {key: param_group.get(key, default) for key, default in options.items()}
+            check_anchor_options(**options, where=f"param_groups[{len(self.param_groups)}]")
+            if options["anchor_decay"] != 0.0 and self._anchor is None:
+                raise ValueError(
+                    f"anchor_decay: expected 0 without an anchor, got {options['anchor_decay']}; "
+                    'pass anchor="init" or a fastft.Anchor'
+                )
+        super().add_param_group(param_group)
+        for key, value in options.items():
+            self.param_groups[-1].setdefault(key, value)
+        if self._anchors_new_params and self._anchor is not None:
+            last = len(self.param_groups) - 1
+            self._anchor.update(
+                Anchor.snapshot(
+                    [(name, p) for i, p, name in self._parameters() if i == last and p.is_floating_point()]
+                )
+            )
+        self._forget_plan()
+
+    def _parameters(self) -> Iterator[tuple[int, Tensor, str]]:
+        """(group index, parameter, name) for each parameter, in order."""
+        for index, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                yield index, p, names[i] if names else f"param_groups[{index}]['params'][{i}]"
+
+    def _name_of(self, param: Tensor) -> str:
+        return next(name for _, p, name in self._parameters() if p is param)
+
+    def _anchor_name(self, p: Tensor, name: str) -> str | None:
+        """What the anchor calls a parameter; None if it does not know it."""
+        if self._anchor is None:
+            return None
+        return self._anchor.name_of(p) or (name if name in self._anchor else None)
+
+    # -- copies and checkpoints ----------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_anchor", "_anchors_new_params", "_max_grad_norm", "_skip_nonfinite", "_state_dtype")
+        own += ("_anchor_defaults", "_masks", "_frozen", "_skipped", "grad_norm")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Also called by load_state_dict, with the new state and groups: torch's know no anchor_decay.
+        before = self.__dict__.get("param_groups", [])
+        self._forget_plan()
+        super().__setstate__(state)
+        for index, group in enumerate(self.param_groups):
+            known = before[index] if index < len(before) else self._anchor_defaults
+            for key in self._anchor_defaults:
+                group.setdefault(key, known[key])
+        loading = self.__dict__.pop("_loading", None)
+        if loading is not None:
+            loading.apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, and under the key ``"fastft"`` the anchor, masks, frozen set and counters.
+
+        ``torch.optim.AdamW`` loads it and ignores that key. An anchor that came from a file is saved as the
+        file's path and content hash, any other with its tensors.
+        """
+        # A hook put first, so that the user's own hooks see the whole dict.
+        handle = self.register_state_dict_post_hook(lambda _, packed: self._add_own_state(packed), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _add_own_state(self, packed: dict[str, Any]) -> None:
+        names = {i: self._anchor_name(p, name) for i, (_, p, name) in enumerate(self._parameters())}
+        positions = {id(p): i for i, (_, p, _) in enumerate(self._parameters())}
+        packed[CHECKPOINT_KEY] = {
+            "version": CHECKPOINT_VERSION,
+            "anchor": None if self._anchor is None else self._anchor.state_dict(),
+            "anchor_names": {i: name for i, name in names.items() if name is not None},
+            "masks": {positions[id(p)]: mask.mask for p, mask in self._masks.items()},
+            "frozen": sorted(positions[id(p)] for p in self._frozen),
+            "skipped_steps": self.skipped_steps.cpu() if self._skipped is not None else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, which resumes exactly, or of ``torch.optim.AdamW``.
+
+        One of torch's leaves the anchor, the masks, what is frozen and the anchor's options as they are. An
+        anchor that came from a file is read from there again, after its content has been verified; if the file
+        was moved, give the optimizer an ``Anchor.from_safetensors`` of its new place first. Moments keep the dtype
+        that this optimizer's ``state_dtype`` asks for. On an error nothing has changed.
+        """
+
+        def check_own_state(_: Any, loaded: dict[str, Any]) -> None:
+            self._loading = Loading(self, loaded)
+
+        # A hook put last, so that it sees what the user's own hooks made of the dict.
+        handle = self.register_load_state_dict_pre_hook(check_own_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_loading", None)
+
+
+class Loading:
+    """What a state dict brings beyond torch's part: checked when made, applied once torch's part is in place."""
+
+    def __init__(self, optimizer: AdamW, loaded: dict[str, Any]) -> None:
+        self.optimizer = optimizer
+        self.params = [p for _, p, _ in optimizer._parameters()]
+        self.own = loaded.get(CHECKPOINT_KEY)
+        # torch casts moments to the parameter's dtype, so those of 16-bit parameters are taken from the original.
+        saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        self.moments: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        for i, p in zip(saved_ids, self.params, strict=False):
+            if optimizer._moment_dtype(p) != p.dtype:
+                for key in MOMENTS:
+                    value = loaded["state"].get(i, {}).get(key)
+                    if isinstance(value, Tensor):
+                        self.moments[p][key] = value
+        # With another number of parameters torch will say so, after this.
+        if self.own is not None and len(saved_ids) == len(self.params):
+            self._check()
+        else:
+            self.own = None
+
+    def _check(self) -> None:
+        assert self.own is not None
+        version = self.own.get("version")
+        if version != CHECKPOINT_VERSION:
+            raise ValueError(
+                f'state_dict["{CHECKPOINT_KEY}"]: expected version {CHECKPOINT_VERSION}, got {version!r}: '
+                "it was written by another release of fastft"
+            )
+        names = [name for _, _, name in self.optimizer._parameters()]
+        self.masks = {}
+        for i, mask in self.own["masks"].items():
+            check_mask(mask, self.params[i], names[i])
+            self.masks[self.params[i]] = UpdateMask(mask, self.params[i], names[i])
+        self.frozen = {self.params[i] for i in self.own["frozen"]}
+        self.anchor = self.optimizer._anchor
+        saved = self.own["anchor"]
+        if saved is not None and not self._is_the_same_file(saved):
+            self.anchor = Anchor()
+            self.anchor.load_state_dict(saved)
+            self.anchor.bind([(name, self.params[i]) for i, name in self.own["anchor_names"].items()])
+
+    def _is_the_same_file(self, saved: dict[str, Any]) -> bool:
+        if self.anchor is None or saved["source"] is None or self.anchor.source is None:
+            return False
+        return bool(saved["source"]["sha256"] == self.anchor.source["sha256"])
+
+    def apply(self) -> None:
+        """Called once torch's part is in place."""
+        optimizer = self.optimizer
+        for p, moments in self.moments.items():
+            for key, value in moments.items():
+                optimizer.state[p][key] = value.to(p.device, torch.float32, copy=True)
+        if self.own is not None:
+            optimizer._anchor = self.anchor
+            optimizer._masks = self.masks
+            optimizer._frozen = self.frozen
+            skipped = self.own["skipped_steps"]
+            device = optimizer._skipped.device if optimizer._skipped is not None else None
+            optimizer._skipped = None if skipped is None else skipped.to(device, torch.int64, copy=True)
+
+
+TORCH_OPTIONS = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused")
+
+
+def check_anchor_options(anchor_decay: Any, anchor_mode: Any, where: str) -> None:
+    """Raise unless the two make sense."""
+    if not isinstance(anchor_decay, (int, float)) or not 0.0 <= anchor_decay < float("inf"):
+        raise ValueError(f"{where}: anchor_decay: expected a finite number >= 0, got {anchor_decay!r}")
+    if anchor_mode not in ANCHOR_MODES:
+        raise ValueError(f"{where}: anchor_mode: expected one of {ANCHOR_MODES}, got {anchor_mode!r}")
+
+
+def refuse_unusable(p: Tensor, name: str) -> None:
+    """Raise for parameters that no implementation can step: they hold no values, or one place for several."""
+    if p.is_meta:
+        raise ValueError(f"{name}: expected a parameter with memory, got one on the meta device")
+    if p.layout == torch.strided and any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: expected a parameter whose elements each have memory of their own, got an expanded tensor "
+            f"of shape {list(p.shape)} and strides {list(p.stride())}; pass a contiguous copy"
+        )
+
+
+def why_not_fused(p: Tensor, group: dict[str, Any]) -> str | None:
+    """Why torch's own step must take ``p``; None if ours can."""
+    if group["differentiable"]:
+        return "differentiable=True"
+    if p.layout != torch.strided or (p.grad is not None and p.grad.layout != torch.strided):
+        return "a sparse gradient"
+    if p.dtype not in KERNEL_DTYPES:
+        return f"dtype {p.dtype}"
+    if not is_dtensor(p) and type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"the tensor subclass {type(p).__name__}"
+    if p.device.type not in ("cpu", *_C.kernel_devices):
+        return f"device {p.device}"
+    if not is_dense(local(p)):
+        return "gaps in its memory"
+    if any(isinstance(beta, Tensor) and beta.device.type != "cpu" for beta in group["betas"]):
+        return "betas on a GPU"
+    return None
+
+
+def is_dense(p: Tensor) -> bool:
+    """numel consecutive items of memory, in some order."""
+    expected = 1
+    for stride, n in sorted((s, n) for n, s in zip(p.shape, p.stride(), strict=True) if n != 1):
+        if stride != expected:
+            return p.numel() <= 1
+        expected *= n
+    return True
+
+
+def parts_of(
+    entries: list[tuple[Any, ...]], live: Sequence[int]
+) -> Iterator[Part]:
+    """Plans that step the entries at ``live``; usually one.
+
+    DTensors that lie spread over other processes have a plan of their own, since their norm adds up over these;
+    so do parameters whose anchor waits in host memory, some megabytes of it at a time.
+    """
+    watched = [entry[:1] if len(entry) > 2 else entry for entry in entries]
+    plain: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    offloaded: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for position in live:
+        p, anchor_tensor = entries[position][0], entries[position][8]
+        key = process_groups_of(p)
+        if anchor_tensor is not None and anchor_tensor.device != p.device:
+            offloaded[(*key, p.device)].append(position)
+        else:
+            plain[key].append(position)
+
+    def part(positions: list[int], staging: Staging | None, groups: tuple[Any, ...]) -> Part:
+        chosen = list(watched)
+        for i, position in enumerate(positions):
+            entry = entries[position]
+            chosen[position] = entry if staging is None else (*entry[:8], staging.views[i], *entry[9:])
+        return Part(chosen, groups, staging)
+
+    if not live:  # a plan of nothing still notices the first gradient
+        yield part([], None, ())
+    for key, positions in plain.items():
+        yield part(positions, None, key)
+    for (*groups, device), positions in offloaded.items():
+        chunks: list[list[int]] = [[]]
+        for position in positions:
+            if sum(entries[i][8].nbytes for i in chunks[-1]) + entries[position][8].nbytes > PART_BYTES and chunks[-1]:
+                chunks.append([])
+            chunks[-1].append(position)
+        stagings = staging_for(device, [[entries[i][8] for i in chunk] for chunk in chunks])
+        for chunk, staging in zip(chunks, stagings, strict=True):
+            yield part(chunk, staging, tuple(groups))
+
+
+def process_groups_of(p: Tensor) -> tuple[Any, ...]:
+    """The process groups over which ``p`` is cut into pieces; () for a tensor that is whole here."""
+    if not is_dtensor(p):
+        return ()
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())

@@ -1,0 +1,130 @@
+"""``adamw_``: the step as a function, for those who keep the state themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastft import _C
+
+from .adamw import check_anchor_options, is_dense, refuse_unusable
+from .masks import UpdateMask
+from .step import KERNEL_DTYPES, Part, fit_grad, laid_out_like, runs_kernels, take_step
+
+
+@torch.no_grad()
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    max_exp_avg_sqs: Sequence[Tensor] | None = None,
+    anchors: Sequence[Tensor | None] | None = None,
+    update_masks: Sequence[Tensor | None] | None = None,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
+    anchor_decay: float = 0.0,
+    anchor_mode: Literal["decoupled", "l2"] = "decoupled",
+    max_grad_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skipped_steps: Tensor | None = None,
+) -> Tensor | None:
+    """One AdamW step in place: writes params, moments and steps. The formulas are those of :class:`AdamW`.
+
+    Args:
+        params: n dense float32, bfloat16, float16 or float64 tensors, on CPU or CUDA.
+        grads: as many of the same shapes, of any floating dtype; None leaves its parameter untouched.
+        exp_avgs, exp_avg_sqs: the moments, in the parameter's memory order and dtype, or float32 with 16-bit
+            parameters.
+        steps: how many steps each parameter has taken, one-element float32 or float64 tensors on the CPU, or
+            float32 on the parameter's device; counted up here.
+        max_exp_avg_sqs: amsgrad's running maxima; None without amsgrad.
+        anchors: of the parameters' shapes, any floating dtype (float64 only with float64); None where free.
+        update_masks: bool, ``[rows]`` or the parameter's shape; None where all of it is stepped.
+        lr: a number, or a one-element tensor.
+        grad_scale, found_inf: float32, one element: what the gradients still carry; skip where not 0.
+        skipped_steps: int64, one element, on the first parameter's device; counts the skipped steps.
+
+    Returns the global norm of the gradients (0-d, float64, unscaled, before clipping) if ``max_grad_norm`` or
+    ``skip_nonfinite`` asks for it, else None. Raises ``ValueError`` before anything is written.
+    """
+    n = len(params)
+    lists: dict[str, Sequence[Any] | None] = {
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "steps": steps,
+        "max_exp_avg_sqs": max_exp_avg_sqs,
+        "anchors": anchors,
+        "update_masks": update_masks,
+    }
+    for name, values in lists.items():
+        if values is not None and len(values) != n:
+            raise ValueError(f"{name}: expected {n} entries, one for each of params, got {len(values)}")
+    check_anchor_options(anchor_decay, anchor_mode, "adamw_")
+    if anchor_mode == "decoupled" and not (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        if float(lr) * anchor_decay > 1.0:
+            raise ValueError(f"lr * anchor_decay: expected at most 1, got {float(lr) * anchor_decay:g}")
+
+    entries: list[tuple[Any, ...]] = []
+    for i, p in enumerate(params):
+        name = f"params[{i}]"
+        if grads[i] is None:
+            entries.append((p,))
+            continue
+        refuse_unusable(p, name)
+        if p.dtype not in KERNEL_DTYPES or p.layout != torch.strided or not is_dense(p):
+            raise ValueError(
+                f"{name}: expected a dense float32, bfloat16, float16 or float64 tensor, got {p.dtype}, "
+                f"{p.layout}, shape {list(p.shape)}, strides {list(p.stride())}"
+            )
+        anchor = anchors[i] if anchors is not None and anchor_decay != 0.0 else None
+        if anchor is not None:
+            if anchor.shape != p.shape:
+                raise ValueError(f"anchors[{i}]: expected shape {list(p.shape)}, got {list(anchor.shape)}")
+            anchor = laid_out_like(anchor, p)
+        mask = update_masks[i] if update_masks is not None else None
+        chosen = (None, None) if mask is None else UpdateMask(mask, p, name).for_core(p)
+        on_device = runs_kernels(p.device) and steps[i].device == p.device
+        maximum = None if max_exp_avg_sqs is None else max_exp_avg_sqs[i]
+        entries.append(
+            (p, 0, name, p, exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], anchor, *chosen, on_device)
+        )
+    live = [i for i, entry in enumerate(entries) if len(entry) > 1]
+    shared = _C.overlapping([params[i] for i in live])
+    if shared:
+        raise ValueError(f"params[{live[shared[0]]}]: expected memory of its own, got some that another one shares")
+    part = Part(entries)
+    for i in live:
+        grad = grads[i]
+        assert grad is not None
+        part.plan.set_grad(i, fit_grad(grad, params[i], params[i], f"params[{i}]"))
+    group = {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "amsgrad": max_exp_avg_sqs is not None,
+        "maximize": maximize,
+        "anchor_decay": anchor_decay,
+        "anchor_mode": anchor_mode,
+    }
+    return take_step(
+        [part],
+        [group],
+        max_grad_norm=max_grad_norm,
+        skip_nonfinite=skip_nonfinite,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        skipped_steps=skipped_steps,
+    )

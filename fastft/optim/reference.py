@@ -1,0 +1,83 @@
+"""The same update in plain PyTorch: slow, short, in float64; what the kernels are tested against.
+
+    g  = grad · grad_scale⁻¹ · clip                clip = min(1, max_grad_norm / (‖g‖₂ + 1e-6))
+    p  = p − lr·wd·p − min(1, lr·λ)·(p − a)        (or, with the l2 anchor: g = g + λ·(p − a))
+    m  = β₁·m + (1−β₁)·g
+    v  = β₂·v + (1−β₂)·g²                          (amsgrad: v̂ = max(v̂, v), else v̂ = v)
+    p  = p − lr/(1−β₁ᵗ) · m / (√v̂/√(1−β₂ᵗ) + ε)
+
+Decay is Loshchilov & Hutter's (arXiv 1711.05101), the l2 anchor Li et al.'s (L2-SP, arXiv 1802.01483), amsgrad
+Reddi et al.'s (arXiv 1904.09237).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def adamw(
+    p: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    v_max: Tensor | None,
+    t: int,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    anchor: Tensor | None = None,
+    anchor_decay: float = 0.0,
+    anchor_mode: str = "decoupled",
+    maximize: bool = False,
+    update_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """One tensor's step number ``t`` (1 is the first): the new (p, m, v, v_max), all float64, nothing in place.
+
+    All tensors have one shape, ``update_mask`` (bool) that shape or ``[rows]``; ``grad`` is already unscaled
+    and clipped. ``v_max`` is amsgrad's, None without it.
+    """
+    p, g, m, v = p.double(), grad.double(), m.double(), v.double()
+    before = (p, m, v, v_max)
+    if maximize:
+        g = -g
+    new_p = p - lr * weight_decay * p
+    if anchor is not None:
+        delta = p - anchor.double()
+        if anchor_mode == "l2":
+            g = g + anchor_decay * delta
+        else:
+            new_p = new_p - min(1.0, lr * anchor_decay) * delta
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g.square()
+    second = v
+    if v_max is not None:
+        second = v_max = torch.maximum(v_max.double(), v)
+    new_p = new_p - lr / (1 - betas[0] ** t) * m / (second.sqrt() / (1 - betas[1] ** t) ** 0.5 + eps)
+    after = (new_p, m, v, v_max)
+    if update_mask is None:
+        return after
+    live = update_mask.view(update_mask.shape + (1,) * (p.dim() - update_mask.dim()))
+    new = [None if a is None or b is None else torch.where(live, a, b.double()) for a, b in zip(after, before, strict=True)]
+    assert new[0] is not None and new[1] is not None and new[2] is not None
+    return new[0], new[1], new[2], new[3]
+
+
+def grad_norm(
+    grads: Sequence[Tensor], update_masks: Sequence[Tensor | None] | None = None, grad_scale: float = 1.0
+) -> float:
+    """The global 2-norm over all gradients, unscaled, of what is not masked out."""
+    total = 0.0
+    for i, grad in enumerate(grads):
+        mask = update_masks[i] if update_masks is not None else None
+        total += (grad if mask is None else grad[mask]).double().square().sum().item()
+    return total**0.5 / grad_scale
+
+
+def clip_factor(norm: float, max_grad_norm: float | None) -> float:
+    """What the gradients are multiplied by: min(1, max_grad_norm / (norm + 1e-6)), as in torch."""
+    return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
