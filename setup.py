@@ -23,9 +23,9 @@ KERNELS = ["csrc/cpu/adamw_kernels.cpp"]  # compiled once per instruction set
 CUDA_SOURCES = ["csrc/cuda/adamw.cu"]
 
 # No reassociation, no contraction: CPU and GPU give the same bits (csrc/math/hd.h).
-CXX = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off".split()
+CXX = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off"]
 LOOPS = ["-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
-NVCC = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden".split()
+NVCC = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def instruction_sets() -> dict[str, list[str]]:

@@ -17,7 +17,9 @@ Device parse_device(const py::tuple& t) {
   return {static_cast<dlpack::DeviceType>(t[0].cast<int32_t>()), t[1].cast<int32_t>()};
 }
 
-bool is_kernel_device(Device device) { return device.type == dlpack::kCUDA || FASTFT_CUDA_ON_CPU; }
+bool is_kernel_device(Device device) {
+  return device.type == dlpack::kCUDA || FASTFT_CUDA_ON_CPU;
+}
 
 void check_device(const TensorRef& t, Device device, const std::string& argument) {
   check(t.view().device == device, argument, ": expected a tensor on ", device.str(), ", got one on ",
@@ -29,7 +31,9 @@ double read_scalar(const TensorView& view) {
   return view.dtype == DType::f64 ? *static_cast<const double*>(view.data) : *static_cast<const float*>(view.data);
 }
 
-const void* data_or_null(const TensorRef& t) { return t ? t.view().data : nullptr; }
+const void* data_or_null(const TensorRef& t) {
+  return t ? t.view().data : nullptr;
+}
 
 // The data of an optional one-element tensor on the given device; null for None.
 template <typename T>
@@ -77,7 +81,8 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
 
   const TensorView& p = slot.stepped.view();
   check(is_floating(p.dtype), who, ": expected a float32, bfloat16, float16 or float64 parameter, got ", name(p.dtype));
-  check(p.dense(), who, ": expected a parameter whose elements each have a place of their own, without gaps; got shape ",
+  check(p.dense(), who,
+        ": expected a parameter whose elements each have a place of their own, without gaps; got shape ",
         p.shape_str());
   check(p.device.type == dlpack::kCPU || p.device.type == dlpack::kCUDA, who,
         ": expected a parameter on cpu or cuda, got one on ", p.device.str());

@@ -81,7 +81,7 @@ class AdamWPlan {
 
   std::vector<Slot> slots_;
   bool state_known_ = false;
-  std::vector<Snapshot> state_items_;        // of `state` and, behind each item, of the parameter's own dict
+  std::vector<Snapshot> state_items_;  // of `state` and, behind each item, of the parameter's own dict
   std::vector<Py_ssize_t> state_item_sizes_;
 #if FASTFT_WITH_CUDA
   struct Table {

@@ -46,7 +46,8 @@ void connect_torch(py::handle tensor_class, py::handle allocate_handles) {
   find(library, "aoti_torch_get_sizes", &torch.sizes);
   find(library, "aoti_torch_get_strides", &torch.strides);
   find(library, "aoti_torch_delete_tensor_object", &torch.destroy);
-  if (torch.data && torch.dim && torch.dtype && torch.sizes && torch.strides && torch.destroy && !allocate_handles.is_none())
+  if (torch.data && torch.dim && torch.dtype && torch.sizes && torch.strides && torch.destroy &&
+      !allocate_handles.is_none())
     torch.allocate_handles = allocate_handles.inc_ref().ptr();
 }
 
@@ -60,7 +61,8 @@ TensorView read_tensor(py::handle tensor, const std::string& argument) {
   dlpack::Tensor t;
   if (torch.dlpack->dltensor_from_py_object_no_sync(tensor.ptr(), &t) != 0) {
     const py::error_already_set error;  // fetches and clears
-    throw ArgumentError(text(argument, ": expected a plain strided tensor, got one that cannot be read: ", error.what()));
+    throw ArgumentError(
+        text(argument, ": expected a plain strided tensor, got one that cannot be read: ", error.what()));
   }
   TensorView view;
   view.data = static_cast<char*>(t.data) + t.byte_offset;

@@ -88,9 +88,7 @@ class Anchor:
         return anchor
 
     @classmethod
-    def from_safetensors(
-        cls, path: str | Path, module: nn.Module, *, exclude: str | Iterable[str] = ()
-    ) -> Anchor:
+    def from_safetensors(cls, path: str | Path, module: nn.Module, *, exclude: str | Iterable[str] = ()) -> Anchor:
         """Weights from a file, mapped to the module's parameters by name.
 
         Args:
@@ -107,8 +105,8 @@ class Anchor:
         excluded = matching(exclude, [name for name, _ in named])
         # A tied parameter has several names, and the file may know only one of them.
         aliases: dict[int, list[str]] = {}
-        for name, p in module.named_parameters(remove_duplicate=False):
-            aliases.setdefault(id(p), []).append(name)
+        for alias, parameter in module.named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(parameter), []).append(alias)
         wanted = [(name, p) for name, p in named if name not in excluded]
         prefix = file.prefix_for([alias for _, p in wanted for alias in aliases[id(p)]])
 
@@ -171,7 +169,9 @@ class Anchor:
         known = [(name, p) for name, p in named_parameters if name in self]
         shapes = [(name, list(p.shape), self._shape(name)) for name, p in known]
         wrong = [
-            f"  {name}: expected shape {expected}, the anchor has {got}" for name, expected, got in shapes if expected != got
+            f"  {name}: expected shape {expected}, the anchor has {got}"
+            for name, expected, got in shapes
+            if expected != got
         ]
         if wrong:
             raise ValueError("\n".join(["the anchor does not fit the parameters:", *wrong]))
@@ -232,8 +232,7 @@ class Anchor:
             return None
         if self._shape(known) != list(param.shape):
             raise ValueError(
-                f"{name or known}: anchor: expected the parameter's shape {list(param.shape)}, "
-                f"got {self._shape(known)}"
+                f"{name or known}: anchor: expected the parameter's shape {list(param.shape)}, got {self._shape(known)}"
             )
         layout = (param.device, param.stride(), param.dtype == torch.float64)
         if known not in self._ready or self._ready[known][0] != layout:
@@ -384,7 +383,9 @@ class WeightFile:
         rules = {PrefixRule()}
         rules.update(PrefixRule(add=head) for stored in self.headers for head, tail in splits(stored) if tail in names)
         rules.update(PrefixRule(drop=head) for name in names for head, tail in splits(name) if tail in self.headers)
-        return max(rules, key=lambda r: (sum(r(name) in self.headers for name in names), not r.add + r.drop, r.add, r.drop))
+        return max(
+            rules, key=lambda r: (sum(r(name) in self.headers for name in names), not r.add + r.drop, r.add, r.drop)
+        )
 
 
 @dataclass(frozen=True)
@@ -410,7 +411,9 @@ def named_tensors(source: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tupl
     named = list(source.named_parameters() if isinstance(source, nn.Module) else source)
     seen: set[str] = set()
     for item in named:
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)):
+        if not (
+            isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)
+        ):
             raise TypeError(
                 f"expected a module or (name, parameter) pairs, such as model.named_parameters(); got {item!r:.80}"
             )

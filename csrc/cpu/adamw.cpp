@@ -46,7 +46,9 @@ const AdamWKernels& kernels() {
 
 }  // namespace
 
-std::string instruction_set() { return kernels().instruction_set; }
+std::string instruction_set() {
+  return kernels().instruction_set;
+}
 
 double sum_of_squares(const std::vector<AdamWEntry>& entries) {
   const std::vector<Chunk> chunks = chunks_of(entries);
@@ -61,8 +63,7 @@ double sum_of_squares(const std::vector<AdamWEntry>& entries) {
   return total;
 }
 
-bool adamw(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGroup>& groups,
-           const AdamWControl& control) {
+bool adamw(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGroup>& groups, const AdamWControl& control) {
   const double scale = control.grad_scale ? *control.grad_scale : 1.0;
   const double norm = control.sum_of_squares ? square_root(*control.sum_of_squares) / scale : 0.0;
   if (adamw_skips(control.skip_nonfinite, norm, control.found_inf)) {
@@ -75,8 +76,7 @@ bool adamw(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGroup>
     for (int64_t i = first; i < last; ++i) {
       const AdamWEntry& e = entries[chunks[i].entry];
       const AdamWOptions& o = groups[e.group].options;
-      k.update(e, chunks[i].begin, chunks[i].end, o,
-               adamw_grad_factor(scale, norm, control.max_grad_norm, o.maximize));
+      k.update(e, chunks[i].begin, chunks[i].end, o, adamw_grad_factor(scale, norm, control.max_grad_norm, o.maximize));
     }
   });
   return false;

@@ -12,8 +12,7 @@ namespace fastft::cpu {
 double sum_of_squares(const std::vector<AdamWEntry>& entries);
 
 // The step; returns whether it was skipped.
-bool adamw(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGroup>& groups,
-           const AdamWControl& control);
+bool adamw(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGroup>& groups, const AdamWControl& control);
 
 // Which instruction set the loops use on this machine.
 std::string instruction_set();

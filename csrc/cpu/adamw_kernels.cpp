@@ -10,7 +10,9 @@ namespace {
 // Elements that are widened at a time; six float arrays of this length stay in the first-level cache.
 constexpr int64_t kBlock = 512;
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 // The live elements [begin, end) as runs of consecutive memory: run(offset, length).
 template <typename Run>
@@ -97,8 +99,7 @@ inline void update_elements(T* __restrict p, const T* __restrict g, T* __restric
 }
 
 template <typename T>
-using UpdateElements = void (*)(T*, const T*, T*, T*, T*, const T*, const uint8_t*, int64_t, T,
-                                const AdamWScalars<T>&);
+using UpdateElements = void (*)(T*, const T*, T*, T*, T*, const T*, const uint8_t*, int64_t, T, const AdamWScalars<T>&);
 
 template <typename T>
 UpdateElements<T> choose(bool anchored, bool amsgrad, bool masked) {

@@ -10,8 +10,7 @@ struct AdamWKernels {
   // Σ grad² over live elements [begin, end) of the entry, in double.
   double (*sum_of_squares)(const AdamWEntry& entry, int64_t begin, int64_t end);
   // The step over live elements [begin, end); grad_factor carries unscaling, clipping and the sign.
-  void (*update)(const AdamWEntry& entry, int64_t begin, int64_t end, const AdamWOptions& options,
-                 double grad_factor);
+  void (*update)(const AdamWEntry& entry, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor);
 };
 
 extern const AdamWKernels adamw_baseline;

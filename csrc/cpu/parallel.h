@@ -22,9 +22,7 @@ inline TorchParallelFor torch_parallel_for() {
 // Calls work(begin, end) over pieces of [0, n), several at a time where n > grain. work must not throw.
 template <typename Work>
 void parallel_for(int64_t n, int64_t grain, const Work& work) {
-  const auto call = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Work*>(context))(begin, end);
-  };
+  const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Work*>(context))(begin, end); };
   void* context = const_cast<Work*>(&work);
   if (n <= grain || torch_parallel_for() == nullptr) {
     work(0, n);

@@ -1,12 +1,11 @@
 // The AdamW step on CUDA. All tensors of a dtype combination are one launch: a block takes one chunk of one tensor,
 // found through a map that lies on the device.
-#include "adamw.h"
-
 #include <algorithm>
 #include <cstring>
 #include <map>
 #include <tuple>
 
+#include "adamw.h"
 #include "launch.cuh"
 
 namespace fastft::cuda {
@@ -277,7 +276,9 @@ uint32_t chunks_of(const AdamWEntry& e) {
   return static_cast<uint32_t>(std::max<int64_t>(1, (e.live_numel() + kChunk - 1) / kChunk));
 }
 
-int64_t aligned16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+int64_t aligned16(int64_t bytes) {
+  return (bytes + 15) / 16 * 16;
+}
 
 // Where the parts of the workspace begin, for n entries of `chunks` chunks in all.
 struct Layout {
@@ -373,8 +374,7 @@ uint32_t fill(Args& args, const std::vector<AdamWEntry>& entries, uint32_t first
   unsigned char* at = args.space;
   if (!rows.empty()) std::memcpy(at, rows.data(), rows.size() * sizeof(Row));
   at += rows.size() * sizeof(Row);
-  for (uint32_t i = 0; i < count; ++i, at += sizeof(void*))
-    std::memcpy(at, &entries[first + i].grad, sizeof(void*));
+  for (uint32_t i = 0; i < count; ++i, at += sizeof(void*)) std::memcpy(at, &entries[first + i].grad, sizeof(void*));
   std::memcpy(at, index.data(), index.size() * sizeof(uint16_t));
   return count;
 }
@@ -433,8 +433,12 @@ void AdamWTable::adamw(const std::vector<AdamWGroup>& groups, const AdamWControl
 }
 
 std::string unavailable_reason() {
-  int count = 0;
+  int driver = 0, count = 0;  // versions are 1000 · major + 10 · minor
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver is installed";
   const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver)
+    return "the NVIDIA driver knows CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+           ", and the code in this build needs CUDA " + std::to_string(CUDART_VERSION / 1000);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   return count > 0 ? "" : "no CUDA device";
 }

@@ -35,9 +35,9 @@ class AdamWTable {
   void* workspace_;
   int64_t bytes_;
   int64_t launches_ = 0;
-  std::vector<AdamWEntry> entries_;  // ordered by dtype
+  std::vector<AdamWEntry> entries_;    // ordered by dtype
   std::vector<uint32_t> first_chunk_;  // one longer than entries_
-  std::vector<char> image_;          // what the device holds
+  std::vector<char> image_;            // what the device holds
 };
 
 // Why CUDA cannot be used in this process, or "" when it can.

@@ -26,16 +26,18 @@ struct AdamWOptions {
 template <typename T>
 struct AdamWScalars {
   T one_minus_beta1, beta2, one_minus_beta2;
-  T step_size;       // lr / (1 − β₁ᵗ)
-  T rsqrt_bias2;     // 1 / √(1 − β₂ᵗ)
+  T step_size;    // lr / (1 − β₁ᵗ)
+  T rsqrt_bias2;  // 1 / √(1 − β₂ᵗ)
   T eps;
-  T decay;           // lr·wd
-  T pull;            // min(1, lr·λ), or 0 with the l2 anchor
-  T l2;              // λ with the l2 anchor, else 0
+  T decay;  // lr·wd
+  T pull;   // min(1, lr·λ), or 0 with the l2 anchor
+  T l2;     // λ with the l2 anchor, else 0
 };
 
 // bias1 = 1 − β₁ᵗ, bias2 = 1 − β₂ᵗ for the step t being taken (t = 1 for the first).
-FASTFT_HD double adamw_bias(double beta, double t) { return 1.0 - pow(beta, t); }
+FASTFT_HD double adamw_bias(double beta, double t) {
+  return 1.0 - pow(beta, t);
+}
 
 template <typename T>
 FASTFT_HD AdamWScalars<T> adamw_scalars(const AdamWOptions& o, double bias1, double bias2) {

@@ -28,7 +28,11 @@ FASTFT_HD double madd(double a, double b, double c) {
 #endif
 }
 
-FASTFT_HD float square_root(float x) { return __builtin_sqrtf(x); }
-FASTFT_HD double square_root(double x) { return __builtin_sqrt(x); }
+FASTFT_HD float square_root(float x) {
+  return __builtin_sqrtf(x);
+}
+FASTFT_HD double square_root(double x) {
+  return __builtin_sqrt(x);
+}
 
 }  // namespace fastft

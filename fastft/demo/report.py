@@ -75,7 +75,7 @@ def table(report: Report) -> str:
     widths = [max(len(row[0]) for row in rows), 8, 8, 9, 9, 10, 9]
     upper = ("", "target accuracy", "source recall@1", "seconds")
     spans = (widths[0], sum(widths[1:3]) + 2, sum(widths[3:5]) + 2, sum(widths[5:]) + 2)
-    lower = ("", "before", "after", "before", "after", "optimizer", "training")
+    lower = ("", "before", "after", "before", "after", "optimizer", "total")
     lines = [aligned(upper, spans), aligned(lower, widths), "-" * (sum(widths) + 2 * (len(widths) - 1))]
     return "\n".join(lines + [aligned(row, widths) for row in rows])
 

@@ -67,9 +67,7 @@ Recipe = Callable[[Classifier, Config], tuple[torch.optim.Optimizer, Callable[[]
 
 def torch_adamw(model: Classifier, config: Config) -> tuple[torch.optim.Optimizer, Callable[[], Tensor]]:
     """torch's AdamW in its fastest form, and torch's clipping."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def step() -> Tensor:
         norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -92,6 +90,7 @@ def fastft_adamw(model: Classifier, config: Config) -> tuple[torch.optim.Optimiz
 
     def step() -> Tensor:
         optimizer.step()
+        assert optimizer.grad_norm is not None  # there is one wherever max_grad_norm is given
         return optimizer.grad_norm
 
     return optimizer, step
@@ -125,7 +124,7 @@ def train(model: Classifier, batches: list[Batch], recipe: Recipe, config: Confi
             log.optimizer_seconds.append(time.perf_counter() - before_step)
             log.loss.append(loss.item())
             log.grad_norm.append(float(norm))
-            log.lr.append(schedule.get_last_lr()[0])
+            log.lr.append(float(schedule.get_last_lr()[0]))
             schedule.step()
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{loss.item():.3f}")

@@ -33,6 +33,19 @@ CHECKPOINT_KEY = "fastft"
 CHECKPOINT_VERSION = 1
 STATE_DTYPES = (None, torch.float32)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# What a copy or a pickle must carry beyond torch's own attributes.
+OWN_ATTRIBUTES = (
+    "_anchor",
+    "_anchors_new_params",
+    "_max_grad_norm",
+    "_skip_nonfinite",
+    "_state_dtype",
+    "_anchor_defaults",
+    "_masks",
+    "_frozen",
+    "_skipped",
+    "grad_norm",
+)
 
 
 class AdamW(torch.optim.AdamW):
@@ -82,6 +95,10 @@ class AdamW(torch.optim.AdamW):
 
     # On the class: an instance attribute would not survive copy.deepcopy.
     _step_supports_amp_scaling = True
+
+    _plan_key: Any
+    _parts: list[Part]
+    _left_to_torch: list[tuple[int, Tensor]]
 
     grad_norm: Tensor | None
     """Global 2-norm of the last step's gradients, unscaled, before clipping: 0-d, float64; None if not needed."""
@@ -138,8 +155,10 @@ class AdamW(torch.optim.AdamW):
             fused=fused,
         )
         self.defaults.update(self._anchor_defaults)
-        if isinstance(anchor, Anchor) and len(anchor) and not any(
-            self._anchor_name(p, name) for _, p, name in self._parameters()
+        if (
+            isinstance(anchor, Anchor)
+            and len(anchor)
+            and not any(self._anchor_name(p, name) for _, p, name in self._parameters())
         ):
             raise ValueError(
                 f"anchor: none of the optimizer's parameters is in {anchor!r}: it knows parameters by identity "
@@ -148,7 +167,7 @@ class AdamW(torch.optim.AdamW):
 
     # -- the step ------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 
         Args:
@@ -200,14 +219,7 @@ class AdamW(torch.optim.AdamW):
             check_anchor_options(decay, group["anchor_mode"], where)
             if self._anchor is None:
                 raise ValueError(f"{where}: anchor_decay: expected 0 without an anchor, got {decay}")
-            lr = group["lr"]
-            if group["anchor_mode"] == "decoupled" and not (isinstance(lr, Tensor) and lr.device.type != "cpu"):
-                pull = float(lr) * decay
-                if pull > 1.0:
-                    raise ValueError(
-                        f"{where}: lr * anchor_decay: expected at most 1 (a step would land beyond the anchor), "
-                        f"got {float(lr):g} * {decay:g} = {pull:g}"
-                    )
+            check_pull(group["lr"], decay, group["anchor_mode"], where)
 
     def _gather(self, counts_on_device: bool) -> None:
         """Make sure that the plan is up to date, and hand it this step's gradients. Writes no parameter."""
@@ -314,9 +326,7 @@ class AdamW(torch.optim.AdamW):
                 else torch.zeros((), dtype=default, device="cpu")
             )
             for key in names:
-                state[key] = torch.zeros_like(
-                    p, dtype=self._moment_dtype(p), memory_format=torch.preserve_format
-                )
+                state[key] = torch.zeros_like(p, dtype=self._moment_dtype(p), memory_format=torch.preserve_format)
             return on_device
         missing = [key for key in ("step", *names) if not isinstance(state.get(key), Tensor)]
         if missing:
@@ -357,39 +367,34 @@ class AdamW(torch.optim.AdamW):
     def _step_with_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         calls = []
         for index, group in enumerate(self.param_groups):
-            params = [p for i, p in self._left_to_torch if i == index and p.grad is not None]
+            left = [p for i, p in self._left_to_torch if i == index and p.grad is not None]
             lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
-            has_complex = self._init_group({**group, "params": params}, *lists)
+            has_complex = self._init_group({**group, "params": left}, *lists)  # type: ignore[no-untyped-call]
             calls.append((group, has_complex, lists))
         if found_inf is not None and found_inf.item() != 0:
             return
-        for group, has_complex, (params, grads, *others) in calls:
+        for group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in calls:
             if not params:
                 continue
             if grad_scale is not None:
                 grads = [grad / grad_scale.to(grad.device) for grad in grads]
-            adam(
-                params,
-                grads,
-                *others,
-                has_complex=has_complex,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                decoupled_weight_decay=True,
-                **{key: group[key] for key in TORCH_OPTIONS},
-            )
+            options: dict[str, Any] = {key: group[key] for key in TORCH_OPTIONS}
+            options.update(beta1=group["betas"][0], beta2=group["betas"][1])
+            options.update(has_complex=has_complex, decoupled_weight_decay=True)
+            adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
 
     def _first_device(self) -> torch.device:
         for part in self._parts:
             for entry in part.entries:
                 if len(entry) > 2 and entry[0].grad is not None:
-                    return entry[3].device
+                    device: torch.device = entry[3].device
+                    return device
         return torch.device("cpu")
 
     def _forget_plan(self) -> None:
-        self._plan_key: Any = None
-        self._parts: list[Part] = []
-        self._left_to_torch: list[tuple[int, Tensor]] = []
+        self._plan_key = None
+        self._parts = []
+        self._left_to_torch = []
 
     # -- what may be stepped -------------------------------------------------------------------------------
 
@@ -469,9 +474,7 @@ class AdamW(torch.optim.AdamW):
         if self._anchors_new_params and self._anchor is not None:
             last = len(self.param_groups) - 1
             self._anchor.update(
-                Anchor.snapshot(
-                    [(name, p) for i, p, name in self._parameters() if i == last and p.is_floating_point()]
-                )
+                Anchor.snapshot([(name, p) for i, p, name in self._parameters() if i == last and p.is_floating_point()])
             )
         self._forget_plan()
 
@@ -494,15 +497,13 @@ class AdamW(torch.optim.AdamW):
     # -- copies and checkpoints ----------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_anchor", "_anchors_new_params", "_max_grad_norm", "_skip_nonfinite", "_state_dtype")
-        own += ("_anchor_defaults", "_masks", "_frozen", "_skipped", "grad_norm")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in OWN_ATTRIBUTES}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by load_state_dict, with the new state and groups: torch's know no anchor_decay.
         before = self.__dict__.get("param_groups", [])
         self._forget_plan()
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for index, group in enumerate(self.param_groups):
             known = before[index] if index < len(before) else self._anchor_defaults
             for key in self._anchor_defaults:
@@ -631,6 +632,18 @@ def check_anchor_options(anchor_decay: Any, anchor_mode: Any, where: str) -> Non
         raise ValueError(f"{where}: anchor_mode: expected one of {ANCHOR_MODES}, got {anchor_mode!r}")
 
 
+def check_pull(lr: float | Tensor, anchor_decay: float, anchor_mode: str, where: str) -> None:
+    """Raise if a decoupled step would land beyond the anchor. An lr on a GPU is not waited for."""
+    if anchor_mode != "decoupled" or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        return
+    pull = float(lr) * anchor_decay
+    if pull > 1.0:
+        raise ValueError(
+            f"{where}: lr * anchor_decay: expected at most 1 (a step would land beyond the anchor), "
+            f"got {float(lr):g} * {anchor_decay:g} = {pull:g}"
+        )
+
+
 def refuse_unusable(p: Tensor, name: str) -> None:
     """Raise for parameters that no implementation can step: they hold no values, or one place for several."""
     if p.is_meta:
@@ -671,9 +684,7 @@ def is_dense(p: Tensor) -> bool:
     return True
 
 
-def parts_of(
-    entries: list[tuple[Any, ...]], live: Sequence[int]
-) -> Iterator[Part]:
+def parts_of(entries: list[tuple[Any, ...]], live: Sequence[int]) -> Iterator[Part]:
     """Plans that step the entries at ``live``; usually one.
 
     DTensors that lie spread over other processes have a plan of their own, since their norm adds up over these;

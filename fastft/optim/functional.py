@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastft import _C
 
-from .adamw import check_anchor_options, is_dense, refuse_unusable
+from .adamw import check_anchor_options, check_pull, is_dense, refuse_unusable
 from .masks import UpdateMask
 from .step import KERNEL_DTYPES, Part, fit_grad, laid_out_like, runs_kernels, take_step
 
@@ -72,9 +72,7 @@ def adamw_(
         if values is not None and len(values) != n:
             raise ValueError(f"{name}: expected {n} entries, one for each of params, got {len(values)}")
     check_anchor_options(anchor_decay, anchor_mode, "adamw_")
-    if anchor_mode == "decoupled" and not (isinstance(lr, Tensor) and lr.device.type != "cpu"):
-        if float(lr) * anchor_decay > 1.0:
-            raise ValueError(f"lr * anchor_decay: expected at most 1, got {float(lr) * anchor_decay:g}")
+    check_pull(lr, anchor_decay, anchor_mode, "adamw_")
 
     entries: list[tuple[Any, ...]] = []
     for i, p in enumerate(params):
@@ -97,9 +95,7 @@ def adamw_(
         chosen = (None, None) if mask is None else UpdateMask(mask, p, name).for_core(p)
         on_device = runs_kernels(p.device) and steps[i].device == p.device
         maximum = None if max_exp_avg_sqs is None else max_exp_avg_sqs[i]
-        entries.append(
-            (p, 0, name, p, exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], anchor, *chosen, on_device)
-        )
+        entries.append((p, 0, name, p, exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], anchor, *chosen, on_device))
     live = [i for i, entry in enumerate(entries) if len(entry) > 1]
     shared = _C.overlapping([params[i] for i in live])
     if shared:

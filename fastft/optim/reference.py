@@ -12,6 +12,7 @@ Reddi et al.'s (arXiv 1904.09237).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,9 @@ def adamw(
     if update_mask is None:
         return after
     live = update_mask.view(update_mask.shape + (1,) * (p.dim() - update_mask.dim()))
-    new = [None if a is None or b is None else torch.where(live, a, b.double()) for a, b in zip(after, before, strict=True)]
+    new = [
+        None if a is None or b is None else torch.where(live, a, b.double()) for a, b in zip(after, before, strict=True)
+    ]
     assert new[0] is not None and new[1] is not None and new[2] is not None
     return new[0], new[1], new[2], new[3]
 
@@ -75,7 +78,7 @@ def grad_norm(
     for i, grad in enumerate(grads):
         mask = update_masks[i] if update_masks is not None else None
         total += (grad if mask is None else grad[mask]).double().square().sum().item()
-    return total**0.5 / grad_scale
+    return math.sqrt(total) / grad_scale
 
 
 def clip_factor(norm: float, max_grad_norm: float | None) -> float:

@@ -38,7 +38,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a DTensor; any other tensor itself. Call it under ``no_grad``."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def like(tensor: Tensor, param: Tensor) -> Tensor:
@@ -59,8 +59,7 @@ def like(tensor: Tensor, param: Tensor) -> Tensor:
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Same shape, and the same order of elements in memory."""
     return a.shape == b.shape and (
-        a.numel() == 0
-        or all(n == 1 or x == y for n, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
+        a.numel() == 0 or all(n == 1 or x == y for n, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
     )
 
 
@@ -189,7 +188,8 @@ def take_step(
     if sums is None:
         return None
     norm = sums.sqrt()
-    return norm if grad_scale is None else norm / scalar_on(grad_scale, norm.device, torch.float64)
+    scale = scalar_on(grad_scale, norm.device, torch.float64)
+    return norm if scale is None else norm / scale
 
 
 def sum_of_squares(places: Sequence[tuple[Part, DeviceKey, torch.device]]) -> Tensor:
