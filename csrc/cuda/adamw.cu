@@ -67,7 +67,7 @@ __device__ __forceinline__ int64_t place(const DeviceEntry& e, int64_t i) {
     row = static_cast<uint32_t>(i) / static_cast<uint32_t>(e.row_size);
   else
     row = i / e.row_size;
-  return e.rows[row] * e.row_size + (i - row * e.row_size);
+  return *global(e.rows + row) * e.row_size + (i - row * e.row_size);
 }
 
 // work.template run<N>(offset) over the live elements [begin, end) of a block's chunk, N at a time where possible.
@@ -91,10 +91,12 @@ struct SumOfSquares {
   template <int N>
   __device__ __forceinline__ void run(int64_t offset) {
     double g[N];
+    uint8_t live[N];
     read_any(grad, dtype, offset, g);
+    if (mask) read(mask, offset, live);
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (mask == nullptr || mask[offset + i]) sum = madd(g[i], g[i], sum);
+      if (mask == nullptr || live[i]) sum = madd(g[i], g[i], sum);
   }
 };
 
@@ -219,9 +221,16 @@ __device__ __noinline__ void prepare(const Args& args, uint32_t index, Shared<T>
   out->grad_factor = static_cast<T>(adamw_grad_factor(scale, norm, control.max_grad_norm, options.maximize));
 }
 
-// Four blocks to a multiprocessor: at most 64 registers a thread.
+// Blocks to a multiprocessor: four hold a thread to 64 registers; what ptxas makes for Blackwell needs a few more, and
+// three still keep more loads in flight than its memory can serve at once.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocks = 3;
+#else
+constexpr int kBlocks = 4;
+#endif
+
 template <typename Param, typename State>
-__global__ void __launch_bounds__(kThreads, 4) adamw_step(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) adamw_step(const __grid_constant__ Args args) {
   using T = compute_t<Param>;
   const uint32_t chunk = args.first_chunk + blockIdx.x;
   const uint32_t index = args.chunk_entry[chunk];

@@ -56,12 +56,22 @@ struct alignas(kBytes) Bytes {
   unsigned char at[kBytes];
 };
 
+// Tells the compiler that a pointer, though it was read from shared memory, leads to global memory: it then emits global
+// loads and stores instead of generic ones, which must find out at run time.
+template <typename T>
+__device__ __forceinline__ T* global(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 // N elements in as few memory instructions as possible (16 bytes each, where there are so many).
 template <int N, typename Stored>
 __device__ __forceinline__ void read(const void* data, int64_t offset, Stored (&out)[N]) {
   constexpr int kPack = sizeof(out) < 16 ? sizeof(out) : 16;
   using Pack = Bytes<kPack>;
-  const Pack* from = reinterpret_cast<const Pack*>(static_cast<const Stored*>(data) + offset);
+  const Pack* from = global(reinterpret_cast<const Pack*>(static_cast<const Stored*>(data) + offset));
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(out) / kPack); ++i) {
     const Pack pack = from[i];
@@ -73,7 +83,7 @@ template <int N, typename Stored>
 __device__ __forceinline__ void write(void* data, int64_t offset, const Stored (&values)[N]) {
   constexpr int kPack = sizeof(values) < 16 ? sizeof(values) : 16;
   using Pack = Bytes<kPack>;
-  Pack* to = reinterpret_cast<Pack*>(static_cast<Stored*>(data) + offset);
+  Pack* to = global(reinterpret_cast<Pack*>(static_cast<Stored*>(data) + offset));
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(values) / kPack); ++i) {
     Pack pack;
