@@ -1,0 +1,117 @@
+"""The demo from end to end, small: the real model and data, a few steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastft import cli, demo
+from fastft.demo import corpus, experiment
+from fastft.demo.train import Config
+
+pytest.importorskip("transformers")
+SMALL = Config(train_rows=96, test_rows=80, pools=2, pool_size=40, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The output folder of a small run, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "config_for", lambda quick, seed: SMALL)
+        lines: list[str] = []
+        patch.setattr("builtins.print", lambda *parts, file=None, **_: lines.append(str(parts[0])))
+        assert cli.main(["demo", "--output", str(folder)]) == 0
+    return folder, "\n".join(lines)
+
+
+def test_the_table_and_the_report_say_the_same(result: tuple[Path, str]) -> None:
+    folder, printed = result
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    for key, name in (("torch", "torch.optim.AdamW"), ("fastft", "fastft.AdamW + anchor")):
+        (row,) = [line.removeprefix(name).split() for line in printed.splitlines() if line.startswith(name)]
+        numbers = report[key]
+        assert row[:4] == [
+            f"{numbers[score][when]:.3f}"
+            for score in ("target_accuracy", "source_recall_at_1")
+            for when in ("before", "after")
+        ]
+        assert row[4] == f"{numbers['optimizer_seconds_with_clipping']:.2f}"
+        assert row[5] == f"{numbers['training_seconds']:.1f}"
+        assert len(numbers["steps"]["loss"]) == 6
+    assert report["meaning"] in printed
+    assert report["config"]["anchor_decay"] > 0
+
+
+def test_both_recipes_start_alike_and_clip(result: tuple[Path, str]) -> None:
+    report = json.loads((result[0] / "report.json").read_text(encoding="utf-8"))
+    ours, torchs = report["fastft"]["steps"], report["torch"]["steps"]
+    assert ours["lr"] == torchs["lr"]
+    # The first losses and norms come before any update: same rows, same dropout.
+    assert ours["loss"][0] == pytest.approx(torchs["loss"][0], rel=1e-5)
+    assert ours["grad_norm"][0] == pytest.approx(torchs["grad_norm"][0], rel=1e-4)
+    assert max(ours["grad_norm"]) > SMALL.max_grad_norm
+
+
+def test_the_model_loads_and_predicts_what_the_report_says(result: tuple[Path, str]) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    folder, _ = result
+    encoder = AutoModel.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    head = load_file(folder / "model" / "head.safetensors")
+    _, test_set = corpus.split_reviews(corpus.load_reviews(), SMALL.train_rows, SMALL.test_rows)
+    inputs = tokenizer(
+        [r.text for r in test_set], padding=True, truncation=True, max_length=SMALL.max_length, return_tensors="pt"
+    )
+    with torch.no_grad():
+        tokens = encoder(**inputs).last_hidden_state
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    logits = (tokens * mask).sum(1) / mask.sum(1) @ head["weight"].T + head["bias"]
+    labels = torch.tensor([r.positive for r in test_set]).long()
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    assert accuracy == pytest.approx(report["fastft"]["target_accuracy"]["after"], abs=1.5 / len(test_set))
+
+
+def test_the_plot_is_a_picture(result: tuple[Path, str]) -> None:
+    from PIL import Image
+
+    with Image.open(result[0] / "plot.png") as picture:
+        assert picture.size[0] > 1000 and picture.size[1] > 400
+        assert len(picture.convert("RGB").getcolors(10**6) or []) > 50
+
+
+def test_a_second_run_into_the_same_folder_is_refused(
+    result: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (result[0] / "report.json").read_bytes()
+    assert cli.main(["demo", "--output", str(result[0])]) == 2
+    assert "is not empty; choose another output, or overwrite with --overwrite" in capsys.readouterr().err
+    assert (result[0] / "report.json").read_bytes() == before
+
+
+def test_missing_packages_are_named_with_the_way_to_install_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "EXTRAS", ("torch", "no_such_package_here"))
+    assert demo.run(tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert 'missing no-such-package-here; install what the demo needs with: pip install "fastft[demo]"' in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "compare", interrupted)
+    assert demo.run(tmp_path / "out") == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
