@@ -32,6 +32,10 @@ from .step import (
 CHECKPOINT_KEY = "fastft"
 CHECKPOINT_VERSION = 1
 STATE_DTYPES = (None, torch.float32)
+# torch's warning about steps captured without capturable=True; newer ones renamed it.
+check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
+    torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
+) or getattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # What a copy or a pickle must carry beyond torch's own attributes.
 OWN_ATTRIBUTES = (
@@ -173,7 +177,7 @@ class AdamW(torch.optim.AdamW):
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
         """
-        self._accelerator_graph_capture_health_check()
+        check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
