@@ -27,6 +27,7 @@ from .step import (
     local,
     runs_kernels,
     take_step,
+    torch_device,
 )
 
 CHECKPOINT_KEY = "fastft"
@@ -254,23 +255,25 @@ class AdamW(torch.optim.AdamW):
         helpless = part.plan.gather([group["params"] for group in self.param_groups], self.state)
         if isinstance(helpless, bool):
             return helpless
+        parameters = list(self._parameters()) if helpless else []
         for position in helpless:
-            p, _, name, stepped = part.entries[position][:4]
+            _, p, name = parameters[position]
+            stepped = part.plan.stepped(position)
             # The plan watches the local tensor; a DTensor may have got another one.
-            if p.grad.layout != torch.strided or local(p) is not stepped:
+            if p.grad is None or p.grad.layout != torch.strided or (stepped is not None and local(p) is not stepped):
                 return False
-            part.plan.set_grad(position, fit_grad(p.grad, p, stepped, name))
+            part.plan.set_grad(position, fit_grad(p.grad, p, p if stepped is None else stepped, name))
         return True
 
     def _make_plan(self, counts_on_device: bool) -> None:
         live: dict[int, tuple[int, Tensor, str]] = {}
-        # What each parameter looks like to a plan that does not step it: one tuple for each, in order.
+        # First what each parameter looks like to a plan that does not step it: one tuple for each, in order.
         entries: list[tuple[Any, ...]] = []
         for position, (group_index, p, name) in enumerate(self._parameters()):
             has_state = bool(self.state.get(p))
             frozen = p in self._frozen
             dormant = p.grad is None and not has_state and not frozen
-            entries.append((p, group_index) if dormant else (p,))
+            entries.append((p, group_index, dormant))
             if frozen or dormant:
                 continue
             refuse_unusable(p, name)
@@ -388,12 +391,8 @@ class AdamW(torch.optim.AdamW):
             adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
 
     def _first_device(self) -> torch.device:
-        for part in self._parts:
-            for entry in part.entries:
-                if len(entry) > 2 and entry[0].grad is not None:
-                    device: torch.device = entry[3].device
-                    return device
-        return torch.device("cpu")
+        devices = [device for part in self._parts for device in part.plan.devices()]
+        return torch_device(devices[0]) if devices else torch.device("cpu")
 
     def _forget_plan(self) -> None:
         self._plan_key = None
@@ -477,8 +476,16 @@ class AdamW(torch.optim.AdamW):
             self.param_groups[-1].setdefault(key, value)
         if self._anchors_new_params and self._anchor is not None:
             last = len(self.param_groups) - 1
+            # A parameter that comes from another group keeps its anchor. Two modules may use one name; what is
+            # anchored here is found by parameter.
+            known = set(self._anchor)
+            new = [
+                (name, p)
+                for i, p, name in self._parameters()
+                if i == last and p.is_floating_point() and p not in self._anchor
+            ]
             self._anchor.update(
-                Anchor.snapshot([(name, p) for i, p, name in self._parameters() if i == last and p.is_floating_point()])
+                Anchor.snapshot([(f"param_groups[{last}].{name}" if name in known else name, p) for name, p in new])
             )
         self._forget_plan()
 
@@ -536,8 +543,8 @@ class AdamW(torch.optim.AdamW):
             "version": CHECKPOINT_VERSION,
             "anchor": None if self._anchor is None else self._anchor.state_dict(),
             "anchor_names": {i: name for i, name in names.items() if name is not None},
-            "masks": {positions[id(p)]: mask.mask for p, mask in self._masks.items()},
-            "frozen": sorted(positions[id(p)] for p in self._frozen),
+            "masks": {positions[id(p)]: mask.mask for p, mask in self._masks.items() if id(p) in positions},
+            "frozen": sorted(positions[id(p)] for p in self._frozen if id(p) in positions),
             "skipped_steps": self.skipped_steps.cpu() if self._skipped is not None else None,
         }
 
@@ -694,7 +701,7 @@ def parts_of(entries: list[tuple[Any, ...]], live: Sequence[int]) -> Iterator[Pa
     DTensors that lie spread over other processes have a plan of their own, since their norm adds up over these;
     so do parameters whose anchor waits in host memory, some megabytes of it at a time.
     """
-    watched = [entry[:1] if len(entry) > 2 else entry for entry in entries]
+    watched = [(*entry[:2], False) if len(entry) > 3 else entry for entry in entries]
     plain: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     offloaded: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for position in live:

@@ -78,7 +78,7 @@ def adamw_(
     for i, p in enumerate(params):
         name = f"params[{i}]"
         if grads[i] is None:
-            entries.append((p,))
+            entries.append((p, 0, False))
             continue
         refuse_unusable(p, name)
         if p.dtype not in KERNEL_DTYPES or p.layout != torch.strided or not is_dense(p):
@@ -96,7 +96,7 @@ def adamw_(
         on_device = runs_kernels(p.device) and steps[i].device == p.device
         maximum = None if max_exp_avg_sqs is None else max_exp_avg_sqs[i]
         entries.append((p, 0, name, p, exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], anchor, *chosen, on_device))
-    live = [i for i, entry in enumerate(entries) if len(entry) > 1]
+    live = [i for i, entry in enumerate(entries) if len(entry) > 3]
     shared = _C.overlapping([params[i] for i in live])
     if shared:
         raise ValueError(f"params[{live[shared[0]]}]: expected memory of its own, got some that another one shares")

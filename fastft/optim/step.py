@@ -100,8 +100,7 @@ class Part:
     def __init__(
         self, entries: list[tuple[Any, ...]], process_groups: Sequence[Any] = (), staging: Staging | None = None
     ) -> None:
-        self.entries = entries
-        self.plan = _C.AdamWPlan(entries)
+        self.plan = _C.AdamWPlan(entries)  # which keeps no parameter alive, and so must this
         self.process_groups = process_groups
         self.staging = staging
         self._workspaces: dict[DeviceKey, Tensor] = {}
@@ -183,6 +182,7 @@ def take_step(
             skipped_steps if index == 0 else None,
             part.workspace(device),
         )
+        torch.autograd.graph.increment_version(part.plan.written())
         if part.staging is not None:
             part.staging.done()
     if sums is None:
