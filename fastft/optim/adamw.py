@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -197,8 +198,7 @@ class AdamW(torch.optim.AdamW):
             if may_skip and self._skipped is None:
                 self._skipped = torch.zeros((), dtype=torch.int64, device=self._first_device())
             try:
-                if self._left_to_torch:
-                    self._step_with_torch(grad_scale, found_inf)
+                skipped = bool(self._left_to_torch) and self._step_with_torch(grad_scale, found_inf)
                 self.grad_norm = take_step(
                     self._parts,
                     self.param_groups,
@@ -208,6 +208,8 @@ class AdamW(torch.optim.AdamW):
                     found_inf=found_inf,
                     skipped_steps=self._skipped if may_skip else None,
                 )
+                if skipped and self._skipped is not None and not any(part.plan.devices() for part in self._parts):
+                    self._skipped += 1  # otherwise a kernel has counted
             finally:
                 for part in self._parts:
                     part.plan.release()
@@ -230,6 +232,8 @@ class AdamW(torch.optim.AdamW):
         """Make sure that the plan is up to date, and hand it this step's gradients. Writes no parameter."""
         key = (
             counts_on_device,
+            self._anchor,
+            self._anchor.changes if self._anchor is not None else 0,
             [
                 (g["anchor_decay"] != 0.0, g["amsgrad"], g["capturable"], g["fused"], g["differentiable"])
                 for g in self.param_groups
@@ -371,7 +375,8 @@ class AdamW(torch.optim.AdamW):
             )
         self._left_to_torch.append((group_index, p))
 
-    def _step_with_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_with_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Step what is left to torch; whether the step was skipped."""
         calls = []
         for index, group in enumerate(self.param_groups):
             left = [p for i, p in self._left_to_torch if i == index and p.grad is not None]
@@ -379,7 +384,7 @@ class AdamW(torch.optim.AdamW):
             has_complex = self._init_group({**group, "params": left}, *lists)  # type: ignore[no-untyped-call]
             calls.append((group, has_complex, lists))
         if found_inf is not None and found_inf.item() != 0:
-            return
+            return True
         for group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in calls:
             if not params:
                 continue
@@ -387,8 +392,10 @@ class AdamW(torch.optim.AdamW):
                 grads = [grad / grad_scale.to(grad.device) for grad in grads]
             options: dict[str, Any] = {key: group[key] for key in TORCH_OPTIONS}
             options.update(beta1=group["betas"][0], beta2=group["betas"][1])
-            options.update(has_complex=has_complex, decoupled_weight_decay=True)
+            # Not torch's fused one, which on the CPU writes into the gaps of a parameter that has some.
+            options.update(has_complex=has_complex, decoupled_weight_decay=True, fused=False)
             adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
+        return False
 
     def _first_device(self) -> torch.device:
         devices = [device for part in self._parts for device in part.plan.devices()]
@@ -606,16 +613,11 @@ class Loading:
             self.masks[self.params[i]] = UpdateMask(mask, self.params[i], names[i])
         self.frozen = {self.params[i] for i in self.own["frozen"]}
         self.anchor = self.optimizer._anchor
-        saved = self.own["anchor"]
-        if saved is not None and not self._is_the_same_file(saved):
-            self.anchor = Anchor()
-            self.anchor.load_state_dict(saved)
+        if self.own["anchor"] is not None:
+            # A copy, so that on an error nothing has changed; it may know where the file lies now.
+            self.anchor = Anchor() if self.anchor is None else copy.copy(self.anchor)
+            self.anchor.load_state_dict(self.own["anchor"])
             self.anchor.bind([(name, self.params[i]) for i, name in self.own["anchor_names"].items()])
-
-    def _is_the_same_file(self, saved: dict[str, Any]) -> bool:
-        if self.anchor is None or saved["source"] is None or self.anchor.source is None:
-            return False
-        return bool(saved["source"]["sha256"] == self.anchor.source["sha256"])
 
     def apply(self) -> None:
         """Called once torch's part is in place."""
