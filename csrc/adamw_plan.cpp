@@ -72,12 +72,12 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
   slot.wrapped = !t[3].is(t[0]);
   slot.counts_versions = !t[3].attr("is_inference")().cast<bool>();
   // The parameter holds its own data, and the state dict holds the moments; but not their local parts.
-  const TensorRef::Hold hold = slot.wrapped ? TensorRef::kOwned : TensorRef::kBorrowed;
-  slot.stepped = TensorRef(t[3], who, hold);
+  const TensorRef::Hold hold = slot.wrapped ? TensorRef::kOwned : TensorRef::kWeak;
+  slot.stepped = TensorRef(t[3], who, slot.wrapped ? TensorRef::kOwned : TensorRef::kBorrowed);
   slot.exp_avg = TensorRef(t[4], who + ": exp_avg", hold);
   slot.exp_avg_sq = TensorRef(t[5], who + ": exp_avg_sq", hold);
   slot.max_exp_avg_sq = optional(6, "max_exp_avg_sq", hold);
-  slot.step = TensorRef(t[7], who + ": step", TensorRef::kBorrowed);
+  slot.step = TensorRef(t[7], who + ": step", TensorRef::kWeak);
   slot.anchor = optional(8, "anchor", TensorRef::kOwned);
   slot.mask = optional(9, "update_mask", TensorRef::kOwned);
   slot.rows = optional(10, "rows", TensorRef::kOwned);
@@ -277,7 +277,7 @@ void AdamWPlan::set_grad(int64_t position, py::object grad) {
 
 py::object AdamWPlan::stepped(int64_t position) const {
   const Slot& slot = slots_.at(position);
-  return slot.wrapped ? slot.stepped.object() : py::none();
+  return slot.wrapped ? slot.stepped.keep() : py::none();
 }
 
 py::list AdamWPlan::written() const {
@@ -285,7 +285,7 @@ py::list AdamWPlan::written() const {
   for (const Slot& slot : slots_) {
     if (!slot.active || !slot.counts_versions) continue;
     out.append(py::handle(slot.param));
-    if (slot.wrapped) out.append(slot.stepped.object());
+    if (slot.wrapped) out.append(slot.stepped.keep());
   }
   return out;
 }

@@ -143,8 +143,9 @@ void* current_stream(Device device) {
 }
 
 TensorRef::TensorRef(const py::object& tensor, const std::string& argument, Hold hold)
-    : address_(tensor.ptr()), view_(read_tensor(tensor, argument)) {
-  if (hold == kOwned) owner_ = tensor;
+    : address_(tensor.ptr()), hold_(hold), view_(read_tensor(tensor, argument)) {
+  if (hold == kOwned) holder_ = tensor;
+  if (hold == kWeak) holder_ = py::weakref(tensor);
   if (torch.handle_offset == 0) return;
   void* handle = handle_of(address_);
   impl_ = *static_cast<const char**>(handle);
@@ -159,7 +160,20 @@ void TensorRef::prefetch() const {
   for (int line = 0; line < 4; ++line) __builtin_prefetch(impl_ + 64 * line);
 }
 
+bool TensorRef::lives() const {
+  if (hold_ != kWeak) return true;
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* object = nullptr;
+  if (PyWeakref_GetRef(holder_.ptr(), &object) != 1) return false;
+  Py_DECREF(object);
+  return object == address_;
+#else
+  return PyWeakref_GET_OBJECT(holder_.ptr()) == address_;
+#endif
+}
+
 bool TensorRef::same_data() const {
+  if (!lives()) return false;
   if (torch.handle_offset == 0) {
     dlpack::Tensor t;
     return read_dlpack(address_, &t) && static_cast<char*>(t.data) + t.byte_offset == view_.data;

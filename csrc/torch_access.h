@@ -28,13 +28,14 @@ void* current_stream(Device device);
 
 // A tensor that is watched: where its data lies now, and whether dtype, shape and strides are still what they were, for
 // some nanoseconds instead of the forty that a full read takes.
-//
-// A borrowed one keeps nothing alive, so that a user who lets go of a tensor gets its memory back at once. It may be
-// asked only while the object is known to live (it was just found in the list or dict that holds it). Should another
-// tensor have taken the object's address, then it is that tensor which is compared, and used if nothing differs.
 class TensorRef {
  public:
-  enum Hold { kOwned, kBorrowed };
+  enum Hold {
+    kOwned,
+    kWeak,      // keeps nothing alive, so that a user who lets go of the tensor gets its memory back at once
+    kBorrowed,  // nor does it refer to it weakly, which torch.utils.swap_tensors forbids. It may be asked only while an
+                // object is known to live at the address, and should that be another one, it answers for that one.
+  };
 
   TensorRef() = default;
   TensorRef(const py::object& tensor, const std::string& argument, Hold hold = kOwned);
@@ -43,10 +44,8 @@ class TensorRef {
   const TensorView& view() const { return view_; }
   // The tensor object, to be kept alive while its data is used; only while it is known to live.
   py::object keep() const { return py::reinterpret_borrow<py::object>(address_); }
-  // The tensor of an owned reference; None for a borrowed one.
-  py::object object() const { return owner_ ? owner_ : py::none(); }
 
-  // The data has not moved since view() was taken.
+  // It is the same object (if not borrowed), and its data has not moved since view() was taken.
   bool same_data() const;
   // Nor have dtype, shape and strides changed.
   bool same_view() const;
@@ -57,12 +56,14 @@ class TensorRef {
   bool is_like(PyObject* tensor, void** data) const;
 
  private:
+  bool lives() const;
   // Whether what torch says of a tensor is what this one's view says: dtype, shape and strides.
   bool describes(void* handle) const;
   bool has_shape(int64_t dim, const int64_t* sizes, const int64_t* strides) const;
 
   PyObject* address_ = nullptr;
-  py::object owner_;            // null if borrowed
+  py::object holder_;  // the tensor, a weak reference to it, or null
+  Hold hold_ = kOwned;
   const char* impl_ = nullptr;  // where torch kept sizes and data of it; only ever prefetched
   int32_t torch_dtype_ = -1, torch_device_type_ = -1, torch_device_index_ = -1;
   TensorView view_;
