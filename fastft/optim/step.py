@@ -38,7 +38,8 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a DTensor; any other tensor itself. Call it under ``no_grad``."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    # Not to_local(), which may make a new view of it at each call.
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def like(tensor: Tensor, param: Tensor) -> Tensor:
