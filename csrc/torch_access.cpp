@@ -121,9 +121,9 @@ bool read_dlpack(PyObject* tensor, dlpack::Tensor* out) {
 TensorView read_tensor(py::handle tensor, const std::string& argument) {
   dlpack::Tensor t;
   if (torch.dlpack->dltensor_from_py_object_no_sync(tensor.ptr(), &t) != 0) {
-    const py::error_already_set error;  // fetches and clears
-    throw ArgumentError(
-        text(argument, ": expected a plain strided tensor, got one that cannot be read: ", error.what()));
+    const std::string why = py::error_already_set().what();  // fetches and clears; its first line says it all
+    throw ArgumentError(text(
+        argument, ": expected a plain strided tensor, got one that cannot be read: ", why.substr(0, why.find('\n'))));
   }
   TensorView view;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
@@ -133,6 +133,8 @@ TensorView read_tensor(py::handle tensor, const std::string& argument) {
   view.strides.assign(t.strides, t.strides + t.ndim);
   view.numel = 1;
   for (int64_t n : view.shape) view.numel *= n;
+  check(t.data != nullptr || view.numel == 0, argument, ": expected a tensor with memory of its own, got ",
+        py::str(py::type::of(tensor)).cast<std::string>());
   return view;
 }
 

@@ -105,6 +105,7 @@ class AdamW(torch.optim.AdamW):
     _plan_key: Any
     _parts: list[Part]
     _left_to_torch: list[tuple[int, Tensor]]
+    _torch_calls: list[tuple[dict[str, Any], bool, tuple[list[Tensor], ...]]]
 
     grad_norm: Tensor | None
     """Global 2-norm of the last step's gradients, unscaled, before clipping: 0-d, float64; None if not needed."""
@@ -193,12 +194,14 @@ class AdamW(torch.optim.AdamW):
             grad_scale: Tensor | None = getattr(self, "grad_scale", None)
             found_inf: Tensor | None = getattr(self, "found_inf", None)
             self._check_groups()
+            check_scalar(grad_scale, "grad_scale")
+            check_scalar(found_inf, "found_inf")
             self._gather(counts_on_device=self._skip_nonfinite or found_inf is not None)
             may_skip = self._skip_nonfinite or found_inf is not None
             if may_skip and self._skipped is None:
                 self._skipped = torch.zeros((), dtype=torch.int64, device=self._first_device())
             try:
-                skipped = bool(self._left_to_torch) and self._step_with_torch(grad_scale, found_inf)
+                skipped = bool(self._torch_calls) and self._step_with_torch(grad_scale, found_inf)
                 self.grad_norm = take_step(
                     self._parts,
                     self.param_groups,
@@ -219,14 +222,18 @@ class AdamW(torch.optim.AdamW):
     def _check_groups(self) -> None:
         """Raise where a group's numbers make no sense; schedulers and users may have changed them."""
         for index, group in enumerate(self.param_groups):
-            decay = group["anchor_decay"]
+            decay, lr = group["anchor_decay"], group["lr"]
+            where = f"param_groups[{index}]"
+            if isinstance(lr, Tensor) and lr.numel() != 1:
+                raise ValueError(
+                    f"{where}: lr: expected a number or a tensor of one element, got shape {list(lr.shape)}"
+                )
             if decay == 0.0 and group["anchor_mode"] in ANCHOR_MODES:
                 continue
-            where = f"param_groups[{index}]"
             check_anchor_options(decay, group["anchor_mode"], where)
             if self._anchor is None:
                 raise ValueError(f"{where}: anchor_decay: expected 0 without an anchor, got {decay}")
-            check_pull(group["lr"], decay, group["anchor_mode"], where)
+            check_pull(lr, decay, group["anchor_mode"], where)
 
     def _gather(self, counts_on_device: bool) -> None:
         """Make sure that the plan is up to date, and hand it this step's gradients. Writes no parameter."""
@@ -292,6 +299,8 @@ class AdamW(torch.optim.AdamW):
         for position, (group_index, p, name) in live.items():
             entries[position] = self._live_entry(group_index, p, name, counts_on_device)
         self._parts = list(parts_of(entries, list(live)))
+        if self._left_to_torch:
+            self._torch_calls = list(self._prepare_torch_calls())
 
     def _live_entry(self, group_index: int, p: Tensor, name: str, counts_on_device: bool) -> tuple[Any, ...]:
         """The tuple that tells a plan all about a parameter; makes its state ready."""
@@ -375,19 +384,20 @@ class AdamW(torch.optim.AdamW):
             )
         self._left_to_torch.append((group_index, p))
 
-    def _step_with_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """Step what is left to torch; whether the step was skipped."""
-        calls = []
+    def _prepare_torch_calls(self) -> Iterator[tuple[dict[str, Any], bool, tuple[list[Tensor], ...]]]:
+        """(group, has_complex, what torch's functional step takes) for each group with parameters left to it."""
         for index, group in enumerate(self.param_groups):
             left = [p for i, p in self._left_to_torch if i == index and p.grad is not None]
             lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             has_complex = self._init_group({**group, "params": left}, *lists)  # type: ignore[no-untyped-call]
-            calls.append((group, has_complex, lists))
+            if left:
+                yield group, has_complex, lists
+
+    def _step_with_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Step what is left to torch; whether the step was skipped."""
         if found_inf is not None and found_inf.item() != 0:
             return True
-        for group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in calls:
-            if not params:
-                continue
+        for group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in self._torch_calls:
             if grad_scale is not None:
                 grads = [grad / grad_scale.to(grad.device) for grad in grads]
             options: dict[str, Any] = {key: group[key] for key in TORCH_OPTIONS}
@@ -405,6 +415,7 @@ class AdamW(torch.optim.AdamW):
         self._plan_key = None
         self._parts = []
         self._left_to_torch = []
+        self._torch_calls = []
 
     # -- what may be stepped -------------------------------------------------------------------------------
 
@@ -645,12 +656,19 @@ def check_anchor_options(anchor_decay: Any, anchor_mode: Any, where: str) -> Non
         raise ValueError(f"{where}: anchor_mode: expected one of {ANCHOR_MODES}, got {anchor_mode!r}")
 
 
+def check_scalar(value: Tensor | None, name: str) -> None:
+    """Raise unless it is None or holds one number."""
+    if value is not None and value.numel() != 1:
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected one {dtype} on {value.device}, got {value.numel()} {dtype}")
+
+
 def check_pull(lr: float | Tensor, anchor_decay: float, anchor_mode: str, where: str) -> None:
     """Raise if a decoupled step would land beyond the anchor. An lr on a GPU is not waited for."""
     if anchor_mode != "decoupled" or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
         return
     pull = float(lr) * anchor_decay
-    if pull > 1.0:
+    if not pull <= 1.0:
         raise ValueError(
             f"{where}: lr * anchor_decay: expected at most 1 (a step would land beyond the anchor), "
             f"got {float(lr):g} * {anchor_decay:g} = {pull:g}"
