@@ -133,8 +133,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         if not (anchor is None or anchor == "init" or isinstance(anchor, Anchor)):
             raise ValueError(f'anchor: expected None, "init" or a fastft.Anchor, got {anchor!r}')
-        if max_grad_norm is not None and not max_grad_norm >= 0.0:
-            raise ValueError(f"max_grad_norm: expected None or a number >= 0, got {max_grad_norm!r}")
+        check_max_grad_norm(max_grad_norm)
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype: expected None or torch.float32, got {state_dtype!r}")
         self._anchor = Anchor() if anchor == "init" else anchor
@@ -656,6 +655,12 @@ def check_anchor_options(anchor_decay: Any, anchor_mode: Any, where: str) -> Non
         raise ValueError(f"{where}: anchor_mode: expected one of {ANCHOR_MODES}, got {anchor_mode!r}")
 
 
+def check_max_grad_norm(max_grad_norm: float | None) -> None:
+    """Raise unless it is None or a number that a norm can be."""
+    if max_grad_norm is not None and not max_grad_norm >= 0.0:
+        raise ValueError(f"max_grad_norm: expected None or a number >= 0, got {max_grad_norm!r}")
+
+
 def check_scalar(value: Tensor | None, name: str) -> None:
     """Raise unless it is None or holds one number."""
     if value is not None and value.numel() != 1:
@@ -694,7 +699,7 @@ def why_not_fused(p: Tensor, group: dict[str, Any]) -> str | None:
         return "a sparse gradient"
     if p.dtype not in KERNEL_DTYPES:
         return f"dtype {p.dtype}"
-    if not is_dtensor(p) and type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not is_dtensor(p) and is_wrapper(p):
         return f"the tensor subclass {type(p).__name__}"
     if p.device.type not in ("cpu", *_C.kernel_devices):
         return f"device {p.device}"
@@ -703,6 +708,11 @@ def why_not_fused(p: Tensor, group: dict[str, Any]) -> str | None:
     if any(isinstance(beta, Tensor) and beta.device.type != "cpu" for beta in group["betas"]):
         return "betas on a GPU"
     return None
+
+
+def is_wrapper(p: Tensor) -> bool:
+    """Whether its class does what it likes with operations, so that its memory, if any, is no matter of ours."""
+    return type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def is_dense(p: Tensor) -> bool:

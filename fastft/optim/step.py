@@ -86,6 +86,8 @@ def fit_grad(grad: Tensor, param: Tensor, stepped: Tensor, name: str) -> Tensor:
         if grad.placements != placements:  # type: ignore[attr-defined]
             grad = grad.redistribute(placements=placements)  # type: ignore[attr-defined]
     grad = local(grad)
+    if grad.layout != torch.strided or grad.is_meta:
+        raise ValueError(f"{name}: grad: expected a dense tensor with memory, got {grad.layout} on {grad.device}")
     if not grad.is_floating_point():
         raise ValueError(f"{name}: grad: expected a floating dtype, got {grad.dtype}")
     narrow = grad.dtype == torch.float64 and stepped.dtype != torch.float64
