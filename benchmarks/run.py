@@ -1,4 +1,4 @@
-"""``python benchmarks/run.py``: measures all cases, prints a table and writes the JSON that README takes figures from."""
+"""``python benchmarks/run.py``: measures all cases, prints a table and writes the JSON that the README quotes."""
 
 from __future__ import annotations
 
