@@ -1,0 +1,34 @@
+"""The README's Python snippets run, one after the other, as a reader would try them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def test_the_snippets_run_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    # What a reader has: data.
+    names: dict[str, Any] = {"batch": torch.randint(50, (4, 7)), "labels": torch.tensor([0, 1, 1, 0])}
+    snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(compile(snippet, str(README), "exec"), names)
+    before = dict(transformers.BertForSequenceClassification.from_pretrained(tmp_path / "my-model").named_parameters())
+    moved = {name for name, p in names["model"].named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    assert "encoder.layer.1" in capsys.readouterr().out
