@@ -40,8 +40,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cuda_unavailable", &cuda_unavailable);
   m.def("cpu_instruction_set", &cpu::instruction_set);
-  m.def("connect_torch", &connect_torch, py::arg("tensor_class"), py::arg("allocate_handles"),
-        py::arg("samples"));
+  m.def("connect_torch", &connect_torch, py::arg("tensor_class"), py::arg("allocate_handles"), py::arg("samples"));
   m.def("overlapping", &overlapping, py::arg("tensors"));
   py::class_<AdamWPlan>(m, "AdamWPlan")
       .def(py::init<const py::list&>(), py::arg("entries"))
