@@ -285,7 +285,8 @@ def test_sixteen_bit_steps_beside_torchs(dtype: torch.dtype, amsgrad: bool) -> N
         near = [(a["exp_avg"], b["exp_avg"], unit), (a["exp_avg_sq"], b["exp_avg_sq"], 2 * unit)]
         near += [(a["max_exp_avg_sq"], b["max_exp_avg_sq"], 2 * unit)] if amsgrad else []
         for x, y, rtol in near:
-            torch.testing.assert_close(x, y, rtol=rtol, atol=torch.finfo(dtype).smallest_normal * 2 * unit)
+            # Where the mean's terms cancel, what is left is the rounding of float32 terms as large as the gradient.
+            torch.testing.assert_close(x, y, rtol=rtol, atol=2.5 * torch.finfo(torch.float32).eps)
         update = (ours.double() - before * (1 - 1e-3)).abs()
         allowed = 2 * unit * before.abs() + 8 * unit * update
         assert ((ours.double() - theirs.double()).abs() <= allowed).all()
