@@ -4,6 +4,8 @@
 #include "adamw_plan.h"
 #include "checks.h"
 #include "cpu/adamw.h"
+#include "dropout_ops.h"
+#include "kernel_devices.h"
 
 namespace fastft {
 namespace {
@@ -42,6 +44,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_instruction_set", &cpu::instruction_set);
   m.def("connect_torch", &connect_torch, py::arg("tensor_class"), py::arg("allocate_handles"));
   m.def("overlapping", &overlapping, py::arg("tensors"));
+  m.def("dropout_add", &dropout_add, py::arg("x"), py::arg("y"), py::arg("random"), py::arg("bias") = py::none(),
+        py::arg("minus") = py::none(), py::arg("residual") = py::none());
+  m.def("dropout_bias_grad", &dropout_bias_grad, py::arg("dy"), py::arg("dx"), py::arg("dbias"), py::arg("random"),
+        py::arg("workspace"));
+  m.def("dropout_norm", &dropout_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+        py::arg("y"), py::arg("sum"), py::arg("mean"), py::arg("rstd"), py::arg("columns"), py::arg("eps"),
+        py::arg("random"));
+  m.def("dropout_norm_grad", &dropout_norm_grad, py::arg("dy"), py::arg("dsum"), py::arg("sum"), py::arg("weight"),
+        py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"),
+        py::arg("columns"), py::arg("random"), py::arg("workspace"));
+  m.def("dropout_workspace_bytes", &dropout_workspace_bytes, py::arg("tensor"), py::arg("columns"), py::arg("sums"));
   py::class_<AdamWPlan>(m, "AdamWPlan")
       .def(py::init<const py::list&>(), py::arg("entries"))
       .def("gather", &AdamWPlan::gather, py::arg("parameter_lists"), py::arg("state"))

@@ -56,8 +56,8 @@ struct alignas(kBytes) Bytes {
   unsigned char at[kBytes];
 };
 
-// Tells the compiler that a pointer, though it was read from shared memory, leads to global memory: it then emits global
-// loads and stores instead of generic ones, which must find out at run time.
+// Tells the compiler that a pointer, though it was read from shared memory, leads to global memory: it then emits
+// global loads and stores instead of generic ones, which must find out at run time.
 template <typename T>
 __device__ __forceinline__ T* global(T* pointer) {
 #if defined(__CUDA_ARCH__)
