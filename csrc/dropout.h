@@ -18,8 +18,8 @@ struct DropoutRandom {
 struct DropoutAdd {
   const void *x, *bias, *minus, *residual;
   void* y;
-  int64_t numel, columns;                   // bias has `columns` elements: one for each of the last dimension
-  DType dtype, bias_dtype, residual_dtype;  // of x and y; of bias; of minus and residual
+  int64_t numel, columns;                            // bias has `columns` elements: one for each of the last dimension
+  DType x_dtype, dtype, bias_dtype, residual_dtype;  // of x; of y; of bias; of minus and residual
   DropoutRandom random;
 };
 
@@ -28,7 +28,7 @@ struct DropoutBiasGrad {
   const void* dy;
   void *dx, *dbias;
   int64_t rows, columns;
-  DType dtype, bias_dtype;
+  DType dtype, x_dtype, bias_dtype;  // of dy; of dx; of dbias
   DropoutRandom random;
 };
 
@@ -38,7 +38,7 @@ struct DropoutNorm {
   void *y, *sum;
   void *mean, *rstd;  // one a row, float (double for double); mean null for rms
   int64_t rows, columns;
-  DType dtype, weight_dtype;  // of x, residual, y, sum; of weight and bias
+  DType x_dtype, residual_dtype, dtype, weight_dtype;  // of x; of residual; of y and sum; of weight and bias
   double eps;
   DropoutRandom random;
 };
@@ -48,7 +48,7 @@ struct DropoutNormGrad {
   const void *dy, *dsum, *sum, *weight, *mean, *rstd;  // dsum, weight: may be null; mean null for rms
   void *dx, *dresidual, *dweight, *dbias;              // dweight, dbias: may be null
   int64_t rows, columns;
-  DType dtype, weight_dtype;
+  DType dtype, x_dtype, residual_dtype, weight_dtype;  // of dy, dsum, sum; of dx; of dresidual; of weight and bias
   DropoutRandom random;
 };
 

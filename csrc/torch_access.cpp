@@ -12,6 +12,7 @@ namespace {
 using Status = int32_t;
 
 struct Torch {
+  PyObject* tensor_class = nullptr;
   const dlpack::ExchangeAPI* dlpack = nullptr;
   // From torch's C shim; null where missing, and then handles are not used.
   Status (*data)(void* handle, void** out) = nullptr;
@@ -32,6 +33,7 @@ void find(void* library, const char* name, Function* out) {
 }  // namespace
 
 void connect_torch(py::handle tensor_class, py::handle allocate_handles) {
+  torch.tensor_class = tensor_class.inc_ref().ptr();
   const py::object capsule = tensor_class.attr("__dlpack_c_exchange_api__");
   void* table = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
   if (table == nullptr) throw py::error_already_set();
@@ -49,6 +51,10 @@ void connect_torch(py::handle tensor_class, py::handle allocate_handles) {
   if (torch.data && torch.dim && torch.dtype && torch.sizes && torch.strides && torch.destroy &&
       !allocate_handles.is_none())
     torch.allocate_handles = allocate_handles.inc_ref().ptr();
+}
+
+py::handle tensor_class() {
+  return torch.tensor_class;
 }
 
 bool read_dlpack(PyObject* tensor, dlpack::Tensor* out) {

@@ -14,6 +14,9 @@ namespace py = pybind11;
 // handles (None otherwise).
 void connect_torch(py::handle tensor_class, py::handle allocate_handles);
 
+// torch.Tensor itself.
+py::handle tensor_class();
+
 // Everything about a tensor. `argument` names it in errors.
 TensorView read_tensor(py::handle tensor, const std::string& argument);
 

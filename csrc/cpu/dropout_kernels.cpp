@@ -1,6 +1,11 @@
 // Compiled once per instruction set, FASTFT_KERNELS naming the result.
 #include "dropout_kernels.h"
 
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "../math/dropout.h"
 #include "../math/norm.h"
 #include "blocks.h"
@@ -13,6 +18,92 @@ inline DropoutScalars<T> scalars_of(const DropoutRandom& r) {
   return r.state ? dropout_scalars<T>(r.p, r.state[0], r.state[1]) : dropout_scalars<T>(r.p, r.seed, r.offset);
 }
 
+// The generator for many groups at a time: group first + j's words go to out[4j … 4j+3]. It may write up to
+// kExtraGroups groups beyond `count`.
+#if defined(__AVX2__)
+// A lane holds one 32-bit number in its lower half, and anything in its upper half: what a multiplication takes and
+// gives. Several vectors at once, since each has to wait for its own multiplications.
+#if defined(__AVX512F__)
+typedef uint64_t Lanes __attribute__((vector_size(64)));
+constexpr Lanes kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7}, kFirstPairs = {0, 8, 1, 9, 2, 10, 3, 11},
+                kLastPairs = {4, 12, 5, 13, 6, 14, 7, 15};
+inline Lanes product(Lanes a, uint32_t b) {
+  return reinterpret_cast<Lanes>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
+}
+#else
+typedef uint64_t Lanes __attribute__((vector_size(32)));
+constexpr Lanes kLaneNumbers = {0, 1, 2, 3}, kFirstPairs = {0, 4, 1, 5}, kLastPairs = {2, 6, 3, 7};
+inline Lanes product(Lanes a, uint32_t b) {
+  return reinterpret_cast<Lanes>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+}
+#endif
+constexpr int kLanes = sizeof(Lanes) / sizeof(uint64_t), kVectors = 4;
+constexpr int64_t kExtraGroups = kLanes * kVectors - 1;
+
+inline Lanes all_lanes(uint64_t x) {
+  return Lanes{} + x;
+}
+
+inline void philox_groups(uint64_t seed, uint64_t block, uint64_t first, int64_t count, uint32_t* out) {
+  for (int64_t j = 0; j < count; j += kLanes * kVectors, out += 4 * kLanes * kVectors) {
+    Lanes a[kVectors], b[kVectors], c[kVectors], d[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      a[v] = all_lanes(block);
+      b[v] = all_lanes(block >> 32);
+      c[v] = all_lanes(first + j + v * kLanes) + kLaneNumbers;
+      d[v] = c[v] >> 32;
+    }
+    PhiloxKey key = philox_key(seed);
+#pragma GCC unroll 10
+    for (int round = 0; round < kPhiloxRounds; ++round, philox_next(key)) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {  // philox_round (math/philox.h)
+        const Lanes product0 = product(a[v], kPhiloxFactor0), product1 = product(c[v], kPhiloxFactor1);
+        a[v] = (product1 >> 32) ^ b[v] ^ all_lanes(key.at[0]);
+        c[v] = (product0 >> 32) ^ d[v] ^ all_lanes(key.at[1]);
+        b[v] = product1;
+        d[v] = product0;
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const Lanes ab = (a[v] & 0xffffffffu) | b[v] << 32, cd = (c[v] & 0xffffffffu) | d[v] << 32;
+      const Lanes words[2] = {__builtin_shuffle(ab, cd, kFirstPairs), __builtin_shuffle(ab, cd, kLastPairs)};
+      memcpy(out + 4 * kLanes * v, words, sizeof words);
+    }
+  }
+}
+#else
+constexpr int64_t kExtraGroups = 0;
+
+inline void philox_groups(uint64_t seed, uint64_t block, uint64_t first, int64_t count, uint32_t* out) {
+  // One array for each of the four words and one round after the other, which compilers make vectors of.
+  alignas(64) uint32_t a[kBlock / 4 + 1], b[kBlock / 4 + 1], c[kBlock / 4 + 1], d[kBlock / 4 + 1];
+  for (int64_t j = 0; j < count; ++j) {
+    a[j] = static_cast<uint32_t>(block);
+    b[j] = static_cast<uint32_t>(block >> 32);
+    c[j] = static_cast<uint32_t>(first + j);
+    d[j] = static_cast<uint32_t>((first + j) >> 32);
+  }
+  PhiloxKey key = philox_key(seed);
+  for (int round = 0; round < kPhiloxRounds; ++round, philox_next(key)) {
+    for (int64_t j = 0; j < count; ++j) {
+      PhiloxWords w = {{a[j], b[j], c[j], d[j]}};
+      philox_round(w, key);
+      a[j] = w.at[0];
+      b[j] = w.at[1];
+      c[j] = w.at[2];
+      d[j] = w.at[3];
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    out[4 * j] = a[j];
+    out[4 * j + 1] = b[j];
+    out[4 * j + 2] = c[j];
+    out[4 * j + 3] = d[j];
+  }
+}
+#endif
+
 // The words of up to kBlock consecutive elements.
 class Words {
  public:
@@ -23,42 +114,21 @@ class Words {
       for (int64_t i = 0; i < n; ++i) words_[i] = 0;  // 0 is kept
       return words_;
     }
-    const uint64_t first = static_cast<uint64_t>(begin) / 4;
-    const int64_t groups = (begin + n - 1) / 4 - begin / 4 + 1;
-    // One array for each of the four words and one round after the other, so that many groups are computed at a time.
-    for (int64_t j = 0; j < groups; ++j) {
-      a_[j] = static_cast<uint32_t>(s.block);
-      b_[j] = static_cast<uint32_t>(s.block >> 32);
-      c_[j] = static_cast<uint32_t>(first + j);
-      d_[j] = static_cast<uint32_t>((first + j) >> 32);
-    }
-    PhiloxKey key = philox_key(s.seed);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < groups; ++j) {
-        PhiloxWords w = {{a_[j], b_[j], c_[j], d_[j]}};
-        philox_round(w, key);
-        a_[j] = w.at[0];
-        b_[j] = w.at[1];
-        c_[j] = w.at[2];
-        d_[j] = w.at[3];
-      }
-      philox_next(key);
-    }
-#pragma GCC ivdep
-    for (int64_t j = 0; j < groups; ++j) {
-      words_[4 * j] = a_[j];
-      words_[4 * j + 1] = b_[j];
-      words_[4 * j + 2] = c_[j];
-      words_[4 * j + 3] = d_[j];
-    }
+    const int64_t first = begin / 4, groups = (begin + n - 1) / 4 - first + 1;
+    philox_groups(s.seed, s.block, static_cast<uint64_t>(first), groups, words_);
     return words_ + begin % 4;
   }
 
  private:
-  static constexpr int64_t kGroups = kBlock / 4 + 1;
-  alignas(64) uint32_t a_[kGroups], b_[kGroups], c_[kGroups], d_[kGroups], words_[4 * kGroups];
+  alignas(64) uint32_t words_[4 * (kBlock / 4 + 1 + kExtraGroups)];
 };
+
+// Has elements [at, at + n) brought in from memory, which goes on while words are computed.
+inline void prefetch(const void* data, DType dtype, int64_t at, int64_t n) {
+  if (data == nullptr) return;
+  const char* bytes = static_cast<const char*>(data) + at * item_size(dtype);
+  for (int64_t i = 0; i < n * item_size(dtype); i += 64) __builtin_prefetch(bytes + i);
+}
 
 // y = dropout(x) (+ residual); x, y and residual may be one array.
 template <typename T>
@@ -81,8 +151,10 @@ void add_as(const DropoutAdd& call, int64_t begin, int64_t end) {
   alignas(64) T x_[kBlock], b_[kBlock], m_[kBlock], r_[kBlock], y_[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = smaller(kBlock, end - at);
+    prefetch(call.x, call.x_dtype, at, n);
+    prefetch(call.residual, call.residual_dtype, at, n);
     const uint32_t* words = random.fill(s, at, n);
-    const T* x = load(call.x, call.dtype, at, n, x_);
+    const T* x = load(call.x, call.x_dtype, at, n, x_);
     if (call.bias) {
       for (int64_t i = 0; i < n;) {  // a row at a time
         const int64_t column = (at + i) % call.columns;
@@ -115,12 +187,13 @@ void bias_grad_as(const DropoutBiasGrad& call, int64_t begin, int64_t end, void*
   for (int64_t row = begin; row < end; ++row)
     for (int64_t column = 0; column < call.columns; column += kBlock) {
       const int64_t n = smaller(kBlock, call.columns - column), at = row * call.columns + column;
+      prefetch(call.dy, call.dtype, at, n);
       const uint32_t* words = random.fill(s, at, n);
       const T* dy = load(call.dy, call.dtype, at, n, g_);
-      T* dx = target(call.dx, call.dtype, at, x_);
+      T* dx = target(call.dx, call.x_dtype, at, x_);
       drop(s, words, dy, static_cast<const T*>(nullptr), dx, n);
       for (int64_t i = 0; i < n; ++i) sums[column + i] += dx[i];
-      store(dx, call.dx, call.dtype, at, n);
+      store(dx, call.dx, call.x_dtype, at, n);
     }
 }
 
@@ -159,9 +232,11 @@ void norm_as(const DropoutNorm& call, int64_t begin, int64_t end, void* scratch)
     const int64_t start = row * n;
     for (int64_t column = 0; column < n; column += kBlock) {
       const int64_t length = smaller(kBlock, n - column), at = start + column;
+      prefetch(call.x, call.x_dtype, at, length);
+      prefetch(call.residual, call.residual_dtype, at, length);
       const uint32_t* words = random.fill(s, at, length);
-      const T* x = load(call.x, call.dtype, at, length, x_);
-      const T* residual = load(call.residual, call.dtype, at, length, r_);
+      const T* x = load(call.x, call.x_dtype, at, length, x_);
+      const T* residual = load(call.residual, call.residual_dtype, at, length, r_);
       drop(s, words, x, residual, sum + column, length);
     }
     // The statistics are those of the sum as it is stored, which is what the backward pass will see.
@@ -210,11 +285,15 @@ void norm_grad_as(const DropoutNormGrad& call, int64_t begin, int64_t end, void*
       T* ds = g + column;
       if (const T* dsum = load(call.dsum, call.dtype, at, length, d_))
         for (int64_t i = 0; i < length; ++i) ds[i] += dsum[i];
-      put(ds, call.dresidual, call.dtype, at, length);
+      put(ds, call.dresidual, call.residual_dtype, at, length);
+      if (row + 1 < end) {
+        prefetch(call.sum, call.dtype, at + n, length);
+        prefetch(call.dy, call.dtype, at + n, length);
+      }
       const uint32_t* words = random.fill(s, at, length);
-      T* dx = target(call.dx, call.dtype, at, x_);
+      T* dx = target(call.dx, call.x_dtype, at, x_);
       drop(s, words, ds, static_cast<const T*>(nullptr), dx, length);
-      store(dx, call.dx, call.dtype, at, length);
+      store(dx, call.dx, call.x_dtype, at, length);
     }
   }
 }

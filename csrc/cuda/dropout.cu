@@ -92,6 +92,21 @@ __device__ __forceinline__ void write_some(void* data, int64_t i, int64_t count,
   }
 }
 
+// The same for a dtype known only at run time.
+template <int N>
+__device__ __forceinline__ void write_some_any(void* data, DType dtype, int64_t i, int64_t count, bool wide,
+                                               const float (&values)[N]) {
+  if (dtype == DType::bf16) return write_some<bfloat16>(data, i, count, wide, values);
+  if (dtype == DType::f16) return write_some<float16>(data, i, count, wide, values);
+  write_some<float>(data, i, count, wide, values);
+}
+
+template <int N>
+__device__ __forceinline__ void write_some_any(void* data, DType, int64_t i, int64_t count, bool wide,
+                                               const double (&values)[N]) {
+  write_some<double>(data, i, count, wide, values);
+}
+
 template <typename Stored>
 __global__ void __launch_bounds__(kThreads)
     add_kernel(const __grid_constant__ Args<DropoutAdd, compute_t<Stored>> args) {
@@ -104,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
   const DropoutScalars<T> s = args.random();
   T x[N], other[N];
   bool keep[N];
-  read_some(call.x, call.dtype, i, count, args.wide, x);
+  read_some(call.x, call.x_dtype, i, count, args.wide, x);
   if (call.bias) {
     int64_t column = i % call.columns;
 #pragma unroll
@@ -168,8 +183,8 @@ __global__ void __launch_bounds__(kThreads)
   for_lane<N>(call.columns, [&](int64_t c, int64_t count) {
     T x[N], residual[N];
     bool keep[N];
-    read_some(call.x, call.dtype, start + c, count, args.wide, x);
-    read_some(call.residual, call.dtype, start + c, count, args.wide, residual);
+    read_some(call.x, call.x_dtype, start + c, count, args.wide, x);
+    read_some(call.residual, call.residual_dtype, start + c, count, args.wide, residual);
     keeps(s, start + c, keep);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -258,11 +273,11 @@ __global__ void __launch_bounds__(kThreads, 3)
       g[j] = norm_grad(g[j], h[j], mean_g, mean_gh, rstd);
       if (call.dsum) g[j] += dsum[j];
     }
-    write_some<Stored>(call.dresidual, start + c, count, args.wide, g);
+    write_some_any(call.dresidual, call.residual_dtype, start + c, count, args.wide, g);
     keeps(s, start + c, keep);
 #pragma unroll
     for (int j = 0; j < N; ++j) g[j] = dropout_element(g[j], keep[j], s.scale);
-    write_some<Stored>(call.dx, start + c, count, args.wide, g);
+    write_some_any(call.dx, call.x_dtype, start + c, count, args.wide, g);
   });
 }
 
@@ -322,7 +337,7 @@ __global__ void __launch_bounds__(kThreads)
                   g[j] = dropout_element(g[j], keep[j], s.scale);
                   sums[0][j] += g[j];
                 }
-                write_some<Stored>(call.dx, i, count, args.wide, g);
+                write_some_any(call.dx, call.x_dtype, i, count, args.wide, g);
               });
 }
 
@@ -363,13 +378,7 @@ __global__ void __launch_bounds__(kThreads) part_sums_kernel(const __grid_consta
   T total = T(0);
   for (int64_t p = 0; p < args.parts; ++p) total += args.partial[p * args.columns + c];
   const T values[1] = {total};
-  if constexpr (sizeof(T) == sizeof(double)) {
-    write_some<double>(args.out, c, 1, false, values);
-  } else {
-    if (args.dtype == DType::bf16) return write_some<bfloat16>(args.out, c, 1, false, values);
-    if (args.dtype == DType::f16) return write_some<float16>(args.out, c, 1, false, values);
-    write_some<float>(args.out, c, 1, false, values);
-  }
+  write_some_any(args.out, args.dtype, c, 1, false, values);
 }
 
 bool aligned(std::initializer_list<const void*> arrays) {
@@ -456,7 +465,8 @@ void dropout_norm_grad(const DropoutNormGrad& call, void* workspace, int32_t dev
     using Stored = decltype(stored);
     using T = compute_t<Stored>;
     auto args = args_of<T>(call, wide);
-    launch(norm_grad_kernel<Stored>, "dropout_norm_grad", blocks_of(call.rows, kWarps), stream, args);
+    if (call.rows > 0)
+      launch(norm_grad_kernel<Stored>, "dropout_norm_grad", blocks_of(call.rows, kWarps), stream, args);
     if (call.dweight == nullptr && call.dbias == nullptr) return;
     args.parts = parts_of(call.rows);
     args.partial = workspace;

@@ -10,6 +10,7 @@
 namespace fastft {
 
 constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u, kPhiloxFactor1 = 0xCD9E8D57u;
 
 struct PhiloxWords {
   uint32_t at[4];
@@ -30,8 +31,8 @@ FASTFT_HD void philox_next(PhiloxKey& key) {
 }
 
 FASTFT_HD void philox_round(PhiloxWords& c, PhiloxKey key) {
-  const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * c.at[0];
-  const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * c.at[2];
+  const uint64_t product0 = static_cast<uint64_t>(kPhiloxFactor0) * c.at[0];
+  const uint64_t product1 = static_cast<uint64_t>(kPhiloxFactor1) * c.at[2];
   const uint32_t high0 = static_cast<uint32_t>(product0 >> 32), low0 = static_cast<uint32_t>(product0);
   const uint32_t high1 = static_cast<uint32_t>(product1 >> 32), low1 = static_cast<uint32_t>(product1);
   c.at[0] = high1 ^ c.at[1] ^ key.at[0];
