@@ -7,6 +7,7 @@
 
 #include "../math/rounding.h"
 #include "dropout_kernels.h"
+#include "huge_pages.h"
 #include "instruction_set.h"
 #include "parallel.h"
 
@@ -67,12 +68,14 @@ void sum_parts(const std::vector<unsigned char>& partial, int64_t parts, int64_t
 }  // namespace
 
 void dropout_add(const DropoutAdd& call) {
+  want_huge_pages(call.y, call.numel * item_size(call.dtype));
   // In units of four elements, which share one call of the generator.
   parallel_for((call.numel + 3) / 4, kGrain / 4,
                [&](int64_t begin, int64_t end) { kernels().add(call, 4 * begin, std::min(4 * end, call.numel)); });
 }
 
 void dropout_bias_grad(const DropoutBiasGrad& call) {
+  want_huge_pages(call.dx, call.rows * call.columns * item_size(call.x_dtype));
   const Parts parts(call.rows, call.columns);
   const int64_t bytes = call.columns * width(call.dtype);
   std::vector<unsigned char> partial(parts.count * bytes);
@@ -84,6 +87,8 @@ void dropout_bias_grad(const DropoutBiasGrad& call) {
 }
 
 void dropout_norm(const DropoutNorm& call) {
+  want_huge_pages(call.y, call.rows * call.columns * item_size(call.dtype));
+  want_huge_pages(call.sum, call.rows * call.columns * item_size(call.dtype));
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, call.columns));
   parallel_for(call.rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<unsigned char> scratch(3 * call.columns * width(call.dtype));
@@ -92,6 +97,8 @@ void dropout_norm(const DropoutNorm& call) {
 }
 
 void dropout_norm_grad(const DropoutNormGrad& call) {
+  want_huge_pages(call.dx, call.rows * call.columns * item_size(call.x_dtype));
+  want_huge_pages(call.dresidual, call.rows * call.columns * item_size(call.residual_dtype));
   const Parts parts(call.rows, call.columns);
   const int64_t bytes = 2 * call.columns * width(call.dtype);
   std::vector<unsigned char> partial(parts.count * bytes);
