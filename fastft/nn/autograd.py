@@ -6,7 +6,8 @@ Legacy style (``forward`` with ``ctx``): it costs less, and what functorch trans
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from . import kernels
 from .random import Random
 
 core_dropout, core_add, core_takes = _C.dropout, _C.dropout_add, _C.dropout_takes
+Apply: TypeAlias = Callable[..., Any]
 grad_enabled, transforms_active = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
 
 
@@ -59,7 +61,7 @@ class PlainDropout(Dropout):
 
 # A small call's time goes to Python, and a tenth of it to what torch does for functorch, which never comes here: these
 # are Function.apply, and the method that the autograd engine calls, without that.
-apply_plain_dropout = super(Function, PlainDropout).apply  # type: ignore[misc]
+apply_plain_dropout: Apply = super(Function, PlainDropout).apply
 PlainDropout._backward_cls.apply = PlainDropout.backward  # type: ignore[attr-defined]
 
 
@@ -120,9 +122,7 @@ class BiasDropoutAdd(Function):
         return dx, dbias, dresidual, None, None
 
     @staticmethod
-    def jvp(
-        ctx: Any, x: Tensor | None, bias: Tensor | None, residual: Tensor | None, *_: None
-    ) -> Tensor | None:
+    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, residual: Tensor | None, *_: None) -> Tensor | None:
         shifted = bias if x is None else x if bias is None else x + bias
         if shifted is None:
             return residual
@@ -221,7 +221,8 @@ def readable(x: Tensor) -> Tensor | None:
 def dropped(x: Tensor, random: Random, dtype: torch.dtype | None = None) -> Tensor:
     """dropout(x) with the mask of ``random`` for any x that backward passes meet."""
     if grad_enabled() and x.requires_grad and not transforms_active():
-        return Dropout.apply(x, random).to(dtype or x.dtype)  # type: ignore[no-any-return]
+        result: Tensor = apply_dropout(x, random)
+        return result.to(dtype or x.dtype)
     plain = readable(x)
     if plain is not None:
         return kernels.add(plain, None, None, random, dtype)
@@ -236,3 +237,10 @@ def write_dropped(x: Tensor, random: Random) -> None:
         core_add(x, x, random)
     else:
         x.copy_(kernels.add(x, None, None, random))
+
+
+apply_dropout: Apply = Dropout.apply
+apply_dropout_in_place: Apply = DropoutInPlace.apply
+apply_mixout: Apply = Mixout.apply
+apply_bias_dropout_add: Apply = BiasDropoutAdd.apply
+apply_dropout_add_norm: Apply = DropoutAddNorm.apply

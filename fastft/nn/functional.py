@@ -30,11 +30,11 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from . import kernels
 from .autograd import (
-    BiasDropoutAdd,
-    Dropout,
-    DropoutAddNorm,
-    DropoutInPlace,
-    Mixout,
+    apply_bias_dropout_add,
+    apply_dropout,
+    apply_dropout_add_norm,
+    apply_dropout_in_place,
+    apply_mixout,
     apply_plain_dropout,
     core_dropout,
     core_takes,
@@ -126,23 +126,22 @@ def dropout(
     what torch raises: ``ValueError`` for p outside [0, 1], ``RuntimeError`` for NaN and for integer dtypes.
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             dropout, (input,), input, p=p, training=training, inplace=inplace, generator=generator
         )
-    if type(p) is not float:
-        p = probability(p)
+    rate: float = p if type(p) is float else probability(p)
     if (
         inplace
         or not training
-        or not 0.0 < p < 1.0
+        or not 0.0 < rate < 1.0
         or is_compiling()
         or transforms_active()
         or active_modes()
         or not core_takes(input)
         or input.is_neg()
     ):
-        return uncommon_dropout(input, p, training, inplace, generator)
-    random = draw(p, input, generator)
+        return uncommon_dropout(input, rate, training, inplace, generator)
+    random = draw(rate, input, generator)
     if (input.requires_grad and grad_enabled()) or forward_ad._current_level >= 0:
         return apply_plain_dropout(input, random)  # type: ignore[no-any-return]
     return core_dropout(input, random)
@@ -168,8 +167,7 @@ def uncommon_dropout(
         write_dropped(input, random)
         torch.autograd.graph.increment_version(input)
         return input
-    function = DropoutInPlace if inplace else Dropout
-    return function.apply(input, random)  # type: ignore[no-any-return]
+    return (apply_dropout_in_place if inplace else apply_dropout)(input, random)  # type: ignore[no-any-return]
 
 
 def bias_dropout_add(
@@ -195,7 +193,7 @@ def bias_dropout_add(
     """
     tensors = (input, bias, residual)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             bias_dropout_add, tensors, input, bias, residual, p=p, training=training, generator=generator
         )
     p = checked(p, input, training)
@@ -213,7 +211,7 @@ def bias_dropout_add(
         return ops.dropout_add(input, bias, residual, p, draw_state(input.device, generator))  # type: ignore[no-any-return]
     random = random_for(p, input, generator)
     if records(input, bias, residual):
-        return BiasDropoutAdd.apply(input, bias, residual, dtype, random)  # type: ignore[no-any-return]
+        return apply_bias_dropout_add(input, bias, residual, dtype, random)  # type: ignore[no-any-return]
     return kernels.add(input, bias, residual, random, dtype)
 
 
@@ -274,7 +272,7 @@ def dropout_add_layer_norm(
     """
     tensors = (input, residual, weight, bias)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             dropout_add_layer_norm,
             tensors,
             input,
@@ -340,7 +338,7 @@ def dropout_add_rms_norm(
     """
     tensors = (input, residual, weight)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             dropout_add_rms_norm,
             tensors,
             input,
@@ -402,7 +400,7 @@ def dropout_add_norm(
         return y, sum
     random = random_for(p, input, generator)
     if records(input, residual, weight, bias):
-        return DropoutAddNorm.apply(input, residual, weight, bias, columns, eps, rms, dtype, random)  # type: ignore[no-any-return]
+        return apply_dropout_add_norm(input, residual, weight, bias, columns, eps, rms, dtype, random)  # type: ignore[no-any-return]
     y, sum, *_ = kernels.norm(input, residual, weight, bias, columns, eps, rms, dtype, return_residual, random)
     return y, sum
 
@@ -429,9 +427,7 @@ def mixout(
     """
     tensors = (weight, anchor)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
-            mixout, tensors, weight, anchor, p, training=training, generator=generator
-        )
+        return handle_torch_function(mixout, tensors, weight, anchor, p, training=training, generator=generator)
     p = checked(p, weight, training)
     if anchor.shape != weight.shape:
         raise ValueError(f"anchor: expected the weight's shape {list(weight.shape)}, got {list(anchor.shape)}")
@@ -446,7 +442,7 @@ def mixout(
         return ops.mixout(weight, anchor, p, draw_state(weight.device, generator))  # type: ignore[no-any-return]
     random = random_for(p, weight, generator)
     if records(weight):
-        return Mixout.apply(weight, anchor, random)  # type: ignore[no-any-return]
+        return apply_mixout(weight, anchor, random)  # type: ignore[no-any-return]
     return kernels.mixout(weight, anchor, random)
 
 

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ SWAPPED = "_fastft_swapped"  # set on dropouts whose class was changed
 # What a submodule is to the code that calls it.
 DROPOUT, NORM, TAIL = "dropout", "norm", "tail"
 Roles = tuple[tuple[str, str], ...]  # (path from self, one of these)
+
+Class: TypeAlias = Any  # of modules; functools.cache cannot be told that these can be hashed
 
 
 # -- what the new forwards call ----------------------------------------------------------------------------
@@ -62,7 +64,7 @@ def unhooked(module: nn.Module) -> bool:
 
 
 def drops_simply(module: nn.Module) -> bool:
-    return type(module) in (Dropout, nn.Dropout) and not module.inplace and unhooked(module)  # type: ignore[truthy-function]
+    return type(module) in (Dropout, nn.Dropout) and not module.inplace and unhooked(module)
 
 
 def dropout_add(drop: Any, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -131,7 +133,7 @@ class Source:
 
 
 @functools.cache
-def source_of(cls: type[nn.Module]) -> Source | NotReadable:
+def source_of(cls: Class) -> Source | NotReadable:
     """The forward of a class, or why it cannot be had."""
     try:
         return read_source(cls)
@@ -139,7 +141,7 @@ def source_of(cls: type[nn.Module]) -> Source | NotReadable:
         return why
 
 
-def read_source(cls: type[nn.Module]) -> Source:
+def read_source(cls: Class) -> Source:
     function = inspect.unwrap(cls.forward)
     if not isinstance(function, FunctionType):
         raise NotReadable("its forward is no Python function")
@@ -191,20 +193,14 @@ def functions_in(filename: str) -> list[CodeType]:
 
 def compiled(source: Source, tree: ast.FunctionDef) -> FunctionType:
     """The function that a tree made from the source's describes, undecorated, in the source's module and lines."""
-    names = list(HELPERS)
-    factory = ast.FunctionDef(
-        name="_fastft_factory",
-        args=ast.arguments(
-            posonlyargs=[], args=[ast.arg(arg=n) for n in names], kwonlyargs=[], kw_defaults=[], defaults=[]
-        ),
-        body=[tree, ast.Return(value=ast.Name(id=tree.name, ctx=ast.Load()))],
-        decorator_list=[],
-        type_params=[],
-    )
-    module = ast.fix_missing_locations(ast.Module(body=[factory], type_ignores=[]))
+    module = ast.parse(f"def _fastft_factory({', '.join(HELPERS)}): return {tree.name}")
+    factory = module.body[0]
+    assert isinstance(factory, ast.FunctionDef)
+    factory.body.insert(0, tree)
     old = source.function
     namespace: dict[str, Any] = {}
-    exec(compile(module, old.__code__.co_filename, "exec", dont_inherit=True), old.__globals__, namespace)
+    code = compile(ast.fix_missing_locations(module), old.__code__.co_filename, "exec", dont_inherit=True)
+    exec(code, old.__globals__, namespace)
     new: FunctionType = namespace["_fastft_factory"](**HELPERS)
     new.__defaults__ = old.__defaults__
     added = {RESIDUAL: None} if any(a.arg == RESIDUAL for a in tree.args.kwonlyargs) else {}
@@ -422,7 +418,7 @@ class Sums(ast.NodeTransformer):
 class Fused:
     """What the classes made here have in common; each of them has these."""
 
-    fastft_original: type[nn.Module]
+    fastft_original: Class
     fastft_roles: Roles
     fastft_tail: bool  # takes the residual as an argument
     fastft_found: tuple[tuple[str, str], ...]
@@ -435,17 +431,17 @@ class Fused:
         return (rebuild, (cls.fastft_original, cls.fastft_roles, cls.fastft_tail), *reduced[2:])
 
 
-def rebuild(original: type[nn.Module], roles: Roles, tail: bool) -> nn.Module:
+def rebuild(original: Class, roles: Roles, tail: bool) -> nn.Module:
     """An empty module for ``pickle`` and ``copy``; of the original class where it no longer can be rewritten."""
     try:
         cls = fused_class(original, roles, tail) or original
     except NotReadable:
         cls = original
-    return cls.__new__(cls)
+    return cls.__new__(cls)  # type: ignore[no-any-return]
 
 
 @functools.cache
-def fused_class(cls: type[nn.Module], roles: Roles, tail: bool) -> type[nn.Module] | None:
+def fused_class(cls: Class, roles: Roles, tail: bool) -> Class | None:
     """A subclass whose forward does at once what can be done at once; None if there is nothing.
 
     Args:
@@ -477,7 +473,7 @@ def fused_class(cls: type[nn.Module], roles: Roles, tail: bool) -> type[nn.Modul
         "fastft_tail": tail,
         "fastft_found": tuple(rewriter.found),
     }
-    made: type[nn.Module] = type(cls)(cls.__name__, (Fused, cls), namespace)
+    made: Class = type(cls)(cls.__name__, (Fused, cls), namespace)
     if list(wrappers(made.forward)) != list(wrappers(cls.forward)):
         raise NotReadable("something else has wrapped its forward")
     return made
@@ -549,12 +545,12 @@ def fuse_dropout_(model: nn.Module) -> FuseReport:
 
     parts: set[int] = set()  # modules to which a block above hands its residual
     for name, module in modules.items():  # from the outside in
-        cls = type(module)
+        cls: Class = type(module)
         if isinstance(module, (Fused, _DropoutNd, torch.jit.ScriptModule)):
             continue
-        if not any(isinstance(child, nn.Dropout) for child in module.children()) and id(module) not in parts:
-            if not any(ends_in_dropout(child) for child in module.children()):
-                continue
+        has_dropout = any(isinstance(child, nn.Dropout) for child in module.children())
+        if not has_dropout and not any(ends_in_dropout(child) for child in module.children()):
+            continue
         source = source_of(cls)
         try:
             if isinstance(source, NotReadable):
@@ -565,25 +561,25 @@ def fuse_dropout_(model: nn.Module) -> FuseReport:
             made = fused_class(cls, roles, id(module) in parts)
         except NotReadable as why:
             parts.discard(id(module))
-            if any(isinstance(child, nn.Dropout) for child in module.children()):
+            if has_dropout:
                 left.append((name, f"{why}: dropout and what follows it were not fused"))
             continue
         left += [(".".join(filter(None, (name, path))), why) for path, why in only_read(module, source)]
         if made is None:
             continue
         module.__class__ = made
-        found: tuple[tuple[str, str], ...] = made.fastft_found  # type: ignore[attr-defined]
-        fused += [(name, what) for _, what in found]
-        parts.update(id(module.get_submodule(path)) for path, _ in found if dict(roles)[path] == TAIL)
+        fused += [(name, what) for _, what in made.fastft_found]
+        parts.update(id(module.get_submodule(path)) for path, _ in made.fastft_found if dict(roles)[path] == TAIL)
     return FuseReport(tuple(fused), tuple(swapped), tuple(left))
 
 
 def unfuse_dropout_(model: nn.Module) -> None:
     """Undo :func:`fuse_dropout_`: every module gets its class back. Dropouts that were fastft's before stay so."""
     for module in model.modules():
-        if "fastft_original" in type(module).__dict__:
-            module.__class__ = type(module).fastft_original  # type: ignore[assignment]
-        elif type(module) is Dropout and module.__dict__.pop(SWAPPED, False):
+        cls: Class = type(module)
+        if "fastft_original" in cls.__dict__:
+            module.__class__ = cls.fastft_original
+        elif cls is Dropout and module.__dict__.pop(SWAPPED, False):
             module.__class__ = nn.Dropout
 
 
@@ -610,7 +606,8 @@ def ends_in_dropout(module: nn.Module) -> bool:
         return False
     if isinstance(module, Fused) or "forward" in module.__dict__:
         return False
-    source = source_of(type(module))
+    cls: Class = type(module)
+    source = source_of(cls)
     if isinstance(source, NotReadable):
         return False
     dropouts = {name: DROPOUT for name, child in module.named_children() if type(child) is Dropout}

@@ -75,7 +75,7 @@ class DropoutAddLayerNorm(nn.LayerNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
         self.p, self.return_residual = checked_p(p), return_residual
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -120,7 +120,7 @@ class DropoutAddRMSNorm(nn.RMSNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, device=device, dtype=dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, device=device, dtype=dtype)
         self.p, self.return_residual = checked_p(p), return_residual
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]

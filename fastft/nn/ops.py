@@ -7,7 +7,7 @@ Each is a function of its arguments: the mask's state {seed, offset} is one of t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,16 @@ library = torch.library.Library("fastft", "DEF")
 ops: Any = torch.ops.fastft
 
 
-def define(schema: str, fake: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]) -> Any:
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def define(
+    schema: str, fake: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[[Function], Function]:
     """Decorates what computes an operation."""
     name = "fastft::" + schema.split("(")[0]
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Function) -> Function:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=library)

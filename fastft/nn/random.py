@@ -20,7 +20,7 @@ class Draws(threading.local):
 
     def __init__(self) -> None:
         place = torch.empty((), dtype=torch.int64, device="cpu")
-        self.draw_and_number = place.random_, memoryview(place.numpy())
+        self.draw_and_number = place.random_, memoryview(place.numpy())  # type: ignore[arg-type]
 
 
 draws = Draws()
