@@ -45,7 +45,7 @@ from .autograd import (
 from .ops import ops, promoted
 from .random import OFFSET_STEP, Random, draw, draw_state, signed
 
-PLAIN = frozenset((Tensor, Parameter))
+PLAIN = (Tensor, Parameter, type(None))
 is_compiling, active_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
 
@@ -59,19 +59,25 @@ class Path(Enum):
 
 def path_of(*tensors: Tensor | None) -> Path:
     """Who computes with these tensors."""
-    given = [t for t in tensors if t is not None]
-    device = given[0].device
-    if not all(kernels.runs(t) and t.device == device for t in given):
-        return Path.TORCH
     if is_compiling():
-        return Path.GRAPH
+        return Path.GRAPH if computable(tensors) else Path.TORCH
     if transforms_active() or torch._C._get_tracing_state() is not None:
         return Path.TORCH
-    for t in given:
-        if type(t) not in PLAIN and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if all(t is None or core_takes(t) for t in tensors):
+        return Path.GRAPH if active_modes() else Path.CORE
+    if not computable(tensors):
+        return Path.TORCH
+    for t in tensors:
+        if type(t) not in PLAIN and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # type: ignore[union-attr]
             fake = isinstance(t, torch._subclasses.FakeTensor)
             return Path.GRAPH if fake else Path.TORCH
     return Path.GRAPH if active_modes() else Path.CORE
+
+
+def computable(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the core has code for all of them, together."""
+    devices = {t.device for t in tensors if t is not None}
+    return len(devices) == 1 and all(t is None or kernels.runs(t) for t in tensors)
 
 
 def probability(p: Any) -> Any:
@@ -147,6 +153,15 @@ def dropout(
     return core_dropout(input, random)
 
 
+def torch_dropout(input: Tensor, p: float, training: bool, inplace: bool, generator: torch.Generator | None) -> Tensor:
+    """torch's own, which takes no generator."""
+    result = F.dropout(input, p, training, inplace)
+    if generator is not None:
+        kind = f"{type(input).__name__} of {input.dtype} on {input.device}"
+        raise ValueError(f"generator: expected None for a {kind}, since torch's own dropout computes it")
+    return result
+
+
 def uncommon_dropout(
     input: Tensor, p: float, training: bool, inplace: bool, generator: torch.Generator | None
 ) -> Tensor:
@@ -155,7 +170,7 @@ def uncommon_dropout(
         return input
     path = path_of(input)
     if path is Path.TORCH or not 0.0 < p <= 1.0:
-        return F.dropout(input, p, training, inplace)
+        return torch_dropout(input, p, training, inplace, generator)
     if path is Path.GRAPH:
         result: Tensor = ops.dropout_add(input, None, None, p, draw_state(input.device, generator))
         return input.copy_(result) if inplace else result

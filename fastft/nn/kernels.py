@@ -20,7 +20,7 @@ def runs(tensor: Tensor) -> bool:
 
 def ready(tensor: Tensor) -> Tensor:
     """The same values as the core reads them: contiguous, and with no sign left to be flipped."""
-    return tensor.contiguous().resolve_neg()
+    return tensor if _C.dropout_takes(tensor) and not tensor.is_neg() else tensor.contiguous().resolve_neg()
 
 
 def ready_or_none(tensor: Tensor | None) -> Tensor | None:

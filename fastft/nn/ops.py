@@ -41,7 +41,7 @@ def promoted(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of these tensors' sum."""
     dtype = None
     for t in tensors:
-        if t is not None:
+        if t is not None and t.dtype is not dtype:
             dtype = t.dtype if dtype is None else torch.promote_types(dtype, t.dtype)
     assert dtype is not None
     return dtype
