@@ -24,7 +24,7 @@ KERNELS = ["csrc/cpu/adamw_kernels.cpp", "csrc/cpu/dropout_kernels.cpp"]  # comp
 CUDA_SOURCES = ["csrc/cuda/adamw.cu", "csrc/cuda/dropout.cu"]
 
 # No reassociation, no contraction: CPU and GPU give the same bits (csrc/math/hd.h).
-CXX = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off"]
+CXX = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off"]
 LOOPS = ["-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
 NVCC = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 

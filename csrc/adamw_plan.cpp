@@ -10,6 +10,8 @@
 namespace fastft {
 namespace {
 
+constexpr size_t kAhead = 4;  // slots whose tensors are prefetched while one is looked at
+
 Device parse_device(const py::tuple& t) {
   return {static_cast<dlpack::DeviceType>(t[0].cast<int32_t>()), t[1].cast<int32_t>()};
 }
@@ -38,20 +40,18 @@ T* scalar_data(const py::object& tensor, DType dtype, Device device, const char*
   return static_cast<T*>(view.data);
 }
 
-PyObject* grad_attribute() {
-  static PyObject* const interned = PyUnicode_InternFromString("grad");
-  return interned;
-}
-
 }  // namespace
 
 AdamWPlan::AdamWPlan(const py::list& entries) : slots_(entries.size()) {
   for (size_t i = 0; i < slots_.size(); ++i) {
     const py::tuple t = entries[i];
     Slot& slot = slots_[i];
-    slot.param = t[0];
-    if (t.size() > 1) slot.kind = Kind::dormant;
-    if (t.size() > 2) fill(slot, t);
+    slot.param = py::object(t[0]).ptr();
+    slot.group = t[1].cast<int32_t>();
+    if (t.size() > 3)
+      fill(slot, t);
+    else if (t[2].cast<bool>())
+      slot.kind = Kind::dormant;
   }
 }
 
@@ -59,18 +59,21 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
   slot.kind = Kind::live;
   slot.name = t[2].cast<std::string>();
   const std::string& who = slot.name;
-  const auto optional = [&](size_t i, const char* what) {
-    return t[i].is_none() ? TensorRef() : TensorRef(t[i], who + ": " + what);
+  const auto optional = [&](size_t i, const char* what, TensorRef::Hold hold) {
+    return t[i].is_none() ? TensorRef() : TensorRef(t[i], who + ": " + what, hold);
   };
   slot.wrapped = !t[3].is(t[0]);
-  slot.stepped = TensorRef(t[3], who);
-  slot.exp_avg = TensorRef(t[4], who + ": exp_avg");
-  slot.exp_avg_sq = TensorRef(t[5], who + ": exp_avg_sq");
-  slot.max_exp_avg_sq = optional(6, "max_exp_avg_sq");
-  slot.step = TensorRef(t[7], who + ": step");
-  slot.anchor = optional(8, "anchor");
-  slot.mask = optional(9, "update_mask");
-  slot.rows = optional(10, "rows");
+  slot.counts_versions = !t[3].attr("is_inference")().cast<bool>();
+  // The parameter holds its own data, and the state dict holds the moments; but not their local parts.
+  const TensorRef::Hold hold = slot.wrapped ? TensorRef::kOwned : TensorRef::kWeak;
+  slot.stepped = TensorRef(t[3], who, slot.wrapped ? TensorRef::kOwned : TensorRef::kBorrowed);
+  slot.exp_avg = TensorRef(t[4], who + ": exp_avg", hold);
+  slot.exp_avg_sq = TensorRef(t[5], who + ": exp_avg_sq", hold);
+  slot.max_exp_avg_sq = optional(6, "max_exp_avg_sq", hold);
+  slot.step = TensorRef(t[7], who + ": step", TensorRef::kWeak);
+  slot.anchor = optional(8, "anchor", TensorRef::kOwned);
+  slot.mask = optional(9, "update_mask", TensorRef::kOwned);
+  slot.rows = optional(10, "rows", TensorRef::kOwned);
 
   const TensorView& p = slot.stepped.view();
   check(is_floating(p.dtype), who, ": expected a float32, bfloat16, float16 or float64 parameter, got ", name(p.dtype));
@@ -131,7 +134,7 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
   static const int64_t no_row = 0;  // a list of no rows may have no data: still not "all rows"
   if (slot.rows && e.rows == nullptr) e.rows = &no_row;
   e.device_step = counts_on_device ? static_cast<float*>(step.data) : nullptr;
-  e.group = t[1].cast<int32_t>();
+  e.group = slot.group;
   e.dtype = p.dtype;
   e.state_dtype = state;
   e.anchor_dtype = slot.anchor ? slot.anchor.view().dtype : DType::f32;
@@ -151,8 +154,8 @@ void AdamWPlan::remember_state(PyObject* state) {
   state_known_ = true;
 }
 
-// Whether state and the dicts in it hold the very objects they held: some nanoseconds an item. (Objects that this
-// plan refers to are kept alive by it, so an equal address is the same object.)
+// Whether state and the dicts in it hold objects at the very addresses that they held: some nanoseconds an item. What
+// is found so lives, since the dict holds it, and may be asked whether it is still the same.
 bool AdamWPlan::state_is_unchanged(PyObject* state) const {
   const Snapshot* item = state_items_.data();
   const Snapshot* const end = item + state_items_.size();
@@ -176,15 +179,22 @@ py::object AdamWPlan::gather(const py::list& parameter_lists, const py::dict& st
   if (!state_is_unchanged(state.ptr())) return stale;
   py::list need_help;
   size_t position = 0;
+  int32_t group_index = -1;
   for (const py::handle group : parameter_lists) {
-    if (!PyList_Check(group.ptr())) return stale;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.ptr()); ++i, ++position) {
-      PyObject* param = PyList_GET_ITEM(group.ptr(), i);
-      if (position >= slots_.size() || slots_[position].param.ptr() != param) return stale;
+    ++group_index;
+    const py::object sequence = py::reinterpret_steal<py::object>(
+        PySequence_Fast(group.ptr(), "param_groups: expected a list of parameters in each group"));
+    if (!sequence) throw py::error_already_set();
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.ptr()); ++i, ++position) {
+      PyObject* param = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
+      if (position >= slots_.size() || slots_[position].param != param || slots_[position].group != group_index) {
+        release();
+        return stale;
+      }
       Slot& slot = slots_[position];
+      if (position + kAhead < slots_.size()) slots_[position + kAhead].prefetch();
       if (slot.kind == Kind::ignored) continue;
-      py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_attribute()));
-      if (!grad) throw py::error_already_set();
+      py::object grad = grad_of(param);
       if (grad.is_none()) continue;
       if (slot.kind == Kind::dormant || !slot.stepped.same_view() || !slot.exp_avg.same_data() ||
           !slot.exp_avg_sq.same_data() || !slot.step.same_data() ||
@@ -194,6 +204,7 @@ py::object AdamWPlan::gather(const py::list& parameter_lists, const py::dict& st
       }
       slot.grad = std::move(grad);
       slot.active = true;
+      hold(slot);
       if (slot.wrapped || !accept_grad(slot)) need_help.append(position);
     }
   }
@@ -204,11 +215,25 @@ py::object AdamWPlan::gather(const py::list& parameter_lists, const py::dict& st
   return need_help;
 }
 
+void AdamWPlan::hold(Slot& slot) {
+  slot.held[0] = py::reinterpret_borrow<py::object>(slot.param);
+  slot.held[1] = slot.exp_avg.keep();
+  slot.held[2] = slot.exp_avg_sq.keep();
+  slot.held[3] = slot.step.keep();
+  if (slot.max_exp_avg_sq) slot.held[4] = slot.max_exp_avg_sq.keep();
+}
+
 // Takes the slot's gradient as it is, if it is a plain tensor that lies like the parameter.
 bool AdamWPlan::accept_grad(Slot& slot) {
+  const TensorView& p = slot.stepped.view();
+  void* data = nullptr;
+  if (p.numel > 1 && slot.stepped.is_like(slot.grad.ptr(), &data)) {
+    slot.entry.grad = data;
+    slot.entry.grad_dtype = p.dtype;
+    return true;
+  }
   dlpack::Tensor t;
   if (!read_dlpack(slot.grad.ptr(), &t)) return false;
-  const TensorView& p = slot.stepped.view();
   if (device_of(t.device) != p.device || t.ndim != static_cast<int32_t>(p.shape.size())) return false;
   for (int32_t d = 0; d < t.ndim; ++d)
     if (t.shape[d] != p.shape[d] || (t.shape[d] != 1 && p.numel > 0 && t.strides[d] != p.strides[d])) return false;
@@ -229,6 +254,7 @@ void AdamWPlan::set_grad(int64_t position, py::object grad) {
   Slot& slot = slots_[position];
   slot.grad = std::move(grad);
   slot.active = true;
+  hold(slot);
   const TensorView& p = slot.stepped.view();
   if (!accept_grad(slot))
     throw ArgumentError(text(slot.name, ": grad: expected a plain tensor of shape ", p.shape_str(), " on ",
@@ -237,10 +263,27 @@ void AdamWPlan::set_grad(int64_t position, py::object grad) {
                              py::str(slot.grad.attr("shape")).cast<std::string>()));
 }
 
+py::object AdamWPlan::stepped(int64_t position) const {
+  const Slot& slot = slots_.at(position);
+  return slot.wrapped ? slot.stepped.keep() : py::none();
+}
+
+py::list AdamWPlan::written() const {
+  py::list out;
+  for (const Slot& slot : slots_) {
+    if (!slot.active || !slot.counts_versions) continue;
+    out.append(py::handle(slot.param));
+    if (slot.wrapped) out.append(slot.stepped.keep());
+  }
+  return out;
+}
+
 void AdamWPlan::release() {
   for (Slot& slot : slots_) {
+    if (!slot.active) continue;
     slot.active = false;
     slot.grad = py::object();
+    for (py::object& object : slot.held) object = py::object();
   }
 }
 

@@ -18,18 +18,24 @@ namespace fastft {
 class AdamWPlan {
  public:
   // One tuple for each parameter, in the order of the groups:
-  //   (param,)           never stepped here, whatever its gradient
-  //   (param, group)     no state yet: a gradient makes the plan stale
+  //   (param, group, False)  never stepped here, whatever its gradient
+  //   (param, group, True)   no state yet: a gradient makes the plan stale
   //   (param, group, name, stepped, exp_avg, exp_avg_sq, max_exp_avg_sq | None, step, anchor | None, mask | None,
   //    rows | None, counts_on_device)
-  // where `stepped` is the plain tensor to step: param itself, or its local part. Throws ArgumentError.
+  // where `stepped` is the plain tensor to step: param itself, or its local part. Throws ArgumentError. The plan keeps
+  // neither parameters nor their state alive (what a user takes out of a group or of the state is gone at once),
+  // only local parts, anchors, masks and rows.
   explicit AdamWPlan(const py::list& entries);
 
-  // Reads the gradients. Returns False if the plan no longer describes `parameter_lists` (one list a group) and
+  // Reads the gradients. Returns False if the plan no longer describes `parameter_lists` (one sequence a group) and
   // `state`, else the list of positions whose gradient needs Python's help before set_grad (not plain, or laid out
   // differently).
   py::object gather(const py::list& parameter_lists, const py::dict& state);
+  // The local part that is stepped for the parameter at a position; None if that is the parameter itself.
+  py::object stepped(int64_t position) const;
   void set_grad(int64_t position, py::object grad);
+  // The tensors that this step writes and autograd may have saved: parameters and local parts, save inference tensors.
+  py::list written() const;
   // Lets go of the gradients.
   void release();
 
@@ -56,17 +62,25 @@ class AdamWPlan {
 
   struct Slot {
     Kind kind = Kind::ignored;
-    py::object param;  // as it stands in the group
-    bool wrapped = false;
+    PyObject* param = nullptr;  // as it stands in the group; only its address counts until it is found there again
+    int32_t group = 0;
+    bool wrapped = false;  // stepped is not param itself
+    bool counts_versions = true;
     std::string name;
     TensorRef stepped, exp_avg, exp_avg_sq, max_exp_avg_sq, step, anchor, mask, rows;
     AdamWEntry entry = {};
     // This step:
     py::object grad;
+    py::object held[5];  // what is borrowed, since others may let go of it while the kernels run
     bool active = false;
+
+    void prefetch() const {
+      if (kind != Kind::live) return;
+      for (const TensorRef* tensor : {&stepped, &exp_avg, &exp_avg_sq, &step}) tensor->prefetch();
+    }
   };
 
-  // What a dict held when the plan was made.
+  // What a dict held when the plan was made: addresses, to be compared with what it holds now.
   struct Snapshot {
     PyObject *key, *value;
   };
@@ -74,6 +88,7 @@ class AdamWPlan {
   bool state_is_unchanged(PyObject* state) const;
   void remember_state(PyObject* state);
   void fill(Slot& slot, const py::tuple& t);
+  void hold(Slot& slot);
   bool accept_grad(Slot& slot);
   bool runs_kernels(const Slot& slot) const;
   std::vector<AdamWEntry> active_entries(Device device, const std::vector<AdamWGroup>* groups);

@@ -30,7 +30,7 @@ struct Operand {
   }
 };
 
-// False if the tensor is not contiguous.
+// False if the tensor is not contiguous, or has no memory.
 bool view_of(const dlpack::Tensor& t, Operand* out) {
   *out = {static_cast<char*>(t.data) + t.byte_offset, dtype_of(t.dtype), device_of(t.device), t.shape, t.ndim, 1};
   bool contiguous = true;
@@ -38,12 +38,12 @@ bool view_of(const dlpack::Tensor& t, Operand* out) {
     contiguous &= t.shape[d] == 1 || t.strides[d] == out->numel;
     out->numel *= t.shape[d];
   }
-  return contiguous || out->numel == 0;
+  return (contiguous && t.data != nullptr) || out->numel == 0;
 }
 
 Operand read(py::handle tensor, const char* argument) {
   dlpack::Tensor t;
-  if (!read_dlpack(tensor.ptr(), &t)) read_tensor(tensor, argument);  // throws, and says why
+  if (!read_dlpack(tensor.ptr(), &t) || t.data == nullptr) read_tensor(tensor, argument);  // throws, and says why
   Operand out;
   if (!view_of(t, &out)) fail(argument, ": expected a contiguous tensor, got shape ", out.shape_str());
   return out;
@@ -158,9 +158,9 @@ void run(const DropoutAdd& call, const Operand& first) {
 
 // Whether a tensor can be computed with as it is.
 bool takes(py::handle tensor, Operand* out) {
-  static PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
-  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
-  if (type != tensor_class().ptr() && type != parameter) return false;
+  static const auto* const parameter =
+      reinterpret_cast<PyTypeObject*>(py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr());
+  if (Py_TYPE(tensor.ptr()) != tensor_class() && Py_TYPE(tensor.ptr()) != parameter) return false;
   dlpack::Tensor t;
   return read_dlpack(tensor.ptr(), &t) && view_of(t, out) && is_floating(out->dtype) &&
          (out->device.type == dlpack::kCPU || (FASTFT_WITH_CUDA && out->device.type == dlpack::kCUDA));

@@ -87,7 +87,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cuda_unavailable", &cuda_unavailable);
   m.def("cpu_instruction_set", &cpu::instruction_set);
-  m.def("connect_torch", &connect_torch, py::arg("tensor_class"), py::arg("allocate_handles"));
+  m.def("connect_torch", &connect_torch, py::arg("tensor_class"), py::arg("allocate_handles"), py::arg("samples"));
   m.def("overlapping", &overlapping, py::arg("tensors"));
   if (PyModule_AddFunctions(m.ptr(), kFastFunctions) != 0) throw py::error_already_set();
   m.def("dropout_bias_grad", &dropout_bias_grad, py::arg("dy"), py::arg("dx"), py::arg("dbias"), py::arg("random"),
@@ -103,6 +103,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::list&>(), py::arg("entries"))
       .def("gather", &AdamWPlan::gather, py::arg("parameter_lists"), py::arg("state"))
       .def("set_grad", &AdamWPlan::set_grad, py::arg("position"), py::arg("grad"))
+      .def("stepped", &AdamWPlan::stepped, py::arg("position"))
+      .def("written", &AdamWPlan::written)
       .def("release", &AdamWPlan::release)
       .def("devices", &AdamWPlan::devices)
       .def("workspace_bytes", &AdamWPlan::workspace_bytes, py::arg("device"))

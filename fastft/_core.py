@@ -28,6 +28,10 @@ except ImportError as error:
 
 # Inductor's own way to hand a tensor to C code; without it the core reads tensors the slower way.
 _aoti = getattr(torch._C, "_aoti", None)
-_C.connect_torch(torch.Tensor, getattr(_aoti, "unsafe_alloc_void_ptrs_from_tensors", None))
+_C.connect_torch(
+    torch.Tensor,
+    getattr(_aoti, "unsafe_alloc_void_ptrs_from_tensors", None),
+    [torch.empty(3), torch.nn.Parameter(torch.empty(2)), torch.empty(2, 2, dtype=torch.bfloat16)],
+)
 
 __version__: str = _C.version

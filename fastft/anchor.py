@@ -36,6 +36,8 @@ class Anchor:
         self._offloaded = False
         self._bound: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id(parameter)
         self._ready: dict[str, tuple[Any, Tensor]] = {}  # laid out like a parameter, with what it was laid out for
+        self.changes = 0
+        """Counts updates, bindings and loads: while it stands, what was looked up here holds."""
 
     # -- where it comes from -------------------------------------------------------------------------------
 
@@ -143,6 +145,7 @@ class Anchor:
         self._tensors.update(other._tensors)
         self._bound.update(other._bound)
         self._offloaded |= other._offloaded
+        self.changes += 1
 
     # -- lookup --------------------------------------------------------------------------------------------
 
@@ -177,6 +180,7 @@ class Anchor:
             raise ValueError("\n".join(["the anchor does not fit the parameters:", *wrong]))
         for name, p in known:
             self._bind(name, p)
+        self.changes += 1
 
     def name_of(self, param: Tensor) -> str | None:
         """The name under which ``param`` itself is known; None if it is not."""
@@ -286,7 +290,8 @@ class Anchor:
 
         Args:
             state_dict: from :meth:`state_dict`.
-            path: where the file lies now, if it was moved.
+            path: where the file lies now, if it was moved. A file of the same content that this anchor already reads
+                from is found without.
 
         Raises ``ValueError`` if the dict is not one of these, or the file is gone or has other content; the
         anchor is then as before.
@@ -302,7 +307,9 @@ class Anchor:
             loaded._tensors[name] = tensor.detach().clone()
         source = state_dict["source"]
         if source is not None:
-            loaded._file = WeightFile.open(path or source["path"])
+            same_file = path is None and self._file is not None and self._file.sha256 == source["sha256"]
+            loaded._file = self._file if same_file else WeightFile.open(path or source["path"])
+            assert loaded._file is not None
             if loaded._file.sha256 != source["sha256"]:
                 raise ValueError(
                     f"{loaded._file.path}: the anchor's file has changed: expected sha256 {source['sha256']}, "
@@ -311,7 +318,7 @@ class Anchor:
             loaded._in_file = dict(source["names"])
         bound = [(name, p) for ref, name in self._bound.values() if (p := ref()) is not None]
         loaded.bind((name, p) for name, p in bound if name in loaded and loaded._shape(name) == list(p.shape))
-        self.__dict__.update(loaded.__dict__)
+        self.__dict__.update(loaded.__dict__, changes=self.changes + 1)
 
     def __getstate__(self) -> dict[str, Any]:
         # Parameters themselves, so that a deep copy or a pickle together with the model follows its copies.

@@ -1,7 +1,24 @@
-"""The optimizer: ``AdamW``, its functional twin ``adamw_``, and the same update in plain PyTorch, ``reference``."""
+"""The optimizer: ``AdamW``, its functional twin ``adamw_``, and the same update in plain PyTorch, ``reference``.
+
+And what it is run with: a learning rate for each layer, schedules, and the numbers of a run.
+"""
 
 from fastft.optim import reference
 from fastft.optim.adamw import AdamW
 from fastft.optim.functional import adamw_
+from fastft.optim.layer_lr import biases_and_norms, discriminative_lr, layer_decay
+from fastft.optim.planning import TrainingPlan, plan_training
+from fastft.optim.schedules import RewarmLR, SlantedTriangularLR
 
-__all__ = ["AdamW", "adamw_", "reference"]
+__all__ = [
+    "AdamW",
+    "RewarmLR",
+    "SlantedTriangularLR",
+    "TrainingPlan",
+    "adamw_",
+    "biases_and_norms",
+    "discriminative_lr",
+    "layer_decay",
+    "plan_training",
+    "reference",
+]

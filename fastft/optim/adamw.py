@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -27,11 +28,16 @@ from .step import (
     local,
     runs_kernels,
     take_step,
+    torch_device,
 )
 
 CHECKPOINT_KEY = "fastft"
 CHECKPOINT_VERSION = 1
 STATE_DTYPES = (None, torch.float32)
+# torch's warning about steps captured without capturable=True; newer ones renamed it.
+check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
+    torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
+) or getattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # What a copy or a pickle must carry beyond torch's own attributes.
 OWN_ATTRIBUTES = (
@@ -99,6 +105,7 @@ class AdamW(torch.optim.AdamW):
     _plan_key: Any
     _parts: list[Part]
     _left_to_torch: list[tuple[int, Tensor]]
+    _torch_calls: list[tuple[dict[str, Any], bool, tuple[list[Tensor], ...]]]
 
     grad_norm: Tensor | None
     """Global 2-norm of the last step's gradients, unscaled, before clipping: 0-d, float64; None if not needed."""
@@ -126,8 +133,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         if not (anchor is None or anchor == "init" or isinstance(anchor, Anchor)):
             raise ValueError(f'anchor: expected None, "init" or a fastft.Anchor, got {anchor!r}')
-        if max_grad_norm is not None and not max_grad_norm >= 0.0:
-            raise ValueError(f"max_grad_norm: expected None or a number >= 0, got {max_grad_norm!r}")
+        check_max_grad_norm(max_grad_norm)
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype: expected None or torch.float32, got {state_dtype!r}")
         self._anchor = Anchor() if anchor == "init" else anchor
@@ -173,7 +179,7 @@ class AdamW(torch.optim.AdamW):
         Args:
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
         """
-        self._accelerator_graph_capture_health_check()
+        check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -187,13 +193,14 @@ class AdamW(torch.optim.AdamW):
             grad_scale: Tensor | None = getattr(self, "grad_scale", None)
             found_inf: Tensor | None = getattr(self, "found_inf", None)
             self._check_groups()
+            check_scalar(grad_scale, "grad_scale")
+            check_scalar(found_inf, "found_inf")
             self._gather(counts_on_device=self._skip_nonfinite or found_inf is not None)
             may_skip = self._skip_nonfinite or found_inf is not None
             if may_skip and self._skipped is None:
                 self._skipped = torch.zeros((), dtype=torch.int64, device=self._first_device())
             try:
-                if self._left_to_torch:
-                    self._step_with_torch(grad_scale, found_inf)
+                skipped = bool(self._torch_calls) and self._step_with_torch(grad_scale, found_inf)
                 self.grad_norm = take_step(
                     self._parts,
                     self.param_groups,
@@ -203,6 +210,8 @@ class AdamW(torch.optim.AdamW):
                     found_inf=found_inf,
                     skipped_steps=self._skipped if may_skip else None,
                 )
+                if skipped and self._skipped is not None and not any(part.plan.devices() for part in self._parts):
+                    self._skipped += 1  # otherwise a kernel has counted
             finally:
                 for part in self._parts:
                     part.plan.release()
@@ -212,19 +221,25 @@ class AdamW(torch.optim.AdamW):
     def _check_groups(self) -> None:
         """Raise where a group's numbers make no sense; schedulers and users may have changed them."""
         for index, group in enumerate(self.param_groups):
-            decay = group["anchor_decay"]
+            decay, lr = group["anchor_decay"], group["lr"]
+            where = f"param_groups[{index}]"
+            if isinstance(lr, Tensor) and lr.numel() != 1:
+                raise ValueError(
+                    f"{where}: lr: expected a number or a tensor of one element, got shape {list(lr.shape)}"
+                )
             if decay == 0.0 and group["anchor_mode"] in ANCHOR_MODES:
                 continue
-            where = f"param_groups[{index}]"
             check_anchor_options(decay, group["anchor_mode"], where)
             if self._anchor is None:
                 raise ValueError(f"{where}: anchor_decay: expected 0 without an anchor, got {decay}")
-            check_pull(group["lr"], decay, group["anchor_mode"], where)
+            check_pull(lr, decay, group["anchor_mode"], where)
 
     def _gather(self, counts_on_device: bool) -> None:
         """Make sure that the plan is up to date, and hand it this step's gradients. Writes no parameter."""
         key = (
             counts_on_device,
+            self._anchor,
+            self._anchor.changes if self._anchor is not None else 0,
             [
                 (g["anchor_decay"] != 0.0, g["amsgrad"], g["capturable"], g["fused"], g["differentiable"])
                 for g in self.param_groups
@@ -250,23 +265,25 @@ class AdamW(torch.optim.AdamW):
         helpless = part.plan.gather([group["params"] for group in self.param_groups], self.state)
         if isinstance(helpless, bool):
             return helpless
+        parameters = list(self._parameters()) if helpless else []
         for position in helpless:
-            p, _, name, stepped = part.entries[position][:4]
+            _, p, name = parameters[position]
+            stepped = part.plan.stepped(position)
             # The plan watches the local tensor; a DTensor may have got another one.
-            if p.grad.layout != torch.strided or local(p) is not stepped:
+            if p.grad is None or p.grad.layout != torch.strided or (stepped is not None and local(p) is not stepped):
                 return False
-            part.plan.set_grad(position, fit_grad(p.grad, p, stepped, name))
+            part.plan.set_grad(position, fit_grad(p.grad, p, p if stepped is None else stepped, name))
         return True
 
     def _make_plan(self, counts_on_device: bool) -> None:
         live: dict[int, tuple[int, Tensor, str]] = {}
-        # What each parameter looks like to a plan that does not step it: one tuple for each, in order.
+        # First what each parameter looks like to a plan that does not step it: one tuple for each, in order.
         entries: list[tuple[Any, ...]] = []
         for position, (group_index, p, name) in enumerate(self._parameters()):
             has_state = bool(self.state.get(p))
             frozen = p in self._frozen
             dormant = p.grad is None and not has_state and not frozen
-            entries.append((p, group_index) if dormant else (p,))
+            entries.append((p, group_index, dormant))
             if frozen or dormant:
                 continue
             refuse_unusable(p, name)
@@ -281,6 +298,8 @@ class AdamW(torch.optim.AdamW):
         for position, (group_index, p, name) in live.items():
             entries[position] = self._live_entry(group_index, p, name, counts_on_device)
         self._parts = list(parts_of(entries, list(live)))
+        if self._left_to_torch:
+            self._torch_calls = list(self._prepare_torch_calls())
 
     def _live_entry(self, group_index: int, p: Tensor, name: str, counts_on_device: bool) -> tuple[Any, ...]:
         """The tuple that tells a plan all about a parameter; makes its state ready."""
@@ -364,37 +383,38 @@ class AdamW(torch.optim.AdamW):
             )
         self._left_to_torch.append((group_index, p))
 
-    def _step_with_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        calls = []
+    def _prepare_torch_calls(self) -> Iterator[tuple[dict[str, Any], bool, tuple[list[Tensor], ...]]]:
+        """(group, has_complex, what torch's functional step takes) for each group with parameters left to it."""
         for index, group in enumerate(self.param_groups):
             left = [p for i, p in self._left_to_torch if i == index and p.grad is not None]
             lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             has_complex = self._init_group({**group, "params": left}, *lists)  # type: ignore[no-untyped-call]
-            calls.append((group, has_complex, lists))
+            if left:
+                yield group, has_complex, lists
+
+    def _step_with_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Step what is left to torch; whether the step was skipped."""
         if found_inf is not None and found_inf.item() != 0:
-            return
-        for group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in calls:
-            if not params:
-                continue
+            return True
+        for group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in self._torch_calls:
             if grad_scale is not None:
                 grads = [grad / grad_scale.to(grad.device) for grad in grads]
             options: dict[str, Any] = {key: group[key] for key in TORCH_OPTIONS}
             options.update(beta1=group["betas"][0], beta2=group["betas"][1])
-            options.update(has_complex=has_complex, decoupled_weight_decay=True)
+            # Not torch's fused one, which on the CPU writes into the gaps of a parameter that has some.
+            options.update(has_complex=has_complex, decoupled_weight_decay=True, fused=False)
             adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
+        return False
 
     def _first_device(self) -> torch.device:
-        for part in self._parts:
-            for entry in part.entries:
-                if len(entry) > 2 and entry[0].grad is not None:
-                    device: torch.device = entry[3].device
-                    return device
-        return torch.device("cpu")
+        devices = [device for part in self._parts for device in part.plan.devices()]
+        return torch_device(devices[0]) if devices else torch.device("cpu")
 
     def _forget_plan(self) -> None:
         self._plan_key = None
         self._parts = []
         self._left_to_torch = []
+        self._torch_calls = []
 
     # -- what may be stepped -------------------------------------------------------------------------------
 
@@ -473,8 +493,16 @@ class AdamW(torch.optim.AdamW):
             self.param_groups[-1].setdefault(key, value)
         if self._anchors_new_params and self._anchor is not None:
             last = len(self.param_groups) - 1
+            # A parameter that comes from another group keeps its anchor. Two modules may use one name; what is
+            # anchored here is found by parameter.
+            known = set(self._anchor)
+            new = [
+                (name, p)
+                for i, p, name in self._parameters()
+                if i == last and p.is_floating_point() and p not in self._anchor
+            ]
             self._anchor.update(
-                Anchor.snapshot([(name, p) for i, p, name in self._parameters() if i == last and p.is_floating_point()])
+                Anchor.snapshot([(f"param_groups[{last}].{name}" if name in known else name, p) for name, p in new])
             )
         self._forget_plan()
 
@@ -532,8 +560,8 @@ class AdamW(torch.optim.AdamW):
             "version": CHECKPOINT_VERSION,
             "anchor": None if self._anchor is None else self._anchor.state_dict(),
             "anchor_names": {i: name for i, name in names.items() if name is not None},
-            "masks": {positions[id(p)]: mask.mask for p, mask in self._masks.items()},
-            "frozen": sorted(positions[id(p)] for p in self._frozen),
+            "masks": {positions[id(p)]: mask.mask for p, mask in self._masks.items() if id(p) in positions},
+            "frozen": sorted(positions[id(p)] for p in self._frozen if id(p) in positions),
             "skipped_steps": self.skipped_steps.cpu() if self._skipped is not None else None,
         }
 
@@ -595,16 +623,11 @@ class Loading:
             self.masks[self.params[i]] = UpdateMask(mask, self.params[i], names[i])
         self.frozen = {self.params[i] for i in self.own["frozen"]}
         self.anchor = self.optimizer._anchor
-        saved = self.own["anchor"]
-        if saved is not None and not self._is_the_same_file(saved):
-            self.anchor = Anchor()
-            self.anchor.load_state_dict(saved)
+        if self.own["anchor"] is not None:
+            # A copy, so that on an error nothing has changed; it may know where the file lies now.
+            self.anchor = Anchor() if self.anchor is None else copy.copy(self.anchor)
+            self.anchor.load_state_dict(self.own["anchor"])
             self.anchor.bind([(name, self.params[i]) for i, name in self.own["anchor_names"].items()])
-
-    def _is_the_same_file(self, saved: dict[str, Any]) -> bool:
-        if self.anchor is None or saved["source"] is None or self.anchor.source is None:
-            return False
-        return bool(saved["source"]["sha256"] == self.anchor.source["sha256"])
 
     def apply(self) -> None:
         """Called once torch's part is in place."""
@@ -632,12 +655,25 @@ def check_anchor_options(anchor_decay: Any, anchor_mode: Any, where: str) -> Non
         raise ValueError(f"{where}: anchor_mode: expected one of {ANCHOR_MODES}, got {anchor_mode!r}")
 
 
+def check_max_grad_norm(max_grad_norm: float | None) -> None:
+    """Raise unless it is None or a number that a norm can be."""
+    if max_grad_norm is not None and not max_grad_norm >= 0.0:
+        raise ValueError(f"max_grad_norm: expected None or a number >= 0, got {max_grad_norm!r}")
+
+
+def check_scalar(value: Tensor | None, name: str) -> None:
+    """Raise unless it is None or holds one number."""
+    if value is not None and value.numel() != 1:
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected one {dtype} on {value.device}, got {value.numel()} {dtype}")
+
+
 def check_pull(lr: float | Tensor, anchor_decay: float, anchor_mode: str, where: str) -> None:
     """Raise if a decoupled step would land beyond the anchor. An lr on a GPU is not waited for."""
     if anchor_mode != "decoupled" or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
         return
     pull = float(lr) * anchor_decay
-    if pull > 1.0:
+    if not pull <= 1.0:
         raise ValueError(
             f"{where}: lr * anchor_decay: expected at most 1 (a step would land beyond the anchor), "
             f"got {float(lr):g} * {anchor_decay:g} = {pull:g}"
@@ -663,7 +699,7 @@ def why_not_fused(p: Tensor, group: dict[str, Any]) -> str | None:
         return "a sparse gradient"
     if p.dtype not in KERNEL_DTYPES:
         return f"dtype {p.dtype}"
-    if not is_dtensor(p) and type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not is_dtensor(p) and is_wrapper(p):
         return f"the tensor subclass {type(p).__name__}"
     if p.device.type not in ("cpu", *_C.kernel_devices):
         return f"device {p.device}"
@@ -672,6 +708,11 @@ def why_not_fused(p: Tensor, group: dict[str, Any]) -> str | None:
     if any(isinstance(beta, Tensor) and beta.device.type != "cpu" for beta in group["betas"]):
         return "betas on a GPU"
     return None
+
+
+def is_wrapper(p: Tensor) -> bool:
+    """Whether its class does what it likes with operations, so that its memory, if any, is no matter of ours."""
+    return type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def is_dense(p: Tensor) -> bool:
@@ -690,7 +731,7 @@ def parts_of(entries: list[tuple[Any, ...]], live: Sequence[int]) -> Iterator[Pa
     DTensors that lie spread over other processes have a plan of their own, since their norm adds up over these;
     so do parameters whose anchor waits in host memory, some megabytes of it at a time.
     """
-    watched = [entry[:1] if len(entry) > 2 else entry for entry in entries]
+    watched = [(*entry[:2], False) if len(entry) > 3 else entry for entry in entries]
     plain: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     offloaded: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for position in live:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastft import _C
 
-from .adamw import check_anchor_options, check_pull, is_dense, refuse_unusable
+from .adamw import check_anchor_options, check_max_grad_norm, check_pull, is_dense, is_wrapper, refuse_unusable
 from .masks import UpdateMask
 from .step import KERNEL_DTYPES, Part, fit_grad, laid_out_like, runs_kernels, take_step
 
@@ -71,6 +71,7 @@ def adamw_(
     for name, values in lists.items():
         if values is not None and len(values) != n:
             raise ValueError(f"{name}: expected {n} entries, one for each of params, got {len(values)}")
+    check_numbers(betas, eps, weight_decay, max_grad_norm)
     check_anchor_options(anchor_decay, anchor_mode, "adamw_")
     check_pull(lr, anchor_decay, anchor_mode, "adamw_")
 
@@ -78,13 +79,13 @@ def adamw_(
     for i, p in enumerate(params):
         name = f"params[{i}]"
         if grads[i] is None:
-            entries.append((p,))
+            entries.append((p, 0, False))
             continue
         refuse_unusable(p, name)
-        if p.dtype not in KERNEL_DTYPES or p.layout != torch.strided or not is_dense(p):
+        if p.dtype not in KERNEL_DTYPES or p.layout != torch.strided or not is_dense(p) or is_wrapper(p):
             raise ValueError(
                 f"{name}: expected a dense float32, bfloat16, float16 or float64 tensor, got {p.dtype}, "
-                f"{p.layout}, shape {list(p.shape)}, strides {list(p.stride())}"
+                f"{p.layout}, {type(p).__name__}, shape {list(p.shape)}, strides {list(p.stride())}"
             )
         anchor = anchors[i] if anchors is not None and anchor_decay != 0.0 else None
         if anchor is not None:
@@ -95,8 +96,10 @@ def adamw_(
         chosen = (None, None) if mask is None else UpdateMask(mask, p, name).for_core(p)
         on_device = runs_kernels(p.device) and steps[i].device == p.device
         maximum = None if max_exp_avg_sqs is None else max_exp_avg_sqs[i]
+        if max_exp_avg_sqs is not None and maximum is None:
+            raise ValueError(f"max_exp_avg_sqs[{i}]: expected a tensor like {name}, got None")
         entries.append((p, 0, name, p, exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], anchor, *chosen, on_device))
-    live = [i for i, entry in enumerate(entries) if len(entry) > 1]
+    live = [i for i, entry in enumerate(entries) if len(entry) > 3]
     shared = _C.overlapping([params[i] for i in live])
     if shared:
         raise ValueError(f"params[{live[shared[0]]}]: expected memory of its own, got some that another one shares")
@@ -124,3 +127,15 @@ def adamw_(
         found_inf=found_inf,
         skipped_steps=skipped_steps,
     )
+
+
+def check_numbers(betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float | None) -> None:
+    """Raise unless they are in the ranges that :class:`AdamW` accepts."""
+    if not eps >= 0.0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"weight_decay: expected a number >= 0, got {weight_decay!r}")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{index}]: expected a number >= 0 and below 1, got {beta!r}")
+    check_max_grad_norm(max_grad_norm)

@@ -38,7 +38,8 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a DTensor; any other tensor itself. Call it under ``no_grad``."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    # Not to_local(), which may make a new view of it at each call.
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def like(tensor: Tensor, param: Tensor) -> Tensor:
@@ -85,6 +86,8 @@ def fit_grad(grad: Tensor, param: Tensor, stepped: Tensor, name: str) -> Tensor:
         if grad.placements != placements:  # type: ignore[attr-defined]
             grad = grad.redistribute(placements=placements)  # type: ignore[attr-defined]
     grad = local(grad)
+    if grad.layout != torch.strided or grad.is_meta:
+        raise ValueError(f"{name}: grad: expected a dense tensor with memory, got {grad.layout} on {grad.device}")
     if not grad.is_floating_point():
         raise ValueError(f"{name}: grad: expected a floating dtype, got {grad.dtype}")
     narrow = grad.dtype == torch.float64 and stepped.dtype != torch.float64
@@ -100,8 +103,7 @@ class Part:
     def __init__(
         self, entries: list[tuple[Any, ...]], process_groups: Sequence[Any] = (), staging: Staging | None = None
     ) -> None:
-        self.entries = entries
-        self.plan = _C.AdamWPlan(entries)
+        self.plan = _C.AdamWPlan(entries)  # which keeps no parameter alive, and so must this
         self.process_groups = process_groups
         self.staging = staging
         self._workspaces: dict[DeviceKey, Tensor] = {}
@@ -183,6 +185,7 @@ def take_step(
             skipped_steps if index == 0 else None,
             part.workspace(device),
         )
+        torch.autograd.graph.increment_version(part.plan.written())
         if part.staging is not None:
             part.staging.done()
     if sums is None:

@@ -1,0 +1,168 @@
+"""Measuring: steps that run alternately in one process, and what they ran on."""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import fastft
+from fastft import _C
+
+ROOT = Path(__file__).parent.parent
+Work = Callable[[], object]
+
+WARM_UP = 3
+SHORTEST = 5e-4
+"""Seconds: quicker work is repeated until one timing on the CPU takes about this long."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How long one piece of work takes relative to another."""
+
+    of_medians: float
+    lower: float
+    upper: float
+    """Quartiles of the ratios of the single rounds: how far to trust the above."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of one call, round by round, for each piece of work."""
+
+    seconds: dict[str, list[float]]
+    calls: dict[str, int]
+    """How many calls in a row each of these seconds is the mean of."""
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, baseline: str) -> Ratio:
+        pairs = zip(self.seconds[name], self.seconds[baseline], strict=True)
+        lower, _, upper = quartiles([ours / theirs for ours, theirs in pairs])
+        return Ratio(self.median(name) / self.median(baseline), lower, upper)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+class CpuClock:
+    """Seconds of a call, as the mean over several in a row."""
+
+    def __call__(self, work: Work, calls: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            work()
+        return (time.perf_counter() - begin) / calls
+
+
+class CudaClock:
+    """Seconds from an idle GPU to the end of the work, launches included, with nothing of it in the L2 cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Read, not written, between calls: dirty lines would have to leave the cache while the clock runs.
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.other_data = torch.zeros(4 * cache // 4, dtype=torch.float32, device=device)
+
+    def __call__(self, work: Work, calls: int) -> float:
+        milliseconds = 0.0
+        for _ in range(calls):
+            self.other_data.sum()
+            torch.cuda.synchronize(self.device)
+            self.begin.record()
+            work()
+            self.end.record()
+            torch.cuda.synchronize(self.device)
+            milliseconds += self.begin.elapsed_time(self.end)
+        return milliseconds / 1e3 / calls
+
+
+def clock_for(device: torch.device) -> CpuClock | CudaClock:
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def alternate(works: Mapping[str, Work], device: torch.device, rounds: int, warm_up: int = WARM_UP) -> Measurement:
+    """Time each piece of work once a round, the first of one round being the last of the next.
+
+    What disturbs the machine for longer than a round so disturbs all alike, and none always follows the same other.
+    """
+    clock = clock_for(device)
+    names = list(works)
+    calls = {}
+    for name in names:
+        once = min(clock(works[name], 1) for _ in range(max(1, warm_up)))
+        calls[name] = 1 if device.type == "cuda" else max(1, math.ceil(SHORTEST / once))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name in names:
+                seconds[name].append(clock(works[name], calls[name]))
+            names.append(names.pop(0))
+    finally:
+        if collecting:
+            gc.enable()
+    return Measurement(seconds, calls)
+
+
+def copy_bandwidth(device: torch.device, rounds: int) -> float:
+    """Bytes that a large copy reads and writes each second: what memory-bound work is judged by."""
+    source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = alternate({"copy": lambda: target.copy_(source)}, device, rounds)
+    return 2 * source.nbytes / copied.median("copy")
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What a measurement depends on, in a fixed order."""
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "fastft": fastft.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "cpu_instruction_set": _C.cpu_instruction_set(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit that is checked out, "-dirty" behind it if files differ; what benchmarks write does not count."""
+    head = git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return "unknown"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+    return head + ("-dirty" if changed else "")
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,138 @@
+"""Learning-rate schedules for fine-tuning, as torch's own are: they chain, and resume from their state dicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class FactorLR(LRScheduler):
+    """A schedule that is a factor on each group's initial lr, greater than 0 at every step.
+
+    Each step multiplies the lr by the ratio of two factors, so other schedulers may act on it as well.
+    """
+
+    def factor(self, step: int) -> float:
+        """What lr is multiplied by in step 0, 1, ..."""
+        raise NotImplementedError
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The next lr of each group."""
+        if self.last_epoch == 0:
+            ratio = self.factor(0)
+        elif getattr(
+            self, "_is_initial", False
+        ):  # made with last_epoch, to go on from lrs that already hold their factor
+            ratio = 1.0
+        else:
+            ratio = self.factor(self.last_epoch) / self.factor(self.last_epoch - 1)
+        return [group["lr"] * ratio for group in self.optimizer.param_groups]
+
+    def _get_closed_form_lr(self) -> list[float | Tensor]:
+        return [lr * self.factor(self.last_epoch) for lr in self.base_lrs]
+
+
+class SlantedTriangularLR(FactorLR):
+    """Up in a straight line from lr/ratio to lr, then down in a longer one, back to lr/ratio at ``total_steps``.
+
+    Howard & Ruder 2018 (ULMFiT), https://arxiv.org/abs/1801.06146.
+
+    Args:
+        optimizer: the optimizer.
+        total_steps: the steps of the whole run; later ones stay at lr/ratio.
+        cut_frac: the part of the steps that lr rises for; one step at least.
+        ratio: how much smaller the lowest lr is than the highest.
+        last_epoch: as in torch's schedulers.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        cut_frac: float = 0.1,
+        ratio: float = 32.0,
+        last_epoch: int = -1,
+    ) -> None:
+        check_steps("total_steps", total_steps, least=2)
+        if not 0.0 < cut_frac < 1.0:
+            raise ValueError(f"cut_frac: expected a number between 0 and 1, got {cut_frac!r}")
+        if not 1.0 <= ratio < math.inf:
+            raise ValueError(f"ratio: expected a finite number >= 1, got {ratio!r}")
+        self.total_steps = total_steps
+        self.cut = max(1, math.floor(total_steps * cut_frac))
+        self.ratio = ratio
+        super().__init__(optimizer, last_epoch)
+
+    def factor(self, step: int) -> float:
+        """What lr is multiplied by in step 0, 1, ..."""
+        rise = step / self.cut
+        # The paper's (cut · (1/cut_frac − 1)) steps down end before total_steps where cut was rounded.
+        fall = (self.total_steps - step) / (self.total_steps - self.cut)
+        return (1.0 + max(0.0, min(rise, fall)) * (self.ratio - 1.0)) / self.ratio
+
+
+class RewarmLR(FactorLR):
+    """Up in a straight line to lr, down along a cosine to min_ratio · lr; and the same again from each of ``starts``.
+
+    Re-warming and re-decaying is what a model needs when it goes on with new data: Ibrahim et al. 2024,
+    https://arxiv.org/abs/2403.08763. The first rise begins at 0, each later one where the last decay ended.
+
+    Args:
+        optimizer: the optimizer.
+        total_steps: where the last decay ends; later steps stay at min_ratio · lr.
+        warmup_steps: the length of each rise.
+        min_ratio: the lowest lr relative to the highest; greater than 0.
+        starts: the steps at which to begin (again), the first of them 0.
+        last_epoch: as in torch's schedulers.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup_steps: int,
+        min_ratio: float = 0.1,
+        starts: Sequence[int] = (0,),
+        last_epoch: int = -1,
+    ) -> None:
+        check_steps("total_steps", total_steps)
+        check_steps("warmup_steps", warmup_steps, least=0)
+        if not 0.0 < min_ratio <= 1.0:
+            raise ValueError(f"min_ratio: expected a number above 0 and up to 1, got {min_ratio!r}")
+        bounds = [*starts, total_steps]
+        if (
+            not all(isinstance(start, int) for start in bounds)
+            or bounds[0] != 0
+            or any(b - a <= warmup_steps for a, b in pairwise(bounds))
+        ):
+            raise ValueError(
+                f"starts: expected 0 and then steps more than warmup_steps={warmup_steps} apart, up to "
+                f"total_steps={total_steps}, got {list(starts)}"
+            )
+        self.total_steps = total_steps
+        self.warmup_steps = warmup_steps
+        self.min_ratio = min_ratio
+        self.starts = list(starts)
+        super().__init__(optimizer, last_epoch)
+
+    def factor(self, step: int) -> float:
+        """What lr is multiplied by in step 0, 1, ..."""
+        start, end = next((a, b) for a, b in reversed([*pairwise([*self.starts, self.total_steps])]) if a <= step)
+        begun = step - start
+        if begun < self.warmup_steps:
+            low = self.min_ratio if start > 0 else 0.0
+            return low + (1.0 - low) * (begun + 1) / self.warmup_steps
+        progress = min(1.0, (begun - self.warmup_steps) / (end - start - self.warmup_steps))
+        return self.min_ratio + (1.0 - self.min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def check_steps(name: str, value: Any, least: int = 1) -> None:
+    """Raise unless ``value`` is an integer and large enough."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
