@@ -63,8 +63,8 @@ def expected_mask(size: Sequence[int], p: float, seed: int, offset: int = 0, fir
     """What a call keeps, by the words: bool, of that size; ``first`` is the place of its first element."""
     count = int(np.prod(size))
     if count == 0:
-        return torch.empty(*size, dtype=torch.bool)
-    return torch.from_numpy(philox_words(seed, offset, first, count) < round((1.0 - p) * 2**32)).view(*size)
+        return torch.empty(tuple(size), dtype=torch.bool)
+    return torch.from_numpy(philox_words(seed, offset, first, count) < round((1.0 - p) * 2**32)).view(tuple(size))
 
 
 # -- the operations ----------------------------------------------------------------------------------------

@@ -348,8 +348,8 @@ def dropout_add_rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``rms_norm(residual + dropout(input))`` (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
 
-    The arguments are those of :func:`dropout_add_layer_norm`, without a bias; ``eps=None`` is the result dtype's
-    machine epsilon, as in ``torch.nn.functional.rms_norm``.
+    The arguments are those of :func:`dropout_add_layer_norm`, without a bias; ``eps=None`` is the machine epsilon of
+    the dtype that is computed in, as in ``torch.nn.functional.rms_norm``.
     """
     tensors = (input, residual, weight)
     if has_torch_function(tensors):
@@ -402,7 +402,7 @@ def dropout_add_norm(
             return F.rms_norm(sum, shape, weight, eps), sum
         return F.layer_norm(sum, shape, weight, bias, 0.0 if eps is None else eps), sum
     if eps is None:
-        eps = torch.finfo(dtype).eps
+        eps = torch.finfo(kernels.statistics_dtype(dtype)).eps
     if dtype in (torch.bfloat16, torch.float16) and input.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32
     if dtype == torch.float64:
