@@ -26,9 +26,7 @@ class FactorLR(LRScheduler):
         """The next lr of each group."""
         if self.last_epoch == 0:
             ratio = self.factor(0)
-        elif getattr(
-            self, "_is_initial", False
-        ):  # made with last_epoch, to go on from lrs that already hold their factor
+        elif self._is_initial:  # made with last_epoch: the lrs hold their factor already
             ratio = 1.0
         else:
             ratio = self.factor(self.last_epoch) / self.factor(self.last_epoch - 1)

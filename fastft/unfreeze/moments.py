@@ -1,0 +1,52 @@
+"""What becomes of the optimizer's state of parameters that are closed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def drop(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
+    """Forget the state; the next step with a gradient starts at t = 1."""
+    for p in params:
+        optimizer.state.pop(p, None)
+
+
+def offload(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
+    """Bring the moments of parameters on an accelerator to pinned host memory; their own memory becomes free."""
+    for state, p, key, value in moments(optimizer, params):
+        if value.device == p.device and p.device.type != "cpu" and type(value) is Tensor:
+            state[key] = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
+
+
+def bring_back(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
+    """Undo :func:`offload`."""
+    for state, p, key, value in moments(optimizer, params):
+        if value.device != p.device and type(value) is Tensor:
+            state[key] = value.to(p.device)
+
+
+def state_bytes(optimizer: Optimizer, params: Iterable[Tensor]) -> tuple[int, int]:
+    """(what the state takes, how much of it lies elsewhere than its parameter)."""
+    total = away = 0
+    for p in params:
+        total += sum(v.nbytes for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor))
+    for _, p, _, value in moments(optimizer, params):
+        away += value.nbytes if value.device != p.device else 0
+    return total, away
+
+
+def moments(optimizer: Optimizer, params: Iterable[Tensor]) -> Iterator[tuple[dict[str, Any], Tensor, str, Tensor]]:
+    """(state, parameter, key, tensor) of every tensor in the state that has its parameter's shape.
+
+    A step count has none of its own: it stays where the optimizer keeps it.
+    """
+    for p in params:
+        state = optimizer.state.get(p, {})
+        for key, value in list(state.items()):
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape == p.shape:
+                yield state, p, key, value
