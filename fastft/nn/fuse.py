@@ -174,16 +174,17 @@ def read_source(cls: Class) -> Source:
             isinstance(node, ast.Name) and node.id in ("locals", "eval", "exec")
         ):
             raise NotReadable("its forward uses what cannot be rewritten")
-    if function.__code__ not in functions_in(function.__code__.co_filename):
+    filename = function.__code__.co_filename
+    if function.__code__ not in functions_in("".join(linecache.getlines(filename)), filename):
         raise NotReadable("the source of its forward is not what runs")
     return Source(function, tree, decorators)
 
 
 @functools.lru_cache(maxsize=4)
-def functions_in(filename: str) -> list[CodeType]:
-    """The code of everything that a file defines, as it reads now."""
+def functions_in(text: str, filename: str) -> list[CodeType]:
+    """The code of everything that a file with this text defines."""
     try:
-        found = [compile("".join(linecache.getlines(filename)), filename, "exec", dont_inherit=True)]
+        found = [compile(text, filename, "exec", dont_inherit=True)]
     except (SyntaxError, ValueError):
         return []
     for code in found:  # grows on the way
