@@ -39,8 +39,10 @@ def draw(p: float, tensor: Tensor, generator: torch.Generator | None) -> Random:
         return p, draw_state(tensor.device, generator)
     if generator is None:
         generator = torch.cuda.default_generators[tensor.device.index]
-    elif generator.device != tensor.device:
-        raise RuntimeError(f"Expected a '{tensor.device}' generator device but found '{generator.device}'")
+    elif generator.device.type != tensor.device.type:
+        raise RuntimeError(
+            f"Expected a '{tensor.device.type}' device type for generator but found '{generator.device.type}'"
+        )
     offset = generator.get_offset()
     generator.set_offset(offset + OFFSET_STEP)
     return p, signed(generator.initial_seed()), offset
