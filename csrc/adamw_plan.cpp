@@ -5,10 +5,7 @@
 
 #include "checks.h"
 #include "cpu/adamw.h"
-
-#ifndef FASTFT_CUDA_ON_CPU
-#define FASTFT_CUDA_ON_CPU 0  // 1 in the test build that sends CPU tensors through the CUDA kernels
-#endif
+#include "kernel_devices.h"
 
 namespace fastft {
 namespace {
@@ -17,10 +14,6 @@ constexpr size_t kAhead = 4;  // slots whose tensors are prefetched while one is
 
 Device parse_device(const py::tuple& t) {
   return {static_cast<dlpack::DeviceType>(t[0].cast<int32_t>()), t[1].cast<int32_t>()};
-}
-
-bool is_kernel_device(Device device) {
-  return device.type == dlpack::kCUDA || FASTFT_CUDA_ON_CPU;
 }
 
 void check_device(const TensorRef& t, Device device, const std::string& argument) {
@@ -87,12 +80,7 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
   check(p.dense(), who,
         ": expected a parameter whose elements each have a place of their own, without gaps; got shape ",
         p.shape_str());
-  check(p.device.type == dlpack::kCPU || p.device.type == dlpack::kCUDA, who,
-        ": expected a parameter on cpu or cuda, got one on ", p.device.str());
-#if !FASTFT_WITH_CUDA
-  check(p.device.type == dlpack::kCPU, who, ": this build of fastft has no CUDA code, and the parameter is on ",
-        p.device.str());
-#endif
+  check_kernel_device(p.device, who);
 
   const DType state = slot.exp_avg.view().dtype;
   const bool sixteen_bit = item_size(p.dtype) == 2;

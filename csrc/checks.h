@@ -19,9 +19,15 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
+// For checks whose texts are not to be put together when all is well.
+template <typename... Parts>
+[[noreturn]] __attribute__((noinline, cold)) void fail(const Parts&... parts) {
+  throw ArgumentError(text(parts...));
+}
+
 template <typename... Parts>
 void check(bool condition, const Parts&... parts) {
-  if (!condition) throw ArgumentError(text(parts...));
+  if (!condition) fail(parts...);
 }
 
 }  // namespace fastft

@@ -4,6 +4,8 @@
 #include "adamw_plan.h"
 #include "checks.h"
 #include "cpu/adamw.h"
+#include "dropout_ops.h"
+#include "kernel_devices.h"
 
 namespace fastft {
 namespace {
@@ -16,6 +18,51 @@ std::string cuda_unavailable() {
   return "this build of fastft has no CUDA code";
 #endif
 }
+
+// Functions that are called for every few elements go past pybind11, whose dispatch would take a third of their time.
+template <typename Function>
+PyObject* guarded(const Function& function) {
+  try {
+    return function().release().ptr();
+  } catch (const ArgumentError& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+// dropout_add(x, y, random, bias=None, minus=None, residual=None, /)
+PyObject* py_dropout_add(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&]() -> py::object {
+    check(count >= 3 && count <= 6, "dropout_add: expected 3 to 6 arguments, got ", count);
+    const auto optional = [&](Py_ssize_t i) { return i < count ? py::handle(args[i]) : py::handle(Py_None); };
+    dropout_add(args[0], args[1], args[2], optional(3), optional(4), optional(5));
+    return py::none();
+  });
+}
+
+// dropout(x, random, /)
+PyObject* py_dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&]() -> py::object {
+    check(count == 2, "dropout: expected 2 arguments, got ", count);
+    return dropout(args[0], args[1]);
+  });
+}
+
+// dropout_takes(tensor, /)
+PyObject* py_dropout_takes(PyObject*, PyObject* tensor) {
+  return guarded([&]() -> py::object { return py::bool_(dropout_takes(tensor)); });
+}
+
+PyMethodDef kFastFunctions[] = {
+    {"dropout", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_dropout)), METH_FASTCALL, nullptr},
+    {"dropout_add", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_dropout_add)), METH_FASTCALL, nullptr},
+    {"dropout_takes", py_dropout_takes, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
 
 }  // namespace
 
@@ -42,6 +89,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_instruction_set", &cpu::instruction_set);
   m.def("connect_torch", &connect_torch, py::arg("tensor_class"), py::arg("allocate_handles"), py::arg("samples"));
   m.def("overlapping", &overlapping, py::arg("tensors"));
+  if (PyModule_AddFunctions(m.ptr(), kFastFunctions) != 0) throw py::error_already_set();
+  m.def("dropout_bias_grad", &dropout_bias_grad, py::arg("dy"), py::arg("dx"), py::arg("dbias"), py::arg("random"),
+        py::arg("workspace"));
+  m.def("dropout_norm", &dropout_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+        py::arg("y"), py::arg("sum"), py::arg("mean"), py::arg("rstd"), py::arg("columns"), py::arg("eps"),
+        py::arg("random"));
+  m.def("dropout_norm_grad", &dropout_norm_grad, py::arg("dy"), py::arg("dsum"), py::arg("sum"), py::arg("weight"),
+        py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"),
+        py::arg("columns"), py::arg("random"), py::arg("workspace"));
+  m.def("dropout_workspace_bytes", &dropout_workspace_bytes, py::arg("tensor"), py::arg("columns"), py::arg("sums"));
   py::class_<AdamWPlan>(m, "AdamWPlan")
       .def(py::init<const py::list&>(), py::arg("entries"))
       .def("gather", &AdamWPlan::gather, py::arg("parameter_lists"), py::arg("state"))

@@ -112,6 +112,10 @@ py::object grad_of(PyObject* tensor) {
   return py::reinterpret_steal<py::object>(grad);
 }
 
+PyTypeObject* tensor_class() {
+  return torch.tensor_class;
+}
+
 bool read_dlpack(PyObject* tensor, dlpack::Tensor* out) {
   if (torch.dlpack->dltensor_from_py_object_no_sync(tensor, out) == 0) return true;
   PyErr_Clear();

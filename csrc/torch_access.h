@@ -14,6 +14,9 @@ namespace py = pybind11;
 // (None otherwise); and tensors of several classes, by which the handle's place in a tensor object is found.
 void connect_torch(py::handle tensor_class, py::handle allocate_handles, const py::list& samples);
 
+// torch.Tensor itself.
+PyTypeObject* tensor_class();
+
 // Everything about a tensor. `argument` names it in errors.
 TensorView read_tensor(py::handle tensor, const std::string& argument);
 

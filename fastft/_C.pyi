@@ -39,3 +39,52 @@ class AdamWPlan:
         skipped_steps: torch.Tensor | None,
         workspace: torch.Tensor | None,
     ) -> None: ...
+
+# Dropout. `random`: (p, seed, offset), or (p, state) with an int64[2] tensor on the device.
+def dropout_takes(tensor: object, /) -> bool: ...
+def dropout(x: torch.Tensor, random: tuple[Any, ...], /) -> torch.Tensor: ...
+def dropout_add(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    random: tuple[Any, ...],
+    bias: torch.Tensor | None = None,
+    minus: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    /,
+) -> None: ...
+def dropout_bias_grad(
+    dy: torch.Tensor,
+    dx: torch.Tensor,
+    dbias: torch.Tensor,
+    random: tuple[Any, ...],
+    workspace: torch.Tensor | None,
+) -> None: ...
+def dropout_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    sum: torch.Tensor,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    columns: int,
+    eps: float,
+    random: tuple[Any, ...],
+) -> None: ...
+def dropout_norm_grad(
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    sum: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    dx: torch.Tensor,
+    dresidual: torch.Tensor,
+    dweight: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+    columns: int,
+    random: tuple[Any, ...],
+    workspace: torch.Tensor | None,
+) -> None: ...
+def dropout_workspace_bytes(tensor: torch.Tensor, columns: int, sums: int) -> int: ...

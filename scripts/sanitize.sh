@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-  tests=(tests/optim/test_adamw_numerics.py tests/optim/test_masks.py tests/optim/test_functional.py)
+  tests=(tests/optim/test_adamw_numerics.py tests/optim/test_masks.py tests/optim/test_functional.py tests/nn/test_dropout_kernels.py)
 fi
 kinds=(cpu)
 if [ "$(uname -m)" = x86_64 ]; then

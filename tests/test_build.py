@@ -41,11 +41,23 @@ def ptxas_report(source: Path, arch: str, folder: Path) -> dict[str, dict[str, i
 
 
 def number_of_kernels(source: str) -> int:
-    """A kernel for each row of the table of dtype combinations, and those that are no templates."""
+    """A kernel for each row of the table of dtype combinations or for each dtype, and those that are no templates."""
     text = (ROOT / source).read_text(encoding="utf-8")
     rows = re.findall(r"^\s+\{DType::\w+, DType::\w+, \w+<", text, re.MULTILINE)
+    if not rows:
+        stored = re.findall(r"^template <typename Stored>\n__global__", text, re.MULTILINE)
+        computed = re.findall(r"^template <typename T>\n__global__", text, re.MULTILINE)
+        return 4 * len(stored) + 2 * len(computed)
     plain = re.findall(r"(?<!>\n)^__global__", text, re.MULTILINE)
     return len(rows) + len(plain)
+
+
+def most_registers(kernel: str, arch: str) -> int:
+    if "kernelId" in kernel:  # float64, for which two blocks must do
+        return 128
+    if "norm_grad_kernelINS" in kernel:  # dropout's, in 16 bits: three blocks
+        return 80
+    return MOST_REGISTERS[arch]
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -55,7 +67,7 @@ def test_kernels_fit_the_registers_and_spill_nothing(source: str, arch: str, tmp
     kernels = ptxas_report(ROOT / source, arch, tmp_path)
     assert len(kernels) == number_of_kernels(source) >= 2
     for name, counts in kernels.items():
-        assert counts["registers"] <= MOST_REGISTERS[arch], (name, counts)
+        assert counts["registers"] <= most_registers(name, arch), (name, counts)
         assert counts["spilled"] == 0, (name, counts)
 
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "adamw_kernels.h"
+#include "instruction_set.h"
 #include "parallel.h"
 
 namespace fastft::cpu {
@@ -38,8 +39,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, const Work& work) {
 
 const AdamWKernels& kernels() {
 #if defined(__x86_64__)
-  static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (v3) return adamw_v3;
+  if (has_v3()) return adamw_v3;
 #endif
   return adamw_baseline;
 }

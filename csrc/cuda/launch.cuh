@@ -7,6 +7,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../math/rounding.h"
 #include "../tensor.h"
@@ -51,9 +52,11 @@ void launch(void (*kernel)(Args), const char* name, uint32_t blocks, void* strea
   check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters), name);
 }
 
+// In words, as far as it holds any: bytes would be put together one by one.
 template <int kBytes>
 struct alignas(kBytes) Bytes {
-  unsigned char at[kBytes];
+  using Word = std::conditional_t<kBytes % 4 == 0, uint32_t, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>;
+  Word at[kBytes / sizeof(Word)];
 };
 
 // Tells the compiler that a pointer, though it was read from shared memory, leads to global memory: it then emits

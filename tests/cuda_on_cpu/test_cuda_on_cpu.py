@@ -1,7 +1,7 @@
 """The CUDA kernels on a machine without a GPU: compiled as host code, under AddressSanitizer and UBSan.
 
-What is run over them: their own tests (kernel_tests.py), the optimizer's numerical tests as they stand, and programs
-that show that mistakes are found (native/misuse.cpp).
+What is run over them: their own tests (kernel_tests.py), the numerical tests of the optimizer and of dropout as they
+stand, and programs that show that mistakes are found (native/misuse.cpp).
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ EXAMPLES = "4"  # for hypothesis: a step takes some twenty times as long
 NUMERICS = (
     "tests/optim/test_adamw_numerics.py",
     "tests/optim/test_masks.py",
+    "tests/nn/test_dropout_kernels.py",
 )
 # What says nothing about the kernels that their own tests do not.
 LEFT_OUT = (
     # Twenty thousand blocks; another_launch and many-groups have as many tensors and groups as matter.
     "test_thousands_of_tensors_in_hundreds_of_groups",
+    # Two thousand million elements take more than a minute.
+    "test_more_elements_than_32_bits_count",
 )
 
 

@@ -85,14 +85,23 @@ cudaError_t launch_as(const cudaLaunchConfig_t* config, const void* kernel, void
 }
 
 template <typename T>
-T shuffle_down(unsigned mask, T value, unsigned distance, Site site) {
+T shuffle(unsigned mask, T value, unsigned from, Site site) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  const unsigned from = lane() + distance < 32 ? lane() + distance : lane();
   bits = exchange(mask, bits, from, site);
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+template <typename T>
+T shuffle_down(unsigned mask, T value, unsigned distance, Site site) {
+  return shuffle(mask, value, lane() + distance < 32 ? lane() + distance : lane(), site);
+}
+
+template <typename T>
+T shuffle_xor(unsigned mask, T value, unsigned distance, Site site) {
+  return shuffle(mask, value, lane() ^ distance, site);
 }
 
 }  // namespace cuda_on_cpu
@@ -103,6 +112,7 @@ T shuffle_down(unsigned mask, T value, unsigned distance, Site site) {
 
 #define __syncthreads() ::cuda_on_cpu::barrier({__FILE__, __LINE__})
 #define __shfl_down_sync(mask, value, distance) ::cuda_on_cpu::shuffle_down(mask, value, distance, {__FILE__, __LINE__})
+#define __shfl_xor_sync(mask, value, distance) ::cuda_on_cpu::shuffle_xor(mask, value, distance, {__FILE__, __LINE__})
 
 inline void __threadfence() {
   ::cuda_on_cpu::pause();

@@ -1,0 +1,101 @@
+// Arrays of any dtype, a block at a time in float or double. For the files that are compiled once per instruction set:
+// all of it has internal linkage, so the linker can never hand one set's code to the other.
+#pragma once
+
+#include <cstdint>
+
+#include "../math/rounding.h"
+#include "../tensor.h"
+
+namespace fastft::cpu {
+namespace {
+
+// Elements that are widened at a time; six float arrays of this length stay in the first-level cache.
+constexpr int64_t kBlock = 512;
+
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+template <typename Stored, typename T>
+inline void widen_all(const void* from, int64_t offset, int64_t n, T* to) {
+  const Stored* source = static_cast<const Stored*>(from) + offset;
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(widen(source[i]));
+}
+
+template <typename T>
+constexpr DType native = DType::f32;
+template <>
+constexpr DType native<double> = DType::f64;
+
+// n elements from offset on in the type T: in place where they are stored so, else widened into buffer.
+template <typename T>
+inline T* load(const void* data, DType dtype, int64_t offset, int64_t n, T* buffer) {
+  if (data == nullptr) return nullptr;
+  if (dtype == native<T>) return const_cast<T*>(static_cast<const T*>(data)) + offset;
+  switch (dtype) {
+    case DType::bf16:
+      widen_all<bfloat16>(data, offset, n, buffer);
+      break;
+    case DType::f16:
+      widen_all<float16>(data, offset, n, buffer);
+      break;
+    case DType::f32:
+      widen_all<float>(data, offset, n, buffer);
+      break;
+    default:
+      widen_all<double>(data, offset, n, buffer);
+      break;
+  }
+  return buffer;
+}
+
+template <typename Stored>
+inline void narrow_all(const float* __restrict from, void* to, int64_t offset, int64_t n, const uint8_t* mask) {
+  Stored* __restrict target = static_cast<Stored*>(to) + offset;
+  if (mask == nullptr) {  // a loop of its own, which the compiler vectorises
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) narrow(from[i], &target[i]);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    Stored rounded;
+    narrow(from[i], &rounded);
+    target[i] = mask[i] ? rounded : target[i];
+  }
+}
+
+// Undoes load: elements that were widened are rounded back, masked-out ones excepted.
+template <typename T>
+inline void store(const T* values, void* data, DType dtype, int64_t offset, int64_t n, const uint8_t* mask = nullptr) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (dtype == DType::bf16) narrow_all<bfloat16>(values, data, offset, n, mask);
+    if (dtype == DType::f16) narrow_all<float16>(values, data, offset, n, mask);
+  }
+}
+
+// Where to compute what store() then puts into data: in place where it is stored so, else in buffer.
+template <typename T>
+inline T* target(void* data, DType dtype, int64_t offset, T* buffer) {
+  return dtype == native<T> ? static_cast<T*>(data) + offset : buffer;
+}
+
+// load and store for those who keep the values: always a copy.
+template <typename T>
+inline void load_into(const void* data, DType dtype, int64_t offset, int64_t n, T* buffer) {
+  const T* loaded = load(data, dtype, offset, n, buffer);
+  if (loaded != buffer)
+    for (int64_t i = 0; i < n; ++i) buffer[i] = loaded[i];
+}
+
+template <typename T>
+inline void put(const T* values, void* data, DType dtype, int64_t offset, int64_t n) {
+  T* place = target<T>(data, dtype, offset, nullptr);
+  if (place)
+    for (int64_t i = 0; i < n; ++i) place[i] = values[i];
+  else
+    store(values, data, dtype, offset, n);
+}
+
+}  // namespace
+}  // namespace fastft::cpu

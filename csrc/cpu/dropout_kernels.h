@@ -1,0 +1,24 @@
+// The inner loops of dropout on the CPU, one set per instruction set; cpu/dropout.cpp picks one and drives it.
+#pragma once
+
+#include "../dropout.h"
+
+namespace fastft::cpu {
+
+struct DropoutKernels {
+  // Elements [begin, end); begin is a multiple of 4.
+  void (*add)(const DropoutAdd& call, int64_t begin, int64_t end);
+  // Rows [begin, end). `partial`: columns sums of dx, in float (double for double).
+  void (*bias_grad)(const DropoutBiasGrad& call, int64_t begin, int64_t end, void* partial);
+  // Rows [begin, end). `scratch`: 3 · columns items of float (double for double).
+  void (*norm)(const DropoutNorm& call, int64_t begin, int64_t end, void* scratch);
+  // Rows [begin, end). `partial`: 2 · columns sums, of dy·h and of dy; `scratch`: 3 · columns.
+  void (*norm_grad)(const DropoutNormGrad& call, int64_t begin, int64_t end, void* partial, void* scratch);
+};
+
+extern const DropoutKernels dropout_baseline;
+#if defined(__x86_64__)
+extern const DropoutKernels dropout_v3;  // x86-64-v3: AVX2, FMA, F16C
+#endif
+
+}  // namespace fastft::cpu

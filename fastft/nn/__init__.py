@@ -1,0 +1,17 @@
+"""Dropout that stores no mask: as functions, as modules, and swapped into models that are there already."""
+
+from fastft.nn import functional
+from fastft.nn.fuse import FuseReport, fuse_dropout_, unfuse_dropout_
+from fastft.nn.modules import BiasDropoutAdd, Dropout, DropoutAddLayerNorm, DropoutAddRMSNorm, Mixout
+
+__all__ = [
+    "BiasDropoutAdd",
+    "Dropout",
+    "DropoutAddLayerNorm",
+    "DropoutAddRMSNorm",
+    "FuseReport",
+    "Mixout",
+    "functional",
+    "fuse_dropout_",
+    "unfuse_dropout_",
+]
