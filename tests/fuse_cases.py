@@ -74,6 +74,15 @@ class PartOfASum(Base):
         return y
 
 
+class SeesWhatItDropped(Base):
+    """Where the dropout works in place, h changes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.dense(x)
+        y = self.dropout(h) + x
+        return y * h
+
+
 class Nested(nn.Module):
     """The dropout is a grandchild."""
 
@@ -261,6 +270,17 @@ class EarlyBlock(nn.Module):
         return fed + x
 
 
+class AddsBothResults(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, weights = self.attention(x)
+        x = out + weights
+        return x
+
+
 # -- what cannot be read -----------------------------------------------------------------------------------
 
 
@@ -308,6 +328,7 @@ FUSED: dict[type[nn.Module], list[str]] = {
     ReturnedSum: ["dropout + add"],
     InBranches: ["dropout + add", "dropout + add + norm", "dropout + add"],
     PartOfASum: ["dropout + add + norm"],
+    SeesWhatItDropped: ["dropout + add"],
     Block: ["dropout + add", "dropout + add"],
     PostNormBlock: ["dropout + add"],
     Decorated: ["dropout + add"],
@@ -325,6 +346,7 @@ NOT_FUSED = (
     ByKeyword,
     ReturnsEarly,
     EarlyBlock,
+    AddsBothResults,
 )
 NOT_READABLE: dict[type[nn.Module], str] = {
     CallsSuper: "its forward uses super() or variables of an enclosing function",

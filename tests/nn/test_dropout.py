@@ -497,6 +497,15 @@ def test_norms_refuse_what_torchs_refuse() -> None:
         assert error_of(fn.dropout_add_rms_norm, x, x, shape, weight) == (kind, text)
 
 
+def test_weights_wider_than_what_is_normed_are_torchs_affair() -> None:
+    x, weight = values(2, 4), values(4, seed=1, dtype=torch.float64)
+    kind, text = error_of(F.layer_norm, x, (4,), weight)
+    assert error_of(lambda: fn.dropout_add_layer_norm(x, x, (4,), weight, p=0.0)) == (kind, text)
+    with pytest.warns(UserWarning, match="Mismatch dtype between input and weight"):
+        expected = F.rms_norm(x + x, (4,), weight)
+    torch.testing.assert_close(fn.dropout_add_rms_norm(x, x, (4,), weight, p=0.0, eps=None), expected)
+
+
 def test_mixout_names_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"anchor: expected the weight's shape \[2, 3\], got \[3\]"):
         fn.mixout(torch.ones(2, 3), torch.ones(3), 0.5)
@@ -620,7 +629,12 @@ def test_functorch_gets_torchs_dropout(randomness: str) -> None:
     y = torch.vmap(lambda row: fn.dropout(row, 0.5), randomness=randomness)(x)
     assert set(y.flatten().tolist()) == {0.0, 2.0}
     assert torch.equal(y[0], y[1]) == (randomness == "same")
-    torch.manual_seed(0)
+    # What is not batched itself, but used in the batch's function.
+    fixed = torch.ones(200)
+    z = torch.vmap(lambda row: row * fn.dropout(fixed, 0.5), randomness=randomness)(x)
+    assert torch.equal(z[0], z[1]) == (randomness == "same")
+    with pytest.raises(RuntimeError, match="vmap: called random operation while in randomness error mode"):
+        torch.vmap(lambda row: row * fn.dropout(fixed, 0.5))(x)
     grad = torch.func.grad(lambda x: fn.bias_dropout_add(x, x[0], x, 0.5).sum())(x)
     assert set(grad[1:].flatten().tolist()) == {1.0, 3.0}
     norm = torch.func.grad(lambda x: fn.dropout_add_layer_norm(x, x, (200,), p=0.5).square().sum())(values(5, 200))

@@ -182,6 +182,8 @@ def test_operations_and_eager_functions_have_the_same_derivatives(rms: bool) -> 
     add = lambda x, r, b: ops.dropout_add(x, b, r, P, STATE)  # noqa: E731
     assert torch.autograd.gradcheck(add, tensors) and torch.autograd.gradgradcheck(add, tensors)
     y, _ = op(*tensors)
+    *_, mean, rstd = ops.dropout_norm(*tensors, None, 10, 1e-3, rms, torch.float64, P, STATE)
+    assert not mean.requires_grad and not rstd.requires_grad
     with pytest.raises(NotImplementedError, match="the second derivative of dropout_add_layer_norm"):
         (grad,) = torch.autograd.grad(y.sum(), tensors[0], create_graph=True)
         grad.sum().backward()

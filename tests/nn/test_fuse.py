@@ -138,33 +138,46 @@ def test_a_forward_replaced_on_the_module_is_left() -> None:
 
 
 def test_in_place_dropout_is_called_as_it_is() -> None:
-    model = build(lambda: cases.Residual(inplace=True))
+    model = build(lambda: cases.SeesWhatItDropped(inplace=True))
     plain, x = swapped_only(model), values(5, 8)
     fuse_dropout_(model)
     for a, b in zip(outcome(model, x), outcome(plain, x), strict=True):
         assert same_bits(a, b)
 
 
-def test_watched_modules_are_called() -> None:
+WATCHED = [
+    (cases.PostNorm, ("dropout",)),
+    (cases.PostNorm, ("norm",)),
+    (cases.PostNorm, ("dense", "dropout", "norm")),
+    (cases.Residual, ("dropout",)),
+    (cases.Block, ("attention",)),
+    (cases.Block, ("mlp.dropout", "mlp")),
+    (cases.Block, ("attention.dropout",)),
+]
+
+
+@pytest.mark.parametrize(("cls", "names"), WATCHED, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v))
+def test_watched_modules_are_called(cls: type[nn.Module], names: tuple[str, ...]) -> None:
     """Hooks on what was fused away see what they saw before, in order."""
-    for cls in (cases.PostNorm, cases.Block):
-        model = build(cls)
-        plain, x, seen = swapped_only(model), values(5, 8), []
-        fuse_dropout_(model)
-        for m in (plain, model):
-            log: list[tuple[str, Tensor]] = []
-            for name, part in m.named_modules():
-                if name and not isinstance(part, nn.RMSNorm):
+    model = build(cls)
+    plain, x, seen = swapped_only(model), values(5, 8), []
+    fuse_dropout_(model)
+    for m in (plain, model):
+        log: list[tuple[str, Tensor]] = []
+        for name in names:
 
-                    def hook(_: Any, args: Any, result: Any, name: str = name, log: Any = log) -> None:
-                        log.append((name, (result if isinstance(result, Tensor) else result[0]).detach()))
+            def hook(_: Any, args: Any, result: Any, name: str = name, log: Any = log) -> None:
+                log.append((name, (result if isinstance(result, Tensor) else result[0]).detach()))
 
-                    part.register_forward_hook(hook)
-            outcome(m, x)
-            seen.append(log)
-        assert [name for name, _ in seen[0]] == [name for name, _ in seen[1]]
-        for (_, a), (_, b) in zip(*seen, strict=True):
-            torch.testing.assert_close(a, b)
+            m.get_submodule(name).register_forward_hook(hook)
+        outcome(m, x)
+        seen.append(log)
+    assert [name for name, _ in seen[0]] == [name for name, _ in seen[1]] == list(names)
+    for (_, a), (_, b) in zip(*seen, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_modules_that_are_watched_globally_are_called() -> None:
     calls: list[str] = []
     model = build(cases.PostNorm)
     fuse_dropout_(model)
