@@ -70,24 +70,26 @@ def benchmark_table(result: dict[str, Any]) -> str:
 def demo_table(report: dict[str, Any]) -> str:
     """The demo's runs as a Markdown table, and what they mean."""
     lines = [
-        "| | target accuracy | source recall@1 | optimizer | training |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | target accuracy | source recall@1 | optimizer | training | peak optimizer state | anchor |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     base = report["base"]
-    before = (base["target_accuracy"]["before"], base["source_recall_at_1"]["before"])
-    lines.append(f"| before ({base['name']}) | {before[0]:.3f} | {before[1]:.3f} | | |")
-    for key in ("torch", "fastft"):
-        run = report[key]
-        lines.append(
-            f"| {run['name']} | {run['target_accuracy']['after']:.3f} | {run['source_recall_at_1']['after']:.3f} "
-            f"| {run['optimizer_seconds_with_clipping']:.2f} s | {run['training_seconds']:.1f} s |"
-        )
+    for run in (base, *report["runs"].values()):
+        row = f"| {run['name']} | {run['target_accuracy']['value']:.3f} | {run['source_recall_at_1']['value']:.3f} "
+        if run is base:
+            row += "| | | | |"
+        else:
+            row += f"| {run['optimizer_seconds_with_clipping']:.2f} s | {run['training_seconds']:.1f} s "
+            row += f"| {run['peak_state_bytes'] / 1e6:.1f} MB | {run['anchor_bytes'] / 1e6:.1f} MB |"
+        lines.append(row)
+    steps = len(report["runs"]["torch"]["steps"]["loss"])
     versions, config = report["environment"]["versions"], report["config"]
     lines += [
         "",
-        report["meaning"],
+        report["meaning"].replace("\n", "\\\n"),
         "",
-        f"{config['train_rows']:,} reviews, lr {config['lr']:g}, λ = {config['anchor_decay']:g}, "
+        f"{config['train_rows']:,} reviews, {steps} steps, lr {config['lr']:g}, λ = {config['anchor_decay']:g}, "
+        f"unfreezing: one more layer every {config['unfreeze_every']} steps; "
         f"{report['environment']['threads']} threads, torch {versions['torch']}, {report['seconds']:.0f} s in all.",
     ]
     return "\n".join(lines)

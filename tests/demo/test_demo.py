@@ -14,7 +14,7 @@ from fastft.demo import corpus, experiment
 from fastft.demo.train import Config
 
 pytest.importorskip("transformers")
-SMALL = Config(train_rows=96, test_rows=80, pools=2, pool_size=40, batch_size=16)
+SMALL = Config(train_rows=96, test_rows=80, pools=2, pool_size=40, batch_size=16, unfreeze_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -32,29 +32,50 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_table_and_the_report_say_the_same(result: tuple[Path, str]) -> None:
     folder, printed = result
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    for key, name in (("torch", "torch.optim.AdamW"), ("fastft", "fastft.AdamW + anchor")):
-        (row,) = [line.removeprefix(name).split() for line in printed.splitlines() if line.startswith(name)]
-        numbers = report[key]
-        assert row[:4] == [
-            f"{numbers[score][when]:.3f}"
-            for score in ("target_accuracy", "source_recall_at_1")
-            for when in ("before", "after")
+    assert list(report["runs"]) == ["torch", "anchor", "anchor_unfreezing"]
+    for numbers in report["runs"].values():
+        (row,) = [line.rsplit(maxsplit=6) for line in printed.splitlines() if line.startswith(numbers["name"] + "  ")]
+        assert [cell.strip() for cell in row] == [
+            numbers["name"],
+            f"{numbers['target_accuracy']['value']:.3f}",
+            f"{numbers['source_recall_at_1']['value']:.3f}",
+            f"{numbers['optimizer_seconds_with_clipping']:.2f}",
+            f"{numbers['training_seconds']:.1f}",
+            f"{numbers['peak_state_bytes'] / 1e6:.1f}",
+            f"{numbers['anchor_bytes'] / 1e6:.1f}",
         ]
-        assert row[4] == f"{numbers['optimizer_seconds_with_clipping']:.2f}"
-        assert row[5] == f"{numbers['training_seconds']:.1f}"
         assert len(numbers["steps"]["loss"]) == 6
     assert report["meaning"] in printed
     assert report["config"]["anchor_decay"] > 0
 
 
-def test_both_recipes_start_alike_and_clip(result: tuple[Path, str]) -> None:
+def test_the_recipes_start_alike_and_clip(result: tuple[Path, str]) -> None:
     report = json.loads((result[0] / "report.json").read_text(encoding="utf-8"))
-    ours, torchs = report["fastft"]["steps"], report["torch"]["steps"]
-    assert ours["lr"] == torchs["lr"]
-    # The first losses and norms come before any update: same rows, same dropout.
-    assert ours["loss"][0] == pytest.approx(torchs["loss"][0], rel=1e-5)
-    assert ours["grad_norm"][0] == pytest.approx(torchs["grad_norm"][0], rel=1e-4)
-    assert max(ours["grad_norm"]) > SMALL.max_grad_norm
+    torchs, *others = (run["steps"] for run in report["runs"].values())
+    for ours in others:
+        assert ours["lr"] == torchs["lr"]
+        # The first loss comes before any update: same rows, same dropout.
+        assert ours["loss"][0] == pytest.approx(torchs["loss"][0], rel=1e-5)
+        assert max(ours["grad_norm"]) > SMALL.max_grad_norm
+    assert others[0]["grad_norm"][0] == pytest.approx(torchs["grad_norm"][0], rel=1e-4)
+    # What is closed has no gradient.
+    assert others[1]["grad_norm"][0] < 0.99 * torchs["grad_norm"][0]
+
+
+def test_state_follows_the_open_layers(result: tuple[Path, str]) -> None:
+    report = json.loads((result[0] / "report.json").read_text(encoding="utf-8"))
+    full, anchored, unfreezing = (run["steps"]["state_bytes"] for run in report["runs"].values())
+    trained = 22_565_376  # MiniLM's encoder without its pooler, which has no part in the mean of the token vectors
+    head = 2 * 384 + 2
+    assert full[0] == pytest.approx(8 * (trained + head), rel=1e-4)  # the step counts are a little more
+    assert anchored == pytest.approx(full, rel=1e-4)
+    assert report["runs"]["anchor_unfreezing"]["steps"]["open_groups"] == [1, 1, 2, 2, 3, 3]
+    block = 1_774_464
+    assert unfreezing == pytest.approx([8 * (head + n * block) for n in (0, 0, 1, 1, 2, 2)], rel=2e-3)
+    assert report["runs"]["anchor_unfreezing"]["peak_state_bytes"] == unfreezing[-1]
+    assert report["runs"]["torch"]["anchor_bytes"] == 0
+    # The pooler is anchored too.
+    assert report["runs"]["anchor"]["anchor_bytes"] == 4 * (trained + 384 * 384 + 384)
 
 
 def test_the_model_loads_and_predicts_what_the_report_says(result: tuple[Path, str]) -> None:
@@ -75,7 +96,9 @@ def test_the_model_loads_and_predicts_what_the_report_says(result: tuple[Path, s
     labels = torch.tensor([r.positive for r in test_set]).long()
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     accuracy = (logits.argmax(1) == labels).double().mean().item()
-    assert accuracy == pytest.approx(report["fastft"]["target_accuracy"]["after"], abs=1.5 / len(test_set))
+    assert accuracy == pytest.approx(
+        report["runs"][experiment.SAVED]["target_accuracy"]["value"], abs=1.5 / len(test_set)
+    )
 
 
 def test_the_plot_is_a_picture(result: tuple[Path, str]) -> None:
