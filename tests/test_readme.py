@@ -25,7 +25,7 @@ def test_the_snippets_run_in_order(
     # What a reader has: data.
     names: dict[str, Any] = {"batch": torch.randint(50, (4, 7)), "labels": torch.tensor([0, 1, 1, 0])}
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), names)
     before = dict(transformers.BertForSequenceClassification.from_pretrained(tmp_path / "my-model").named_parameters())
