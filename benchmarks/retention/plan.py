@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product, zip_longest
 from typing import Any
 
@@ -66,8 +67,8 @@ def full_runs(tuned: list[dict[str, Any]], seeds: Iterable[int] = SEEDS) -> Iter
     for seed in seeds:
         yielded = set()
         for name in order:
-            for settings, _ in filter(None, chosen(name, tuned)):
-                test = settings.for_test(seed)
+            for choice in choices(name, tuned):
+                test = choice.settings.for_test(seed)
                 if test.key not in yielded:
                     yielded.add(test.key)
                     yield test
@@ -79,19 +80,32 @@ def measured(name: str, records: list[dict[str, Any]]) -> list[tuple[Settings, d
     return [(settings, by_key[settings.key]) for settings in GRIDS[name] if settings.key in by_key]
 
 
-def best_target(records: list[dict[str, Any]]) -> float:
+@dataclass(frozen=True)
+class Choice:
+    """Settings and an α of WiSE-FT, for a reason."""
+
+    name: str
+    settings: Settings
+    alpha: str
+
+
+def best_target(tuned: list[dict[str, Any]]) -> float:
     """The best accuracy of full fine-tuning as trained."""
-    return max((r["scores"]["1"]["target"]["mean"] for _, r in measured("full", records)), default=float("nan"))
+    return max((r["scores"]["1"]["target"]["mean"] for _, r in measured("full", tuned)), default=float("nan"))
 
 
-def chosen(name: str, records: list[dict[str, Any]]) -> list[tuple[Settings, str] | None]:
-    """A method's settings and α by validation: without blending (α = 1), and with whatever α.
+def choices(name: str, tuned: list[dict[str, Any]]) -> list[Choice]:
+    """A method's settings and α by validation: as trained (α = 1), and with whatever α.
 
     Of what lies within a point of the best accuracy of full fine-tuning, that which keeps most; where nothing does,
-    that which is most accurate.
+    that which is most accurate. For full fine-tuning also the most accurate: the others are held against it.
     """
-    floor = best_target(records) - POINT
-    return [pick(measured(name, records), floor, alphas) for alphas in (("1",), None)]
+    runs = measured(name, tuned)
+    floor = best_target(tuned) - POINT
+    wanted = [(f"{name}, most accurate", ("1",), float("inf"))] * (name == "full")
+    wanted += [(name, ("1",), floor), (f"{name} + WiSE", None, floor)]
+    found = [(title, pick(runs, least, alphas)) for title, alphas, least in wanted]
+    return [Choice(title, *picked) for title, picked in found if picked is not None]
 
 
 def pick(
@@ -104,8 +118,7 @@ def pick(
         for alpha, scores in record["scores"].items()
         if alphas is None or alpha in alphas
     ]
-    if not candidates:
-        return None
     near = [c for c in candidates if c[0] >= floor]
-    _, _, settings, alpha = max(near, key=lambda c: c[1]) if near else max(candidates, key=lambda c: c[0])
-    return settings, alpha
+    if near:
+        return max(near, key=lambda c: (c[1], c[0]))[2:]
+    return max(candidates, key=lambda c: (c[0], c[1]))[2:] if candidates else None

@@ -1,6 +1,6 @@
 """Work through the plan: ``python -m benchmarks.retention.sweep --minutes 60``.
 
-Stop it anywhere; started again, it goes on from there. Several may run beside each other: each run is claimed by one of them.
+Stop it anywhere; started again, it goes on from there. Several may run beside each other: they share the runs.
 """
 
 from __future__ import annotations
