@@ -43,9 +43,10 @@ class MiniLM:
         split: "validation" holds ``VALIDATION_ROWS`` of the training rows back and tests on them and on pools of their
             own; "test" trains on all rows and tests on the rows and pools that nothing was chosen by.
         target: "movie" or "amazon".
+        base: the model to start from; None: the pre-trained one.
     """
 
-    def __init__(self, rows: int | None, split: str, target: str = "movie") -> None:
+    def __init__(self, rows: int | None, split: str, target: str = "movie", base: Classifier | None = None) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.train_set, self.test_set = split_rows(target, rows, split)
         senses = corpus.load_senses()
@@ -53,8 +54,10 @@ class MiniLM:
         self.pools = [senses[i * POOL_SIZE : (i + 1) * POOL_SIZE] for i in pools]
         self.replayed = senses[FIRST_REPLAYED:]
         with quiet_transformers():
-            self.base, tokenize = load_base(Config())
+            model, tokenize = load_base(Config())
             self.tokenizer = load_tokenizer()
+        self.is_pretrained = base is None
+        self.base = model if base is None else copy.deepcopy(base)
         self.lengths: dict[str, int] = {}
         self.tokenize: Callable[[list[str]], Inputs] = tokenize
         labels = torch.tensor([int(review.positive) for review in self.train_set])
@@ -64,7 +67,9 @@ class MiniLM:
         return copy.deepcopy(self.base)
 
     def known(self, texts: list[str]) -> Tensor:
-        """The pre-trained model's vectors of ``texts``; kept in a file, as every run asks for the same."""
+        """The base model's vectors of ``texts``; the pre-trained one's are kept in a file, as every run asks for them."""
+        if not self.is_pretrained:
+            return embed(self.base, self.tokenize, texts, "base model")
         weights = model_folder() / "model.safetensors"
         key = hashlib.blake2b("\0".join([str(weights.stat().st_size), *texts]).encode("utf-8"), digest_size=12)
         path = WORK / "vectors" / f"{key.hexdigest()}.npy"
@@ -97,13 +102,14 @@ class MiniLM:
     def unlabelled(self, kind: str, count: int, seed: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Texts that have nothing to do with WordNet, and their vectors.
 
-        ``kind`` is "generic" (Amazon reviews and tweets), "words" (words of the vocabulary drawn at random: no data at
-        all), "mixed" (both), or "target" (the reviews that are trained on).
+        ``kind`` is "generic" (Amazon reviews and tweets), "tweets", "words" (words of the vocabulary drawn at random: no
+        data at all), "mixed" (generic and words), or "target" (the reviews that are trained on).
         """
         texts = {
-            "generic": generic_texts,
+            "generic": lambda: unlabelled_texts("amazon_reviews", "tweets"),
+            "tweets": lambda: unlabelled_texts("tweets"),
             "words": self.invented,
-            "mixed": lambda: generic_texts() + self.invented(),
+            "mixed": lambda: unlabelled_texts("amazon_reviews", "tweets") + self.invented(),
             "target": lambda: [review.text for review in self.train_set],
         }[kind]()
         # Now, not when the first batch is asked for: what it costs is no part of a run's time.
@@ -174,8 +180,8 @@ def split_rows(target: str, rows: int | None, split: str) -> tuple[list[Review],
     return rest[:rows], test
 
 
-def generic_texts() -> list[str]:
-    """Amazon reviews and tweets, in hash order, no text twice."""
-    tables = chain(corpus.read_table("amazon_reviews"), corpus.read_table("tweets"))
-    by_key = {corpus.text_key(row["text"]): row["text"] for row in tables}
+def unlabelled_texts(*names: str) -> list[str]:
+    """The texts of tables, in hash order, none twice."""
+    rows = chain.from_iterable(corpus.read_table(name) for name in names)
+    by_key = {corpus.text_key(row["text"]): row["text"] for row in rows}
     return [by_key[key] for key in sorted(by_key)]

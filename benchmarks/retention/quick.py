@@ -18,22 +18,23 @@ from .digits import Digits
 from .run import ALPHAS, Settings, run
 
 EPOCHS = 6
+LR = 1e-2
 RECIPES: tuple[tuple[float, dict[str, float]], ...] = (
     (0.0, {}),
-    (3e-3, {}),
-    (3e-4, {}),
-    (3e-3, {"fresh_head": 1}),
-    (3e-3, {"anchor": 30}),
-    (3e-3, {"l2sp": 0.1}),
-    (3e-3, {"mixout": 0.7}),
-    (3e-3, {"lora": 8}),
-    (3e-3, {"gradual": 0.5, "anchor": 30}),
-    (3e-3, {"layer_decay": 0.5}),
-    (3e-3, {"frozen_embeddings": 1}),
-    (3e-3, {"replay": 0.1}),
-    (3e-3, {"distill": 10}),
-    (3e-3, {"relation": 10}),
-    (3e-3, {"distill": 10, "anchor": 10}),
+    (LR, {}),
+    (LR / 10, {}),
+    (LR, {"fresh_head": 1}),
+    (LR, {"anchor": 10}),
+    (LR, {"l2sp": 0.01}),
+    (LR, {"mixout": 0.7}),
+    (LR, {"lora": 8}),
+    (LR, {"gradual": 0.5, "anchor": 10}),
+    (LR, {"layer_decay": 0.5}),
+    (LR, {"frozen_embeddings": 1}),
+    (LR, {"replay": 0.1}),
+    (LR, {"distill": 10}),
+    (LR, {"relation": 10}),
+    (LR, {"distill": 10, "anchor": 3}),
 )
 
 
@@ -49,6 +50,19 @@ def quick(results: Path) -> list[dict[str, Any]]:
     return found
 
 
+def table(found: list[dict[str, Any]]) -> str:
+    """A line for each record."""
+    blended = f"source at α = {ALPHAS[-1]:g}"
+    lines = [f"{'method':<20} {'lr':>6}  {'target':>6}  {'source':>6}  {blended}"]
+    for record in found:
+        settings, scores = record["settings"], list(record["scores"].values())
+        lines.append(
+            f"{settings['method']:<20} {settings['lr']:>6g}  {scores[0]['target']['mean']:>6.3f}  "
+            f"{scores[0]['source']['mean']:>6.3f}  {scores[-1]['source']['mean']:>{len(blended)}.3f}"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retention.quick", description=__doc__)
     parser.add_argument("--results", type=Path, help="a folder to leave the JSON lines in")
@@ -56,13 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         found = quick(parsed.results or Path(folder))
-    print(f"{'method':<24} {'lr':>7}  {'target':>6}  {'source':>6}  {'source, α = ' + format(ALPHAS[-1], 'g'):>6}")
-    for record in found:
-        scores = list(record["scores"].values())
-        print(
-            f"{record['settings']['method']:<24} {record['settings']['lr']:>7g}  {scores[0]['target']['mean']:>6.3f}  "
-            f"{scores[0]['source']['mean']:>6.3f}  {scores[-1]['source']['mean']:>6.3f}"
-        )
+    print(table(found))
     return 0
 
 

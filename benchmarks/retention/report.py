@@ -206,7 +206,8 @@ class Comparison:
         return (
             f"Within a point of the best full fine-tuning ({reference.mean('target'):.3f}), **{best.choice.name}** "
             f"keeps most: {kept.show(100, 1)} % of the source recall, at a target accuracy of "
-            f"{best.mean('target'):.3f}, {best.seeds} seed{'s' * (best.seeds > 1)}. The goal of {GOAL:.0%} is {reached}{sure}."
+            f"{best.mean('target'):.3f}, {best.seeds} seed{'s' * (best.seeds > 1)}. "
+            f"The goal of {GOAL:.0%} is {reached}{sure}."
         )
 
     def plot(self, path: Path) -> None:
