@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastft.demo.train import fit_linear_probe
+from fastft.retention import Fisher, estimate_fisher
 
 from .problem import Batch, Scores
 
 BATCH = 32
 WIDTH = 48
+FISHER_EXAMPLES = 64
 TEST_PART = 3
 """One image of so many is for testing."""
 
@@ -112,9 +114,10 @@ class Digits:
         for x, y in self.shuffled(self.old & ~self.test, 1000, BATCH, seed):
             yield lambda model, x=x, y=y: cross_entropy(self.old_head(model.embed(x)), y)
 
-    def old_batches(self, count: int, seed: int) -> list[Callable[[Net], Tensor]]:
-        losses = self.replay(seed)
-        return [next(losses) for _ in range(count)]
+    def importance(self, seed: int) -> Fisher:
+        x, _ = next(self.shuffled(self.old & ~self.test, 1, FISHER_EXAMPLES, seed))
+        batches = [x]
+        return estimate_fisher(self.base, batches, forward=lambda model, x: self.old_head(model.embed(x))).normalized()
 
     @torch.no_grad()
     def score(self, model: Net) -> Scores:

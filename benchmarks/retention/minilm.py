@@ -19,6 +19,7 @@ from fastft.demo.corpus import Review
 from fastft.demo.evaluate import embed, own_rank
 from fastft.demo.experiment import load_base, load_tokenizer, model_folder, quiet_transformers
 from fastft.demo.train import Classifier, Config, Inputs, fit_linear_probe, shuffled
+from fastft.retention import Fisher, estimate_fisher
 
 from .problem import Batch, Scores
 from .records import WORK
@@ -33,6 +34,9 @@ FIRST_REPLAYED = 6 * POOL_SIZE
 SPAN = 64
 """Batches among which rows are sorted by length: with few padding tokens a step is a quarter cheaper."""
 INVENTED_TEXTS = 8000
+SCALE = 20.0
+"""Of cosines in the retrieval loss, as such models are trained."""
+FISHER_EXAMPLES, FISHER_CHOICES = 512, 64
 
 
 class MiniLM:
@@ -61,13 +65,16 @@ class MiniLM:
         self.lengths: dict[str, int] = {}
         self.tokenize: Callable[[list[str]], Inputs] = tokenize
         labels = torch.tensor([int(review.positive) for review in self.train_set])
-        fit_linear_probe(self.base, self.known([review.text for review in self.train_set]), labels)
+        # Of all rows that any run trains on, so that all runs find them in one file.
+        rows = [review.text for review in training_rows(target)]
+        vectors = self.known(rows[: len(self.train_set)] if base is not None else rows)[: len(self.train_set)]
+        fit_linear_probe(self.base, vectors, labels)
 
     def start(self) -> Classifier:
         return copy.deepcopy(self.base)
 
     def known(self, texts: list[str]) -> Tensor:
-        """The base model's vectors of ``texts``; the pre-trained one's are kept in a file, as every run asks for them."""
+        """The base model's vectors of ``texts``; the pre-trained one's are kept in a file, as all runs ask for them."""
         if not self.is_pretrained:
             return embed(self.base, self.tokenize, texts, "base model")
         weights = model_folder() / "model.safetensors"
@@ -102,18 +109,19 @@ class MiniLM:
     def unlabelled(self, kind: str, count: int, seed: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Texts that have nothing to do with WordNet, and their vectors.
 
-        ``kind`` is "generic" (Amazon reviews and tweets), "tweets", "words" (words of the vocabulary drawn at random: no
-        data at all), "mixed" (generic and words), or "target" (the reviews that are trained on).
+        ``kind`` is "generic" (Amazon reviews and tweets), "tweets", "words" (words of the vocabulary drawn at random:
+        no data at all), "mixed" (generic and words), or "target" (the reviews that are trained on).
         """
-        texts = {
-            "generic": lambda: unlabelled_texts("amazon_reviews", "tweets"),
-            "tweets": lambda: unlabelled_texts("tweets"),
-            "words": self.invented,
-            "mixed": lambda: unlabelled_texts("amazon_reviews", "tweets") + self.invented(),
-            "target": lambda: [review.text for review in self.train_set],
+        lists = {
+            "generic": lambda: [unlabelled_texts("amazon_reviews", "tweets")],
+            "tweets": lambda: [unlabelled_texts("tweets")],
+            "words": lambda: [self.invented()],
+            "mixed": lambda: [unlabelled_texts("amazon_reviews", "tweets"), self.invented()],
+            "target": lambda: [[review.text for review in self.train_set]],
         }[kind]()
+        texts = [text for part in lists for text in part]
         # Now, not when the first batch is asked for: what it costs is no part of a run's time.
-        vectors, sizes = self.known(texts), self.sizes(texts)
+        vectors, sizes = torch.cat([self.known(part) for part in lists]), self.sizes(texts)
         generator = torch.Generator().manual_seed(seed)
         batches = (rows for _ in forever() for rows in shuffled(sizes, count, generator, SPAN))
         return ((self.tokenize([texts[i] for i in rows]), vectors[rows]) for rows in batches)
@@ -144,9 +152,18 @@ class MiniLM:
                     model.embed(glosses), model.embed(examples)
                 )
 
-    def old_batches(self, count: int, seed: int) -> list[Callable[[Classifier], Tensor]]:
-        losses = self.replay(seed)
-        return [next(losses) for _ in range(count)]
+    def importance(self, seed: int) -> Fisher:
+        """Of the distribution over ``FISHER_CHOICES`` examples that a definition's scaled cosines give, in the sampled
+        form; over senses that are in no pool."""
+        senses = self.replayed
+        rows = torch.randperm(len(senses), generator=torch.Generator().manual_seed(seed))[:FISHER_EXAMPLES].tolist()
+        keys = normalize(self.known([senses[i].example for i in rows[:FISHER_CHOICES]]), dim=1)
+
+        def choices(model: Classifier, inputs: Inputs) -> Tensor:
+            return SCALE * normalize(model.embed(inputs), dim=1) @ keys.T
+
+        batches = [dict(self.tokenize([senses[i].gloss])) for i in rows]
+        return estimate_fisher(self.base, batches, mode="sampled", forward=choices, seed=seed).normalized()
 
     def score(self, model: Classifier) -> Scores:
         texts = [review.text for review in self.test_set]
@@ -162,22 +179,32 @@ class MiniLM:
         return Scores(correct, torch.cat(ranks) == 1)
 
 
-def in_batch_retrieval(queries: Tensor, keys: Tensor, scale: float = 20.0) -> Tensor:
+def in_batch_retrieval(queries: Tensor, keys: Tensor) -> Tensor:
     """Cross-entropy over the scaled cosines of each query with all keys, its own being the right one."""
-    similarity = scale * normalize(queries, dim=1) @ normalize(keys, dim=1).T
+    similarity = SCALE * normalize(queries, dim=1) @ normalize(keys, dim=1).T
     return cross_entropy(similarity, torch.arange(len(queries)))
 
 
 def split_rows(target: str, rows: int | None, split: str) -> tuple[list[Review], list[Review]]:
     """Training rows, and the rows to test on."""
-    reviews = corpus.clear_reviews(corpus.read_table(f"{target}_reviews"))
-    held_out = corpus.TEST_ROWS if target == "movie" else len(reviews) // 3
-    test, rest = reviews[:held_out], reviews[held_out:]
+    rest = training_rows(target)
+    test = target_reviews(target)[: -len(rest)]
     if split == "validation":
         test, rest = rest[-VALIDATION_ROWS:], rest[:-VALIDATION_ROWS]
     if rows is not None and rows > len(rest):
         raise ValueError(f"rows: expected at most {len(rest)} with split {split!r}, got {rows}")
     return rest[:rows], test
+
+
+def target_reviews(target: str) -> list[Review]:
+    """All reviews with a clear polarity, in hash order."""
+    return corpus.clear_reviews(corpus.read_table(f"{target}_reviews"))
+
+
+def training_rows(target: str) -> list[Review]:
+    """Those that are not for testing."""
+    reviews = target_reviews(target)
+    return reviews[corpus.TEST_ROWS if target == "movie" else len(reviews) // 3 :]
 
 
 def unlabelled_texts(*names: str) -> list[str]:

@@ -30,20 +30,21 @@ def grid(
 
 GRIDS: dict[str, Grid] = {
     "full": grid((1e-4, 3e-4, 2e-4, 5e-5, 1.5e-4, 3e-5)),
-    "distill, generic text": grid((2e-4, 3e-4), {"distill": (10, 30, 3)}),
-    "distill, random words": grid((2e-4, 3e-4), {"distill": (10, 30, 100)}, 32, "words"),
     "distill, both": grid((2e-4, 3e-4), {"distill": (10, 30, 100)}, 32, "mixed"),
-    "relation, both": grid((2e-4, 3e-4), {"relation": (30, 100, 300)}, 32, "mixed"),
+    "distill, random words": grid((2e-4, 3e-4), {"distill": (10, 30, 100)}, 32, "words"),
+    "distill, generic text": grid((2e-4, 3e-4), {"distill": (10, 30, 3)}),
     "distill + anchor": grid((2e-4, 3e-4), {"distill": (10,), "anchor": (10, 30, 100)}, 32, "mixed"),
-    "distill + layer decay": grid((2e-4, 3e-4), {"distill": (10,), "layer_decay": (0.8, 0.65, 0.9)}, 32, "mixed"),
+    "relation, both": grid((2e-4, 3e-4), {"relation": (30, 100, 300)}, 32, "mixed"),
+    "replay": grid((1e-4, 2e-4), {"replay": (0.05, 0.1, 0.25)}),
     "distill + frozen embeddings": grid(
         (2e-4, 3e-4), {"distill": (10, 30, 100), "frozen_embeddings": (1,)}, 32, "mixed"
     ),
+    "distill + layer decay": grid((2e-4, 3e-4), {"distill": (10,), "layer_decay": (0.8, 0.65, 0.9)}, 32, "mixed"),
     "anchor": grid((2e-4, 3e-4), {"anchor": (30, 100, 300)}),
-    "replay": grid((1e-4, 2e-4), {"replay": (0.05, 0.1, 0.25)}),
+    "LoRA r8": grid((1e-3, 5e-4, 2e-3, 2e-4, 1e-4, 5e-3), {"lora": (8,)}),
+    "EWC": grid((2e-4, 3e-4), {"ewc": (30, 300, 3000)}),
     "mixout": grid((1e-4, 2e-4), {"mixout": (0.7, 0.9, 0.5)}),
     "L2-SP": grid((1e-4, 2e-4), {"l2sp": (0.1, 1.0, 0.01)}),
-    "LoRA r8": grid((1e-3, 5e-4, 2e-3, 2e-4, 1e-4, 5e-3), {"lora": (8,)}),
     "anchor + gradual": grid((2e-4, 3e-4), {"anchor": (30, 100, 300), "gradual": (0.5,)}),
     "full from a random head": grid((1e-4, 3e-4, 2e-4, 5e-5, 1.5e-4, 3e-5), {"fresh_head": (1,)}),
 }

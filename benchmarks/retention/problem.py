@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,8 +45,8 @@ class Problem(Protocol):
     def replay(self, seed: int) -> Iterator[Callable[[Any], Tensor]]:
         """Without end: functions from a model to its loss on a batch of old data."""
 
-    def old_batches(self, count: int, seed: int) -> list[Callable[[Any], Tensor]]:
-        """Functions from a model to the loss whose Fisher information says which weights it needs for what it knew."""
+    def importance(self, seed: int) -> Mapping[str, Tensor]:
+        """How much each of the encoder's weights matters to what the model knew: its Fisher information, mean 1."""
 
     def score(self, model: Any) -> Scores:
         """Test the model."""

@@ -26,6 +26,7 @@ RECIPES: tuple[tuple[float, dict[str, float]], ...] = (
     (LR, {"fresh_head": 1}),
     (LR, {"anchor": 10}),
     (LR, {"l2sp": 0.01}),
+    (LR, {"ewc": 30}),
     (LR, {"mixout": 0.7}),
     (LR, {"lora": 8}),
     (LR, {"gradual": 0.5, "anchor": 10}),

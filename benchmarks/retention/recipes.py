@@ -5,6 +5,7 @@ A recipe is a learning rate and a set of ingredients, each with a strength, so a
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss, normalize
+from torch.nn.functional import cross_entropy, mse_loss, normalize
 from torch.nn.utils import parametrize
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,6 +22,7 @@ import fastft
 from fastft.demo.train import warm_up_then_decay
 from fastft.nn import Mixout, fuse_dropout_
 from fastft.optim import layer_decay
+from fastft.retention import distillation_loss, interpolate_
 from fastft.unfreeze import GradualUnfreeze, Unfreezer, layer_groups
 
 from .problem import Problem
@@ -29,6 +31,7 @@ INGREDIENTS = {
     "fresh_head": "1: the head starts at random, not from the linear probe",
     "anchor": "λ of the decoupled anchor",
     "l2sp": "α of L2-SP, the coupled anchor",
+    "ewc": "λ of the decoupled anchor weighted by the Fisher information of what the model knew, mean 1 (EWC)",
     "mixout": "p of mixout on all linear layers of the encoder",
     "lora": "the rank of LoRA on all linear layers of the encoder, α = 2 · rank",
     "gradual": "the part of the steps after which the last layer is open",
@@ -38,6 +41,8 @@ INGREDIENTS = {
     "distill": "the weight of 1 − cos between a text's vector and its pre-trained one, on unlabelled texts",
     "relation": "the weight of the squared error of the texts' pairwise cosines, on unlabelled texts",
 }
+ANCHORS = ("anchor", "l2sp", "ewc")
+"""Of these a recipe takes one."""
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 WARMUP = 0.1
@@ -60,6 +65,9 @@ class Recipe:
                 raise ValueError(f"ingredients: expected some of {', '.join(INGREDIENTS)}, got {name!r}")
             if not strength > 0:
                 raise ValueError(f"{name}: expected a strength > 0, got {strength}")
+
+        if len(self.ingredients.keys() & set(ANCHORS)) > 1:
+            raise ValueError(f"ingredients: expected one of {', '.join(ANCHORS)}, got {', '.join(self.ingredients)}")
 
     def strength(self, ingredient: str) -> float:
         """0 where it is not in the recipe."""
@@ -85,7 +93,9 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
     batches = problem.batches(epochs, seed)
     torch.manual_seed(seed)
     prepare(model, recipe, anchor)
-    pull = recipe.strength("anchor") or recipe.strength("l2sp")
+    pull = sum(map(recipe.strength, ANCHORS))
+    if recipe.strength("ewc"):
+        anchor = anchor.with_importance(problem.importance(seed + 4))
     optimizer = fastft.AdamW(
         parameter_groups(model, recipe),
         weight_decay=WEIGHT_DECAY,
@@ -194,7 +204,7 @@ def extra_losses(problem: Problem, recipe: Recipe, seed: int) -> list[Callable[[
         vectors = model.embed(inputs)
         loss = vectors.new_zeros(())
         if distill:
-            loss = loss + distill * (1 - cosine_similarity(vectors, known)).mean()
+            loss = loss + distill * distillation_loss(vectors, known, kind="embeddings")
         if relation:
             loss = loss + relation * mse_loss(cosines(vectors), cosines(known))
         return loss
@@ -209,11 +219,7 @@ def cosines(vectors: Tensor) -> Tensor:
 
 
 def blended(problem: Problem, trained: Any, alpha: float) -> Any:
-    """(1 − α) · pre-trained + α · trained, head and all: WiSE-FT (Wortsman et al. 2022)."""
-    model = problem.start()
-    target = trained.state_dict()
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                value.lerp_(target[name], alpha)
-    return model.eval()
+    """(1 − α) · start + α · trained, head and all: WiSE-FT (Wortsman et al. 2022)."""
+    model = copy.deepcopy(trained)
+    interpolate_(model, fastft.Anchor.snapshot(problem.start().named_parameters()), alpha)
+    return model

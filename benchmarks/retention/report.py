@@ -17,7 +17,7 @@ from fastft.retention import pareto_front
 
 from . import plan, records
 from .plan import Choice
-from .run import Settings
+from .run import TUNING_ROWS, Settings
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
@@ -213,7 +213,7 @@ class Comparison:
     def plot(self, path: Path) -> None:
         """Source kept against target accuracy; a line joins one training run's blends."""
         assert self.base is not None
-        figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
+        figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
@@ -226,13 +226,13 @@ class Comparison:
         for curve in self.curves.values():
             colour = GREY if curve[0].choice.name == "full" else BLUE
             axes.plot(*zip(*map(place, curve), strict=True), "-", color=colour, alpha=0.3, linewidth=1)
-        for row in [self.base, *self.rows]:
+        for number, row in enumerate([self.base, *self.rows]):
             x, y = place(row)
             colour = ORANGE if row is self.base else GREY if row.choice.name.startswith("full") else BLUE
-            target, kept = self.estimate(row, "target"), self.kept(row)
-            error = {"xerr": whiskers(target), "yerr": whiskers(kept)}
-            axes.errorbar(x, y, **error, fmt="o", color=colour, ecolor=colour, elinewidth=0.8, alpha=0.7, markersize=4)
-            axes.annotate(row.choice.name, (x, y), (5, 4), textcoords="offset points", fontsize=7, color=colour)
+            error = {"xerr": whiskers(self.estimate(row, "target")), "yerr": whiskers(self.kept(row))}
+            axes.errorbar(x, y, **error, fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.25)
+            axes.plot(x, y, "o", color=colour, markersize=11, label=f"{number}  {row.choice.name}")
+            axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=6.5, color="white")
         points = [place(row) for row in [self.base, *self.rows]]
         front = [points[i] for i in pareto_front(points)]
         axes.step(*zip(*front, strict=True), where="pre", color=ORANGE, alpha=0.6, linewidth=1.5, label="Pareto front")
@@ -244,7 +244,7 @@ class Comparison:
         axes.set_xlabel("target accuracy, %")
         axes.set_ylabel("source recall@1 kept, %")
         axes.set_title(f"What was learned, and what was kept ({self.split} split)", loc="left", fontweight="bold")
-        axes.legend(frameon=False, fontsize=8, loc="lower left")
+        axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=0.5)
         figure.savefig(path)
 
 
@@ -289,7 +289,10 @@ def grid_text(settings: list[Settings]) -> str:
 def document(tuned: list[dict[str, Any]], tested: list[dict[str, Any]], folder: Path) -> str:
     """The whole text; draws the plots beside it."""
     parts = ["# What keeps what the model knew", ""]
-    for split, title in (("test", "All rows, test split"), ("validation", "Tuning: 4,096 rows, validation split")):
+    for split, title in (
+        ("test", "All rows, test split"),
+        ("validation", f"Tuning: {TUNING_ROWS:,} rows, validation split"),
+    ):
         comparison = Comparison(split, tuned, tested)
         if comparison.base is None or not comparison.rows:
             continue
