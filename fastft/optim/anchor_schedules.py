@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .adamw import check_pull
-
 # Where RecAdam's sigmoid is taken as constant: e^27 is 5e11, so the lr is a trillionth of the full one.
 FLOOR = -27.0
 
@@ -81,15 +79,15 @@ class RecAdamScheduler(LRScheduler):
         k: how steep it is, > 0; the authors try 0.05 to 1.
         t0: the step in the middle; the authors try 100 to 1000.
         gamma: the strength of the pull. The authors' 5000 goes with a learning rate up to 2e-4: lr·w·gamma must not
-            exceed 1.
+            exceed 1, or the optimizer refuses the step, unless its anchor is weighted by importance.
         weight: w, or one for each group; 0 for groups that have nothing to recall, such as a new head: they are
             stepped with lr as it is and ``anchor_decay`` 0.
         last_epoch: as in torch's schedulers.
 
     While k·(t − t0) is below −27, λ_t stays at its value there, w·2e-12.
 
-    Raises ``TypeError`` for an optimizer whose groups have no ``anchor_decay``, ``ValueError`` for other wrong
-    arguments, and where the first step would land beyond the anchor.
+    Raises ``TypeError`` for an optimizer whose groups have no ``anchor_decay``, and ``ValueError`` for other wrong
+    arguments.
     """
 
     def __init__(
@@ -105,26 +103,23 @@ class RecAdamScheduler(LRScheduler):
         weights = [weight] * len(groups) if isinstance(weight, (int, float)) else list(weight)
         if len(weights) != len(groups):
             raise ValueError(f"weight: expected a number, or {len(groups)}, got {len(weights)}")
-        for name, value, least in (("k", k, False), ("t0", t0, True), ("gamma", gamma, True)):
-            if not (0.0 <= value < math.inf if least else 0.0 < value < math.inf):
-                raise ValueError(f"{name}: expected a finite number {'>=' if least else '>'} 0, got {value!r}")
+        if not 0.0 < k < math.inf:
+            raise ValueError(f"k: expected a finite number > 0, got {k!r}")
+        for name, value in (("t0", t0), ("gamma", gamma), *(("weight", w) for w in weights)):
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
         for index, (w, group) in enumerate(zip(weights, groups, strict=True)):
-            if not 0.0 <= w < math.inf:
-                raise ValueError(f"weight: expected finite numbers >= 0, got {w!r}")
-            if w == 0.0:
-                continue
-            if (mode := group["anchor_mode"]) != "decoupled":
-                raise ValueError(f'param_groups[{index}]: anchor_mode: expected "decoupled", got {mode!r}')
-            # The pull is largest at the start, where λ is smallest: lr·(w − λ)·gamma.
-            pull = gamma * (w - w * sigmoid(k * (1 - t0)))
-            check_pull(group["lr"], pull, "decoupled", f"param_groups[{index}]: gamma, weight")
+            if w and group["anchor_mode"] != "decoupled":
+                raise ValueError(
+                    f'param_groups[{index}]: anchor_mode: expected "decoupled", got {group["anchor_mode"]!r}'
+                )
         self.k, self.t0, self.gamma, self.weights = k, t0, gamma, weights
         self.base_weight_decays = initial_values(groups, "weight_decay")
         super().__init__(optimizer, last_epoch)
 
     def factor(self, step: int, weight: float) -> float:
         """What lr is multiplied by in step 0, 1, ...: λ_t with t = step + 1; 1 for a weight of 0."""
-        return weight * sigmoid(self._position(step)) if weight else 1.0
+        return weight / (1.0 + math.exp(-self._position(step))) if weight else 1.0
 
     def get_lr(self) -> list[float | Tensor]:
         """The next lr of each group. Sets the decays: every way to step a scheduler comes through here."""
@@ -151,11 +146,6 @@ class RecAdamScheduler(LRScheduler):
 
     def _position(self, step: int) -> float:
         return max(FLOOR, self.k * (step + 1 - self.t0))
-
-
-def sigmoid(x: float) -> float:
-    """1 / (1 + e^−x), from where it is taken as constant."""
-    return 1.0 / (1.0 + math.exp(-max(FLOOR, x)))
 
 
 def anchored_groups(optimizer: Optimizer) -> list[dict[str, Any]]:

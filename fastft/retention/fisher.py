@@ -170,7 +170,7 @@ def terms_of(
     """(what to differentiate, the weight of its squared gradient) for one example; ``log_p`` is [positions, C]."""
     if mode == "exact":
         weights = log_p.detach().exp().tolist()
-        return [(log_p[i, c], w) for i, line in enumerate(weights) for c, w in enumerate(line) if w > 0.0]
+        return [(log_p[i, c], w) for i, line in enumerate(weights) for c, w in enumerate(line) if w != 0.0]
     if mode == "sampled":
         # Drawn on the CPU, so that a seed means the same on every device.
         labels = torch.multinomial(log_p.detach().cpu().exp(), 1, generator=generator).flatten().to(log_p.device)
@@ -203,10 +203,9 @@ def positions(
     counts = labels != IGNORED
     kept = labels[counts]
     classes = logits.shape[-1]
-    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < classes:
-        raise ValueError(
-            f"batches: expected labels from 0 to {classes - 1}, or {IGNORED}, got {kept.unique().tolist()}"
-        )
+    wrong = kept[(kept < 0) | (kept >= classes)]
+    if wrong.numel():
+        raise ValueError(f"batches: expected labels from 0 to {classes - 1}, or {IGNORED}, got {int(wrong[0])}")
     return log_softmax(logits[counts]), kept
 
 

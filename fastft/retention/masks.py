@@ -83,7 +83,7 @@ class MoFO:
     largest momenta. It keeps nothing between steps; after resuming from a checkpoint, attach it again.
 
     Args:
-        optimizer: ``fastft.AdamW``, or any torch optimizer that keeps ``exp_avg``.
+        optimizer: ``fastft.AdamW``, or torch's ``Adam`` or ``AdamW``.
         fraction: how much of each tensor to move: ``max(1, ⌊fraction · numel⌋)`` elements; the authors recommend 0.05
             to 0.2.
         parameters: what to filter; None: all that have two or more dimensions, so that biases and norms are stepped
@@ -93,10 +93,10 @@ class MoFO:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, fraction: float = 0.1, parameters: Iterable[Tensor] | None = None
+        self, optimizer: torch.optim.Adam, fraction: float = 0.1, parameters: Iterable[Tensor] | None = None
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer: expected a torch optimizer, got {type(optimizer).__name__}")
+        if not isinstance(optimizer, torch.optim.Adam):
+            raise TypeError(f"optimizer: expected a torch.optim.Adam or AdamW, got {type(optimizer).__name__}")
         check_fraction(fraction)
         self.fraction = fraction
         self._chosen = None if parameters is None else {id(p): p for p in parameters}
@@ -135,12 +135,8 @@ class MoFO:
     def _filter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         try:
             for p, before in self._before:
-                state = optimizer.state.get(p)
-                if not state:
-                    continue  # it was not stepped
-                if "exp_avg" not in state:
-                    raise ValueError(f"optimizer: expected one that keeps exp_avg, got {type(optimizer).__name__}")
-                p.copy_(torch.where(highest(state["exp_avg"].abs(), self.fraction), p, before))
+                if state := optimizer.state.get(p):  # otherwise it was not stepped
+                    p.copy_(torch.where(highest(state["exp_avg"].abs(), self.fraction), p, before))
         finally:
             self._before = []
 

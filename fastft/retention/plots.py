@@ -12,7 +12,7 @@ try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ImportError("plot needs matplotlib: pip install matplotlib, or fastft with its extra [demo]") from error
+    raise ImportError("plot needs matplotlib: install it, or fastft[plots]") from error
 
 from .report import Estimate, pareto_front
 
@@ -44,19 +44,23 @@ def plot_retention(report: RetentionReport, path: Path) -> None:
     points = [(report.points * x.value, report.points * y.value) for x, y in means]
     with axes_for(path, 5.2) as axes:
         front = [points[i] for i in pareto_front(points)]
-        axes.step(*zip(*front, strict=True), where="pre", color=BLUE, alpha=0.35, linewidth=1.2, label="Pareto front")
+        axes.step(*zip(*front, strict=True), where="pre", color=BLUE, alpha=0.5, linewidth=2, label="Pareto front")
         for name, point, (x, y) in zip(names, points, means, strict=True):
             colour = GREY if name is None else BLUE
             xerr, yerr = whiskers(x, report.points), whiskers(y, report.points)
-            axes.errorbar(*point, xerr=xerr, yerr=yerr, fmt="o", color=colour, elinewidth=1, capsize=2.5)
+            axes.errorbar(*point, xerr=xerr, yerr=yerr, fmt="none", ecolor=colour, alpha=0.4, elinewidth=1, capsize=2.5)
+            axes.plot(*point, "o", color=colour)
             label = report.before if name is None else name
             axes.annotate(label, point, (6, 6), textcoords="offset points", fontsize=8, color=colour)
         axes.margins(0.18)
         axes.set_xlabel(axis_title(report, "target"))
         axes.set_ylabel(axis_title(report, "source"))
         axes.set_title("What was learned, and what was kept", loc="left", fontweight="bold")
-        area_text = f"hypervolume {report.points**2 * area:.4g} points² above (target as before, source 0)"
-        axes.legend(frameon=False, loc="best", title=area_text, title_fontsize=8, fontsize=8)
+        axes.legend(frameon=False, loc="best", fontsize=8)
+        note = f"hypervolume {report.points**2 * area:.4g} points², from (target as before, source 0)"
+        if any(e.low is not None for pair in means for e in pair):
+            note = f"bars: {report.confidence:.0%} intervals over the items; {note}"
+        axes.text(0.0, -0.13, note, transform=axes.transAxes, fontsize=8, color=GREY)
 
 
 def whiskers(estimate: Estimate, scale: float) -> list[list[float]] | None:

@@ -115,8 +115,8 @@ def test_the_plot(tmp_path: Path) -> None:
 
 
 def test_errors() -> None:
-    base, model = tuned()
-    with pytest.raises(TypeError, match="anchor: expected a fastft.Anchor, got dict"):
+    _, model = tuned()
+    with pytest.raises(TypeError, match=r"anchor: expected a fastft\.Anchor, got dict"):
         drift_report(model, {})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="anchor: holds none of the model's 6 parameters"):
         drift_report(model, fastft.Anchor())

@@ -270,7 +270,7 @@ def test_the_model_is_as_it_was_after_an_exception() -> None:
     with pytest.raises(RuntimeError, match="no data"):
         best_alpha(model, anchor, failing)
     assert same(bits(model), before)
-    with pytest.raises(ValueError, match='evaluate: expected {"source": scores, "target": scores}, got 0.5'):
+    with pytest.raises(ValueError, match=r'evaluate: expected \{"source": scores, "target": scores\}, got 0\.5'):
         best_alpha(model, anchor, lambda model: 0.5)  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match="evaluate: target: expected finite scores"):
         best_alpha(model, anchor, lambda model: {"source": 0.5, "target": float("nan")})

@@ -216,7 +216,7 @@ def test_the_round_trip_through_json() -> None:
     loaded = json.loads(text)
     assert set(loaded["source"]["recall"]) == {0, 1}
     assert loaded["results"][0]["source"]["recall"]["after"]["value"] == report.score("source", "recall", "plain").value
-    with pytest.raises(ValueError, match="from_json: expected the format 'fastft.retention 1', got 'other'"):
+    with pytest.raises(ValueError, match=r"from_json: expected the format 'fastft\.retention 1', got 'other'"):
         RetentionReport.from_json('{"format": "other"}')
 
 
