@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +107,9 @@ def estimate_fisher(
     Args:
         model: the model; parameters that require grad are estimated.
         batches: mappings of tensors (such as a tokenizer makes, with "labels"), or ``(inputs, labels)``, or only
-            inputs; tensors with the rows along their first dimension, on the model's device. Labels are needed for
-            ``"empirical"``, and for more than one position per row, to tell which count.
+            inputs; tensors with the rows along their first dimension, on the model's device. Lists with an item for
+            each row are cut too, numbers and strings are not. Labels are needed for ``"empirical"``, and for more
+            than one position per row, to tell which count.
         mode: see above.
         forward: ``forward(model, batch)`` returns the logits ``[rows, ..., C]``. By default, ``model(**batch)``
             without the labels, or ``model(inputs)``, and of what that returns ``.logits`` if it is no tensor.
@@ -219,31 +220,43 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 def rows_of(batch: Any) -> Iterator[Any]:
     """The batch cut into batches of one row, in its own form."""
-    tensors = list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else batch
-    if not isinstance(tensors, Sequence):
+    if not isinstance(batch, (Mapping, Tensor, list, tuple)):
         raise ValueError(f"batches: expected mappings, (inputs, labels) or tensors, got {type(batch).__name__}")
-    sizes = {t.shape[0] for t in tensors if isinstance(t, Tensor) and t.dim() > 0}
+    pair = isinstance(batch, (list, tuple))
+    sizes = {size for part in (batch if pair else [batch]) for size in sizes_in(part)}
     if len(sizes) != 1:
-        raise ValueError(f"batches: expected tensors with the same number of rows, got {sorted(sizes)}")
-
-    def row(value: Any, i: int) -> Any:
-        return value[i : i + 1] if isinstance(value, Tensor) and value.dim() > 0 else value
-
+        raise ValueError(f"batches: expected the same number of rows in all of a batch, got {sorted(sizes)}")
     for i in range(sizes.pop()):
-        if isinstance(batch, Mapping):
-            yield {key: row(value, i) for key, value in batch.items()}
-        elif isinstance(batch, Tensor):
-            yield row(batch, i)
-        else:
-            yield tuple(row(value, i) for value in batch)
+        yield tuple(cut(part, i) for part in batch) if pair else cut(batch, i)
+
+
+def sizes_in(value: Any) -> Iterator[int]:
+    """The numbers of rows of what is inside: tensors, lists with an item for each row, mappings of these."""
+    if isinstance(value, Mapping):
+        for part in value.values():
+            yield from sizes_in(part)
+    elif isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0):
+        yield len(value)
+    elif not (value is None or isinstance(value, (Tensor, str, int, float))):
+        raise ValueError(f"batches: expected tensors, lists, numbers and mappings of them, got {type(value).__name__}")
+
+
+def cut(value: Any, i: int) -> Any:
+    """Row ``i`` of it; what has no rows, whole."""
+    if isinstance(value, Mapping):
+        return {key: cut(part, i) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0):
+        return value[i : i + 1]
+    return value
 
 
 def outputs_of(model: nn.Module, batch: Any) -> Any:
     """The logits, as models usually give them."""
-    if isinstance(batch, Mapping):
-        outputs = model(**{key: value for key, value in batch.items() if key != "labels"})
+    inputs = batch[0] if isinstance(batch, tuple) else batch
+    if isinstance(inputs, Mapping):
+        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
     else:
-        outputs = model(batch if isinstance(batch, Tensor) else batch[0])
+        outputs = model(inputs)
     return getattr(outputs, "logits", outputs)
 
 
@@ -251,7 +264,7 @@ def labels_of(batch: Any) -> Tensor | None:
     """The labels, where the batch has them."""
     if isinstance(batch, Mapping):
         return batch.get("labels")
-    return batch[1] if not isinstance(batch, Tensor) and len(batch) > 1 else None
+    return batch[1] if isinstance(batch, tuple) and len(batch) > 1 else None
 
 
 def checked_logits(logits: Any) -> Tensor:

@@ -166,11 +166,12 @@ def best_alpha(
     Of equal ones, the largest alpha is chosen. Raises ``ValueError`` for wrong alphas and rules before anything is
     evaluated, and if no alpha reaches ``min_target``, with the curve.
     """
-    tried = sorted(set(alphas))
-    if not tried:
+    given = list(alphas)
+    if not given:
         raise ValueError("alphas: expected at least one, got none")
-    for alpha in tried:
+    for alpha in given:
         check_alpha(alpha)
+    tried = sorted(set(given))
     check_rule(source_weight, min_target)
     points = []
     with interpolate_(model, anchor, tried[0], keep_on=keep_on) as interpolation:

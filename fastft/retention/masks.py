@@ -74,7 +74,7 @@ class MoFO:
     """Move only the weights whose momentum is largest in their tensor: MoFO, the momentum-filtered optimizer.
 
     Chen et al. 2024, https://arxiv.org/abs/2407.20999. Attached to an Adam, it lets each step update the moments of all
-    elements, and then takes back the step of those whose \\|exp_avg\\|, as it is after the step, is not among the
+    elements, and then takes back the step of those whose ``abs(exp_avg)``, as it is after the step, is not among the
     ``fraction`` largest of their tensor. These keep their value bit for bit, so decay and anchor do not move
     them either. (In the authors' code weight decay moves all.)
 

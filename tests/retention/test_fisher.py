@@ -113,6 +113,26 @@ def test_how_the_examples_are_batched_does_not_matter(mode: Any) -> None:
         assert torch.equal(named[name], values)
 
 
+def test_what_else_is_in_a_batch_is_cut_or_passed_on() -> None:
+    model, (inputs, labels) = two_layers(), data()
+    wanted = estimate_fisher(model, [(2 * inputs, labels)], mode="empirical")
+    seen = []
+
+    def forward(model: nn.Module, batch: tuple[dict[str, Any], Tensor]) -> Tensor:
+        seen.append(batch[0]["names"])
+        return model(batch[0]["scale"] * batch[0]["x"])  # type: ignore[no-any-return]
+
+    batch = ({"x": inputs, "names": ["a", "b", "c", "d", "e", "f"], "scale": torch.tensor(2.0)}, labels)
+    fisher = estimate_fisher(model, [batch], mode="empirical", forward=forward)
+    check(fisher, dict(wanted))
+    assert seen == [["a"], ["b"], ["c"], ["d"], ["e"], ["f"]]
+    twice = nn.Module()
+    twice.inner = model
+    twice.forward = lambda x, scale: model(scale * x)  # type: ignore[method-assign]
+    fisher = estimate_fisher(twice, [({"x": inputs, "scale": 2.0}, labels)], mode="empirical")
+    check(fisher, {f"inner.{name}": values for name, values in wanted.items()})
+
+
 def test_a_loss_of_ones_own() -> None:
     torch.manual_seed(2)
     model, (inputs, _) = nn.Linear(D, 1, dtype=torch.float64), data()
@@ -306,7 +326,7 @@ X, Y = torch.ones(2, D, dtype=torch.float64), torch.tensor([0, 1])
         ([X], {"forward": lambda m, b: {"scores": m(b)}}, "forward: expected logits .* got dict"),
         ([X[:, None]], {}, r"batches: expected labels .* for logits of shape \[1, 1, 5\], got none"),
         ([(X[:, None], Y[:, None])], {}, r"next_token: expected True \(causal language models\) or False"),
-        ([(X, Y[:1])], {}, r"batches: expected tensors with the same number of rows, got \[1, 2\]"),
+        ([(X, Y[:1])], {}, r"batches: expected the same number of rows in all of a batch, got \[1, 2\]"),
         (
             [(X, Y[:, None])],
             {},
@@ -316,6 +336,8 @@ X, Y = torch.ones(2, D, dtype=torch.float64), torch.tensor([0, 1])
         ([(X, Y + 4)], {}, "batches: expected labels from 0 to 4, or -100, got 5"),
         ([(X, Y - 101)], {}, "batches: expected labels from 0 to 4, or -100, got -101"),
         ([3], {}, "batches: expected mappings, .* got int"),
+        ([{"x": X, "extra": {1, 2}}], {}, "batches: expected tensors, lists, numbers and mappings of them, got set"),
+        ([{"scale": 2.0}], {}, r"batches: expected the same number of rows in all of a batch, got \[\]"),
         (empty(), {}, "batches: expected at least one example with a label that counts, got none"),
         ([(X, torch.tensor([-100, -100]))], {}, "batches: expected at least one example"),
         ([X * float("nan")], {}, "0.weight: its gradients, or their squares, are not finite"),

@@ -281,6 +281,7 @@ def test_the_model_is_as_it_was_after_an_exception() -> None:
     ("options", "message"),
     [
         ({"alphas": ()}, "alphas: expected at least one, got none"),
+        ({"alphas": (0.5, "1")}, "alpha: expected a number from 0 to 1, got '1'"),
         ({"alphas": (0.5, 2.0)}, "alpha: expected a number from 0 to 1, got 2.0"),
         ({"source_weight": 1.5}, "source_weight: expected a number from 0 to 1, got 1.5"),
         ({"source_weight": 0.5, "min_target": 0.5}, "source_weight, min_target: expected one of them, got both"),
