@@ -21,8 +21,8 @@ def interpolate_(
 ) -> Interpolation:
     """Set the anchored parameters to ``(1 − alpha)·anchor + alpha·parameter``, in place, until undone.
 
-    WiSE-FT (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903): after fine-tuning, alpha between 0.3 and 0.7
-    often gives back most of what was forgotten at a small price on the new task.
+    WiSE-FT (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903), after fine-tuning. Without data to choose alpha
+    on, the authors take 0.5; with some, see :func:`best_alpha`.
 
     .. code-block:: python
 

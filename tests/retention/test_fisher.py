@@ -280,15 +280,21 @@ def test_16_bit_parameters_and_sparse_gradients() -> None:
 
 
 def test_it_weights_an_anchor() -> None:
-    """It is a mapping from names to tensors of the parameters' shapes."""
+    """Normalised to a mean of 1, and given to an anchor as it is."""
     model, (inputs, _) = two_layers(), data()
     fisher = estimate_fisher(model, [inputs]).normalized()
-    assert dict(fisher).keys() == dict(model.named_parameters()).keys()
-    assert all(fisher[name].shape == p.shape for name, p in model.named_parameters())
     together = torch.cat([values.flatten() for values in fisher.values()])
     assert together.mean().item() == pytest.approx(1.0)
     assert (fisher.mode, fisher.examples) == ("exact", N)
-    assert fastft.Anchor.snapshot(fisher.items()).names == tuple(fisher)
+    anchor = fastft.Anchor.snapshot(model).with_importance(fisher)
+    optimizer = fastft.AdamW(model.parameters(), lr=0.1, weight_decay=0.0, anchor=anchor, anchor_decay=3.0)
+    for p in model.parameters():
+        p.data += 1.0
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        pull = 0.1 * 3.0 * fisher[name]
+        torch.testing.assert_close(p.detach(), anchor[name] + 1.0 - pull / (1.0 + pull))
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
