@@ -16,16 +16,18 @@ struct AdamWEntry {
   const void* grad;
   void* exp_avg;
   void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without amsgrad
-  const void* anchor;    // null: not anchored
-  const uint8_t* mask;   // null, or one byte per element: 0 = leave untouched
-  const int64_t* rows;   // null, or the indices of the live rows, ascending
+  void* max_exp_avg_sq;    // null without amsgrad
+  const void* anchor;      // null: not anchored
+  const void* importance;  // null: not weighted
+  const uint8_t* mask;     // null, or one byte per element: 0 = leave untouched
+  const int64_t* rows;     // null, or the indices of the live rows, ascending
   int64_t numel;
   int64_t row_size;    // elements per row; used with rows
   int64_t live_rows;   // length of rows
   float* device_step;  // the step count, counted by the kernel; null when `bias1`, `bias2` are given instead
   int32_t group;
-  DType dtype, state_dtype, grad_dtype, anchor_dtype;
+  DType dtype, state_dtype, grad_dtype, anchor_dtype, importance_dtype;
+  Anchoring anchoring;
   double bias1, bias2;  // 1 − βᵗ for the step being taken
 
   int64_t live_numel() const { return rows ? live_rows * row_size : numel; }

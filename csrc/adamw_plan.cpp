@@ -72,8 +72,9 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
   slot.max_exp_avg_sq = optional(6, "max_exp_avg_sq", hold);
   slot.step = TensorRef(t[7], who + ": step", TensorRef::kWeak);
   slot.anchor = optional(8, "anchor", TensorRef::kOwned);
-  slot.mask = optional(9, "update_mask", TensorRef::kOwned);
-  slot.rows = optional(10, "rows", TensorRef::kOwned);
+  slot.importance = optional(9, "importance", TensorRef::kOwned);
+  slot.mask = optional(10, "update_mask", TensorRef::kOwned);
+  slot.rows = optional(11, "rows", TensorRef::kOwned);
 
   const TensorView& p = slot.stepped.view();
   check(is_floating(p.dtype), who, ": expected a float32, bfloat16, float16 or float64 parameter, got ", name(p.dtype));
@@ -96,15 +97,20 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
   check_like_param(slot.exp_avg_sq, "exp_avg_sq");
   check_like_param(slot.max_exp_avg_sq, "max_exp_avg_sq");
   check_like_param(slot.anchor, "anchor");
+  check_like_param(slot.importance, "importance");
   check_like_param(slot.mask, "update_mask");
   for (const TensorRef* ref : {&slot.exp_avg_sq, &slot.max_exp_avg_sq})
     check(!*ref || ref->view().dtype == state, who, ": exp_avg_sq and max_exp_avg_sq: expected exp_avg's dtype ",
           name(state), ", got ", *ref ? name(ref->view().dtype) : "");
-  if (slot.anchor) {
-    const DType a = slot.anchor.view().dtype;
-    check(is_floating(a) && (a != DType::f64 || p.dtype == DType::f64), who,
-          ": anchor: expected float32, bfloat16 or float16 (float64 with a float64 parameter), got ", name(a));
-  }
+  const auto check_narrow = [&](const TensorRef& ref, const char* what) {
+    if (!ref) return;
+    const DType t = ref.view().dtype;
+    check(is_floating(t) && (t != DType::f64 || p.dtype == DType::f64), who, ": ", what,
+          ": expected float32, bfloat16 or float16 (float64 with a float64 parameter), got ", name(t));
+  };
+  check_narrow(slot.anchor, "anchor");
+  check_narrow(slot.importance, "importance");
+  check(!slot.importance || slot.anchor, who, ": importance: expected None without an anchor");
   check(!slot.mask || slot.mask.view().dtype == DType::boolean, who, ": update_mask: expected bool, got ",
         slot.mask ? name(slot.mask.view().dtype) : "");
   if (slot.rows) {
@@ -113,7 +119,7 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
           ": rows: expected ascending int64 indices into rows that lie in one piece");
   }
   const TensorView& step = slot.step.view();
-  const bool counts_on_device = t[11].cast<bool>();
+  const bool counts_on_device = t[12].cast<bool>();
   check(step.numel == 1 && (step.dtype == DType::f32 || step.dtype == DType::f64), who,
         ": step: expected one float32 or float64, got ", step.numel, " ", name(step.dtype));
   check(counts_on_device ? step.device == p.device && step.dtype == DType::f32 : step.device.type == dlpack::kCPU, who,
@@ -126,6 +132,7 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
   e.exp_avg_sq = slot.exp_avg_sq.view().data;
   e.max_exp_avg_sq = const_cast<void*>(data_or_null(slot.max_exp_avg_sq));
   e.anchor = data_or_null(slot.anchor);
+  e.importance = data_or_null(slot.importance);
   e.mask = static_cast<const uint8_t*>(data_or_null(slot.mask));
   e.rows = static_cast<const int64_t*>(data_or_null(slot.rows));
   e.numel = p.numel;
@@ -138,6 +145,8 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
   e.dtype = p.dtype;
   e.state_dtype = state;
   e.anchor_dtype = slot.anchor ? slot.anchor.view().dtype : DType::f32;
+  e.importance_dtype = slot.importance ? slot.importance.view().dtype : DType::f32;
+  e.anchoring = slot.importance ? Anchoring::weighted : slot.anchor ? Anchoring::plain : Anchoring::none;
 }
 
 void AdamWPlan::remember_state(PyObject* state) {
@@ -198,7 +207,8 @@ py::object AdamWPlan::gather(const py::list& parameter_lists, const py::dict& st
       if (grad.is_none()) continue;
       if (slot.kind == Kind::dormant || !slot.stepped.same_view() || !slot.exp_avg.same_data() ||
           !slot.exp_avg_sq.same_data() || !slot.step.same_data() ||
-          (slot.max_exp_avg_sq && !slot.max_exp_avg_sq.same_data()) || (slot.anchor && !slot.anchor.same_data())) {
+          (slot.max_exp_avg_sq && !slot.max_exp_avg_sq.same_data()) || (slot.anchor && !slot.anchor.same_data()) ||
+          (slot.importance && !slot.importance.same_data())) {
         release();
         return stale;
       }

@@ -20,11 +20,11 @@ class AdamWPlan {
   // One tuple for each parameter, in the order of the groups:
   //   (param, group, False)  never stepped here, whatever its gradient
   //   (param, group, True)   no state yet: a gradient makes the plan stale
-  //   (param, group, name, stepped, exp_avg, exp_avg_sq, max_exp_avg_sq | None, step, anchor | None, mask | None,
-  //    rows | None, counts_on_device)
+  //   (param, group, name, stepped, exp_avg, exp_avg_sq, max_exp_avg_sq | None, step, anchor | None,
+  //    importance | None, mask | None, rows | None, counts_on_device)
   // where `stepped` is the plain tensor to step: param itself, or its local part. Throws ArgumentError. The plan keeps
   // neither parameters nor their state alive (what a user takes out of a group or of the state is gone at once),
-  // only local parts, anchors, masks and rows.
+  // only local parts, anchors, importances, masks and rows.
   explicit AdamWPlan(const py::list& entries);
 
   // Reads the gradients. Returns False if the plan no longer describes `parameter_lists` (one sequence a group) and
@@ -67,7 +67,7 @@ class AdamWPlan {
     bool wrapped = false;  // stepped is not param itself
     bool counts_versions = true;
     std::string name;
-    TensorRef stepped, exp_avg, exp_avg_sq, max_exp_avg_sq, step, anchor, mask, rows;
+    TensorRef stepped, exp_avg, exp_avg_sq, max_exp_avg_sq, step, anchor, importance, mask, rows;
     AdamWEntry entry = {};
     // This step:
     py::object grad;

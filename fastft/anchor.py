@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,16 +27,19 @@ class Anchor:
     """Weights to stay near to (L2-SP: Li et al. 2018, https://arxiv.org/abs/1802.01483), by parameter name.
 
     Made by :meth:`snapshot` or :meth:`from_safetensors`, given to :class:`fastft.AdamW`. A parameter is found by
-    identity (that of the module it was made from) or by name. ``Anchor()`` is empty.
+    identity (that of the module it was made from) or by name. ``Anchor()`` is empty. :meth:`with_importance` adds how
+    much each element matters, for elastic weight consolidation.
     """
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}  # what is in memory
         self._file: WeightFile | None = None  # where the rest is read from
         self._in_file: dict[str, str] = {}  # parameter name → name in the file
+        self._importance: dict[str, Tensor] = {}
         self._offloaded = False
         self._bound: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id(parameter)
-        self._ready: dict[str, tuple[Any, Tensor]] = {}  # laid out like a parameter, with what it was laid out for
+        # Laid out like a parameter, with what they were laid out for; by what they are and by name.
+        self._ready: dict[tuple[str, str], tuple[Any, Tensor]] = {}
         self.changes = 0
         """Counts updates, bindings and loads: while it stands, what was looked up here holds."""
 
@@ -135,6 +139,56 @@ class Anchor:
         anchor._file = file
         return anchor
 
+    def with_importance(self, importance: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> Anchor:
+        r"""The same anchor, with a weight F ≥ 0 for each element: how much it matters that this one stays.
+
+        With F the diagonal of the old task's Fisher information this is elastic weight consolidation (EWC; Kirkpatrick
+        et al. 2017, https://arxiv.org/abs/1612.00796); synaptic intelligence and memory-aware synapses give other F.
+        :class:`fastft.AdamW` then pulls by ``lr·λ·F / (1 + lr·λ·F)`` instead of ``lr·λ``: the implicit step on
+        ``λ/2·F·(p − anchor)²``, which overshoots for no λ, so that ``lr·λ`` has no upper bound. An element with F = 0
+        is free.
+
+        Args:
+            importance: parameter name → tensor of the parameter's shape, such as ``fastft.retention.estimate_fisher``
+                returns; finite, nowhere negative. Of tied parameters one name is enough. Names that are not anchored
+                are passed over. Copied; kept where the anchor is kept.
+            dtype: as in :meth:`snapshot`. Fisher informations reach down to 1e-12 and below, where float16 holds only
+                zeros: bfloat16 does not.
+
+        Raises one ``ValueError`` with every anchored name for which there is none, or one that cannot be. What is not
+        to be anchored at all is left out of the anchor, with ``exclude``.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+        if not isinstance(importance, Mapping):
+            raise TypeError(f"importance: expected a dict from names to tensors, got {type(importance).__name__}")
+        tied: dict[int, list[str]] = {}
+        for name, tensor in self._tensors.items():
+            tied.setdefault(id(tensor), []).append(name)
+        found: dict[str, Tensor] = {}
+        problems = []
+        for name in self.names:
+            aliases = [name, *(tied[id(self._tensors[name])] if name in self._tensors else [])]
+            given = next((importance[alias] for alias in aliases if alias in importance), None)
+            problem = "missing" if given is None else why_no_importance(given, self._shape(name), dtype)
+            if problem:
+                problems.append(f"  {name}: {problem}")
+            elif given is not None:
+                found[name] = given
+        if problems:
+            raise ValueError(
+                f"importance: cannot be taken for {len(problems)} of {len(self)} anchored parameters:\n"
+                + "\n".join(problems)
+            )
+        weighted = copy.copy(self)  # of the same tensors, in dicts of its own
+        weighted._tensors, weighted._in_file, weighted._importance = dict(self._tensors), dict(self._in_file), {}
+        copies: dict[int, Tensor] = {}
+        for name, given in found.items():
+            if id(given) not in copies:
+                copies[id(given)] = copied_beside(given, dtype or given.dtype, self._tensors.get(name))
+            weighted._importance[name] = copies[id(given)]
+        return weighted
+
     def update(self, other: Anchor) -> None:
         """Take in everything that ``other`` has; raises ``ValueError`` if both know a name."""
         both = set(self.names) & set(other.names)
@@ -143,6 +197,7 @@ class Anchor:
         if other._file is not None:
             raise ValueError("update: expected an anchor in memory, got one that lies in a file")
         self._tensors.update(other._tensors)
+        self._importance.update(other._importance)
         self._bound.update(other._bound)
         self._offloaded |= other._offloaded
         self.changes += 1
@@ -158,6 +213,11 @@ class Anchor:
     def offloaded(self) -> bool:
         """Whether the weights wait in host memory for parameters on a GPU."""
         return self._offloaded
+
+    @property
+    def weighted(self) -> bool:
+        """Whether every anchored parameter has an importance."""
+        return bool(self._importance) and len(self._importance) == len(self._in_file) + len(self._tensors)
 
     @property
     def source(self) -> dict[str, str] | None:
@@ -197,6 +257,11 @@ class Anchor:
             return self._file.read(self._in_file[name])
         return self._tensors[name]
 
+    def importance_of(self, key: str | Tensor) -> Tensor | None:
+        """The importance of a name's or parameter's elements, as it is kept; None if it has none."""
+        name = key if isinstance(key, str) else self.name_of(key)
+        return None if name is None else self._importance.get(name)
+
     def __getitem__(self, key: str | Tensor) -> Tensor:
         found = self.get(key)
         if found is None:
@@ -217,13 +282,14 @@ class Anchor:
         return iter(self.names)
 
     def __repr__(self) -> str:
+        weighted = ", weighted" if self._importance else ""
         if self._file is not None:
-            return f"Anchor({len(self)} parameters, from {self._file.path})"
+            return f"Anchor({len(self)} parameters, from {self._file.path}{weighted})"
         tensors = {id(t): t for t in self._tensors.values()}.values()
         kinds = sorted({f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors})
         elements, nbytes = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
         described = f", {elements:,} elements, {nbytes / 1e6:.1f} MB, {', '.join(kinds)}" if kinds else ""
-        return f"Anchor({len(self)} parameters{described}{', offloaded' if self._offloaded else ''})"
+        return f"Anchor({len(self)} parameters{described}{weighted}{', offloaded' if self._offloaded else ''})"
 
     def tensor_for(self, param: Tensor, name: str | None = None) -> Tensor | None:
         """The weights as a step needs them: in the parameter's memory order, beside it unless offloaded.
@@ -238,10 +304,20 @@ class Anchor:
             raise ValueError(
                 f"{name or known}: anchor: expected the parameter's shape {list(param.shape)}, got {self._shape(known)}"
             )
+        return self._laid_out("anchor", known, self.get, param)
+
+    def importance_for(self, param: Tensor, name: str | None = None) -> Tensor | None:
+        """The importance of its elements, as :meth:`tensor_for` gives the weights; None if it has none."""
+        known = self.name_of(param) or name
+        if known is None or known not in self._importance:
+            return None
+        return self._laid_out("importance", known, self._importance.__getitem__, param)
+
+    def _laid_out(self, what: str, name: str, get: Callable[[str], Tensor], param: Tensor) -> Tensor:
         layout = (param.device, param.stride(), param.dtype == torch.float64)
-        if known not in self._ready or self._ready[known][0] != layout:
-            self._ready[known] = (layout, self._prepare(self.get(known), param))
-        return self._ready[known][1]
+        if (what, name) not in self._ready or self._ready[what, name][0] != layout:
+            self._ready[what, name] = (layout, self._prepare(get(name), param))
+        return self._ready[what, name][1]
 
     def _prepare(self, kept: Tensor, param: Tensor) -> Tensor:
         dtype = kept.dtype
@@ -272,7 +348,8 @@ class Anchor:
         """What :meth:`load_state_dict` needs: plain values and tensors.
 
         ``{"version", "source": None | {"path", "sha256", "names": {parameter: name in the file}}, "names",
-        "offloaded", "tensors": {name: tensor}}``; ``tensors`` is empty for an anchor that lies in a file.
+        "offloaded", "tensors": {name: tensor}, "importance": {name: tensor}}``; ``tensors`` is empty for an anchor that
+        lies in a file.
         """
         source: dict[str, Any] | None = self.source
         if source is not None:
@@ -283,6 +360,7 @@ class Anchor:
             "names": list(self.names),
             "offloaded": self._offloaded,
             "tensors": dict(self._tensors),
+            "importance": dict(self._importance),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, path: str | Path | None = None) -> None:
@@ -316,6 +394,11 @@ class Anchor:
                     f"got {loaded._file.sha256}"
                 )
             loaded._in_file = dict(source["names"])
+        for name, importance in state_dict.get("importance", {}).items():
+            problem = why_no_importance(importance, loaded._shape(name) if name in loaded else None)
+            if problem:
+                raise ValueError(f"anchor state: importance: {name}: {problem}")
+            loaded._importance[name] = importance.detach().clone()
         bound = [(name, p) for ref, name in self._bound.values() if (p := ref()) is not None]
         loaded.bind((name, p) for name, p in bound if name in loaded and loaded._shape(name) == list(p.shape))
         self.__dict__.update(loaded.__dict__, changes=self.changes + 1)
@@ -453,3 +536,25 @@ def copied(p: Tensor, dtype: torch.dtype, device: torch.device, pin: bool) -> Te
     if not pin:
         return source.to(device, dtype, copy=True)
     return torch.empty_like(source, dtype=dtype, device=device).pin_memory().copy_(source)
+
+
+def copied_beside(tensor: Tensor, dtype: torch.dtype, kept: Tensor | None) -> Tensor:
+    """A copy that shares nothing with ``tensor``: where ``kept`` is, if that is in memory, and in its order."""
+    if kept is None or type(kept) is not Tensor or type(tensor.detach()) is not Tensor:
+        return copied(tensor, dtype, tensor.device, pin=False)
+    beside = torch.empty_like(kept, dtype=dtype)
+    return (beside.pin_memory() if kept.is_pinned() else beside).copy_(tensor.detach())
+
+
+def why_no_importance(given: Any, shape: list[int] | None, dtype: torch.dtype | None = None) -> str | None:
+    """Why this cannot be the importance of an anchored parameter of that shape, stored in ``dtype``."""
+    if shape is None:
+        return "not anchored"
+    if not isinstance(given, Tensor) or given.dtype not in DTYPES or given.layout != torch.strided or given.is_meta:
+        return f"expected a dense float32, bfloat16, float16 or float64 tensor, got {given!r:.80}"
+    if list(given.shape) != shape:
+        return f"expected shape {shape}, got {list(given.shape)}"
+    stored = given.detach().to(dtype or given.dtype)
+    if not bool(((stored >= 0) & (stored < float("inf"))).all()):
+        return f"expected finite numbers >= 0, got {stored.min().item():g} to {stored.max().item():g}"
+    return None

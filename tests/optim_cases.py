@@ -125,6 +125,13 @@ def parameter(
     return nn.Parameter(Placed(normal(layout.shape, dtype, seed=seed, scale=scale), layout).view)
 
 
+def importances(shape: Sequence[int], dtype: torch.dtype = torch.float32, *, seed: int) -> Tensor:
+    """Of a tenth of the elements none at all, of the others from 1e-4 to 100."""
+    source = generator(seed)
+    values = 10 ** (6 * torch.rand(tuple(shape), generator=source, dtype=torch.float64) - 4)
+    return (values * (torch.rand(tuple(shape), generator=source) > 0.1)).to(dtype)
+
+
 def half_of(shape: Sequence[int], *, seed: int) -> Tensor:
     """A mask of which about half is true; never all of it, where it has two elements or more."""
     mask = torch.rand(tuple(shape), generator=generator(seed)) < 0.5
@@ -238,12 +245,20 @@ class Bounded:
 class Oracle:
     """One parameter's share of the update, with bounds that grow from step to step as errors are carried on."""
 
-    def __init__(self, param: Tensor, state_dtype: torch.dtype, anchor: Tensor | None, amsgrad: bool) -> None:
+    def __init__(
+        self,
+        param: Tensor,
+        state_dtype: torch.dtype,
+        anchor: Tensor | None,
+        amsgrad: bool,
+        importance: Tensor | None = None,
+    ) -> None:
         self.dtype, self.state_dtype = param.dtype, state_dtype
         # For float64 the reference's own roundings are as large as the kernels'.
         self.u = 2.0**-52 if param.dtype == torch.float64 else 2.0**-24
         self.smallest = 2.0**-1070 if param.dtype == torch.float64 else 2.0**-147  # what underflow may lose
         self.anchor = None if anchor is None else anchor.detach().double()
+        self.importance = None if importance is None else importance.detach().double()
         zero = torch.zeros(param.shape)
         self.p, self.m, self.v = Bounded.exact(param), Bounded.exact(zero), Bounded.exact(zero)
         self.x = Bounded.exact(zero) if amsgrad else None
@@ -292,20 +307,27 @@ class Oracle:
             eps=eps,
             weight_decay=weight_decay,
             anchor=self.anchor,
+            importance=self.importance,
             anchor_decay=anchor_decay,
             anchor_mode=anchor_mode,
             maximize=maximize,
             update_mask=mask,
         )
         new_p, new_m, new_v, new_x = after
-        l2 = anchor_decay if anchor_mode == "l2" and self.anchor is not None else 0.0
-        pull = min(1.0, lr * anchor_decay) if anchor_mode != "l2" and self.anchor is not None else 0.0
+        l2 = pull = torch.zeros_like(scaled)
+        if self.anchor is not None:
+            weights = torch.ones_like(scaled) if self.importance is None else self.importance
+            rate = lr * anchor_decay * weights
+            if anchor_mode == "l2":
+                l2 = anchor_decay * weights
+            else:
+                pull = rate.clamp(max=1.0) if self.importance is None else 1.0 - 1.0 / (1.0 + rate.clamp(min=0.0))
         decay = lr * weight_decay
         delta = torch.zeros_like(scaled) if self.anchor is None else (p.value - self.anchor).abs()
 
-        # g = fma(l2, p − a, grad · factor); factor and l2 are rounded, and so may the gradient have been.
+        # g = fma(λ·F, p − a, grad · factor); factor, λ and λ·F are rounded, and so may the gradient have been.
         g = scaled.abs() + l2 * delta
-        g_error = 4 * u * scaled.abs() + l2 * (p.error + 2 * u * delta) + u * g
+        g_error = 4 * u * scaled.abs() + l2 * (p.error + (2 if self.importance is None else 3) * u * delta) + u * g
         # m = fma(1−β₁, g − m, m)
         one_minus_1, one_minus_2 = 1 - betas[0], 1 - betas[1]
         size = m.value.abs() + m.error
@@ -338,13 +360,14 @@ class Oracle:
         largest = step_size * (new_m.abs() + m_error) / lowest
         update = step_size * new_m.abs() / denominator
         update_error = (largest - update) + (3 * u + 2.0**-52 / bias1) * largest
-        # p = fma(−lr·wd, p, p); p = fma(−pull, p − a, p)
+        # p = fma(−lr·wd, p, p); p = fma(−pull, p − a, p). x = lr·λ·F is rounded twice and x / (1 + x) twice more.
+        roundings = 3 if self.importance is None else 6
         size = p.value.abs() + p.error
         decayed = size * abs(1 - decay) + pull * delta
         p_error = (
             abs(1 - decay - pull) * p.error
             + u * (abs(decay) * size + decayed + new_p.abs())
-            + (u * (decayed + 3 * pull * (delta + p.error)) if pull else 0.0)
+            + (u * (decayed + roundings * pull * (delta + p.error))) * (pull > 0)
             + update_error
             + self.smallest
         )
@@ -388,6 +411,7 @@ class Watch:
 
     groups: list[dict[str, Any]]  # with named parameters
     anchors: Mapping[str, Tensor] = field(default_factory=dict)  # by the parameters' names
+    importances: Mapping[str, Tensor] = field(default_factory=dict)
     placed: Sequence[Placed] = ()  # whose guards must hold
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
@@ -395,9 +419,12 @@ class Watch:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        anchor = fastft.Anchor.snapshot(self.anchors.items()) if self.anchors else None
+        if anchor is not None and self.importances:
+            anchor = anchor.with_importance(self.importances)
         self.optimizer = fastft.AdamW(
             self.groups,
-            anchor=fastft.Anchor.snapshot(self.anchors.items()) if self.anchors else None,
+            anchor=anchor,
             max_grad_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite,
             state_dtype=self.state_dtype,
@@ -409,10 +436,10 @@ class Watch:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 wide = p.dtype in SIXTEEN_BIT and self.state_dtype is not None
                 state_dtype = torch.float32 if wide else p.dtype
-                anchor = self.anchors.get(name)
-                if anchor is not None and anchor.dtype == torch.float64 and p.dtype != torch.float64:
-                    anchor = anchor.float()
-                oracles = [Oracle(p, state_dtype, anchor, group["amsgrad"]) for _ in range(2)]
+                anchored = [self.anchors.get(name), self.importances.get(name)]
+                if p.dtype != torch.float64:
+                    anchored = [t.float() if t is not None and t.dtype == torch.float64 else t for t in anchored]
+                oracles = [Oracle(p, state_dtype, anchored[0], group["amsgrad"], anchored[1]) for _ in range(2)]
                 self.all[-1].append(Watched(name, p, *oracles))
         self.steps = self.skipped = 0
 

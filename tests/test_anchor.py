@@ -646,6 +646,152 @@ def test_init_anchors_every_floating_point_parameter() -> None:
     assert params[1].tolist() == [0.0] * 3
 
 
+# -- importance ----------------------------------------------------------------------------------------------
+
+
+def importance_of(model: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 5) -> dict[str, Tensor]:
+    """Something like a Fisher information: squares, from 0 up, for each parameter by name."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(p.shape, generator=generator, dtype=torch.float64) ** 4).to(dtype)
+        for name, p in model.named_parameters()
+    }
+
+
+def test_an_importance_is_a_copy_for_each_anchored_parameter() -> None:
+    model = net()
+    plain = Anchor.snapshot(model, exclude="3")
+    given = importance_of(model)
+    before = copy.deepcopy(given)
+    anchor = plain.with_importance(given)
+    for tensor in given.values():
+        tensor.zero_()
+    assert anchor.weighted and anchor.names == plain.names == NAMES[:4]
+    for name, p in model.named_parameters():
+        found = anchor.importance_of(name)
+        assert found is anchor.importance_of(p)
+        assert (found is None) == name.startswith("3")
+        assert found is None or torch.equal(found, before[name])
+    assert not plain.weighted and plain.importance_of("0.bias") is None
+    assert all(anchor[name] is plain[name] for name in NAMES[:4])  # of the weights there is one copy
+    anchor.update(Anchor.snapshot([("3.bias", model[3].bias)]))
+    assert not anchor.weighted and "3.bias" not in plain
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_an_importance_is_kept_in_the_dtype_asked_for(given: torch.dtype, dtype: torch.dtype | None) -> None:
+    model = net()
+    weights_of = importance_of(model, given)
+    anchor = Anchor.snapshot(model, dtype=torch.bfloat16).with_importance(weights_of, dtype=dtype)
+    assert_same({n: anchor.importance_of(n) for n in NAMES}, {n: f.to(dtype or given) for n, f in weights_of.items()})
+    prepared = anchor.importance_for(model[0].weight)
+    expected = dtype or given
+    assert prepared is not None and prepared.dtype == (torch.float32 if expected == torch.float64 else expected)
+    assert anchor.tensor_for(model[0].weight).dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+def test_an_importance_lies_in_the_anchors_memory_order() -> None:
+    p = nn.Parameter(torch.randn(5, 7).t())
+    values = torch.rand(7, 5)
+    anchor = Anchor.snapshot([("w", p)]).with_importance({"w": values})
+    kept = anchor.importance_of("w")
+    assert kept is not None and kept.stride() == p.stride() and torch.equal(kept, values)
+    assert anchor.importance_for(p) is kept
+    p.data = p.data.contiguous()
+    prepared = anchor.importance_for(p)
+    assert prepared is not None and prepared.stride() == p.stride() and torch.equal(prepared, values)
+    assert anchor.importance_for(p) is prepared
+    assert anchor.importance_for(nn.Parameter(torch.ones(2)), "another") is None
+
+
+@pytest.mark.parametrize("known", ["embedding.weight", "head.weight"])
+def test_tied_parameters_have_one_importance(known: str) -> None:
+    model = Tied()
+    given = {known: torch.rand(9, 6), "body.weight": torch.rand(6, 6), "body.bias": torch.rand(6)}
+    anchor = Anchor.snapshot(model.named_parameters(remove_duplicate=False)).with_importance(given)
+    kept = anchor.importance_of(model.head.weight)
+    assert kept is not None and torch.equal(kept, given[known])
+    assert kept is anchor.importance_of("embedding.weight") is anchor.importance_of("head.weight")
+    assert anchor.weighted
+
+
+def test_an_anchor_in_a_file_takes_an_importance(tmp_path: Path) -> None:
+    model = net()
+    stored = {name: w * 0.5 for name, w in weights(model).items()}
+    anchor = Anchor.from_safetensors(file_of(tmp_path, stored), model).with_importance(importance_of(model))
+    assert anchor.weighted and anchor.source is not None
+    assert_same(contents(anchor), stored, "contents")
+    assert repr(anchor).endswith("model.safetensors, weighted)")
+    assert repr(Anchor.snapshot(model).with_importance(importance_of(model))).endswith("float32 on cpu, weighted)")
+
+
+NEGATIVE, NOT_A_NUMBER, ENDLESS = (torch.tensor([1.0, x, 2.0]) for x in (-1e-20, float("nan"), float("inf")))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("3.bias", None, r"1 of 6 anchored parameters:\n  3\.bias: missing$"),
+        ("3.bias", torch.ones(4), r"3\.bias: expected shape \[3\], got \[4\]$"),
+        ("3.bias", torch.ones(3, 1), r"3\.bias: expected shape \[3\], got \[3, 1\]$"),
+        ("3.bias", NEGATIVE, r"3\.bias: expected finite numbers >= 0, got -1e-20 to 2$"),
+        ("3.bias", NOT_A_NUMBER, r"3\.bias: expected finite numbers >= 0, got nan to nan$"),
+        ("3.bias", ENDLESS, r"3\.bias: expected finite numbers >= 0, got 1 to inf$"),
+        ("3.bias", torch.ones(3).int(), r"3\.bias: expected a dense float32.* tensor, got tensor\("),
+        ("3.bias", torch.ones(3).to_sparse(), r"3\.bias: expected a dense float32.* tensor, got tensor\("),
+        ("3.bias", 1.0, r"3\.bias: expected a dense float32.* tensor, got 1\.0$"),
+    ],
+    ids=["missing", "short", "column", "negative", "nan", "inf", "integers", "sparse", "number"],
+)
+def test_an_importance_that_cannot_be(name: str, value: Any, message: str) -> None:
+    model = net()
+    given: dict[str, Any] = importance_of(model)
+    given.pop(name)
+    if value is not None:
+        given[name] = value
+    with pytest.raises(ValueError, match=r"^importance: cannot be taken for 1 of 6 anchored parameters:\n(.|\n)*"):
+        Anchor.snapshot(model).with_importance(given)
+    with pytest.raises(ValueError, match=message):
+        Anchor.snapshot(model).with_importance(given)
+    assert Anchor.snapshot(model, exclude="3.bias").with_importance(given).weighted  # it is no longer looked at
+
+
+def test_an_importance_is_checked_as_it_is_kept() -> None:
+    anchor = Anchor.snapshot([("w", nn.Parameter(torch.ones(2)))])
+    given = {"w": torch.tensor([1.0, 1e5])}
+    assert anchor.with_importance(given).weighted
+    with pytest.raises(ValueError, match=r"w: expected finite numbers >= 0, got 1 to inf"):
+        anchor.with_importance(given, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"dtype: expected float32, .* or float64, got torch\.int8"):
+        anchor.with_importance(given, dtype=torch.int8)
+    with pytest.raises(TypeError, match="importance: expected a dict from names to tensors, got list"):
+        anchor.with_importance(list(given.items()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda s: s["importance"].update({"0.bias": -torch.ones(17)}),
+            r"0\.bias: expected finite numbers >= 0, got -1",
+        ),
+        (lambda s: s["importance"].update({"0.bias": torch.ones(16)}), r"0\.bias: expected shape \[17\], got \[16\]"),
+        (lambda s: s["importance"].update({"0.bias": torch.arange(17)}), r"0\.bias: expected a dense float32"),
+        (lambda s: s["importance"].update(other=torch.ones(2)), "other: not anchored"),
+    ],
+    ids=["negative", "short", "integers", "unknown"],
+)
+def test_a_wrong_importance_in_a_state_dict_changes_nothing(edit: Callable[[Any], Any], message: str) -> None:
+    model = net()
+    saved = Anchor.snapshot(model).with_importance(importance_of(model)).state_dict()
+    edit(saved)
+    anchor = Anchor.snapshot(model, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=f"^anchor state: importance: {message}"):
+        anchor.load_state_dict(saved)
+    assert not anchor.weighted and anchor["0.bias"].dtype == torch.bfloat16
+
+
 # -- state dicts and copies ----------------------------------------------------------------------------------
 
 
@@ -656,7 +802,7 @@ def reloaded(value: Any) -> Any:
     return torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize("kind", ["snapshot", "bf16", "file", "file_and_head", "empty"])
+@pytest.mark.parametrize("kind", ["snapshot", "bf16", "file", "file_and_head", "empty", "weighted", "weighted_file"])
 def test_a_state_dict_brings_everything_back(kind: str, tmp_path: Path) -> None:
     model = net()
     path = file_of(tmp_path, {name: w * 2 for name, w in weights(model).items()})
@@ -666,6 +812,10 @@ def test_a_state_dict_brings_everything_back(kind: str, tmp_path: Path) -> None:
         "file": lambda: Anchor.from_safetensors(path, model, exclude="3"),
         "file_and_head": lambda: Anchor.from_safetensors(path, model, exclude="3"),
         "empty": Anchor,
+        "weighted": lambda: Anchor.snapshot(model).with_importance(importance_of(model), dtype=torch.bfloat16),
+        "weighted_file": lambda: Anchor.from_safetensors(path, model, exclude="3").with_importance(
+            importance_of(model)
+        ),
     }[kind]()
     if kind == "file_and_head":
         anchor.update(Anchor.snapshot([("3.bias", model[3].bias)]))
@@ -674,6 +824,8 @@ def test_a_state_dict_brings_everything_back(kind: str, tmp_path: Path) -> None:
     assert other.names == anchor.names
     assert_same(contents(other), contents(anchor), "contents")
     assert other.source == anchor.source
+    assert other.weighted is anchor.weighted is kind.startswith("weighted")
+    assert_same([other.importance_of(n) for n in NAMES], [anchor.importance_of(n) for n in NAMES], "importance")
     assert other.offloaded is anchor.offloaded
     # Known parameters stay known, under names that are there.
     assert other.name_of(model[0].weight) == ("0.weight" if kind != "empty" else None)
@@ -682,13 +834,14 @@ def test_a_state_dict_brings_everything_back(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_loaded_anchor_shares_nothing_with_the_dict() -> None:
-    saved = Anchor.snapshot(net()).state_dict()
+    model = net()
+    saved = Anchor.snapshot(model).with_importance(importance_of(model)).state_dict()
     anchor = Anchor()
     anchor.load_state_dict(saved)
-    kept = copy.deepcopy(contents(anchor))
-    for tensor in saved["tensors"].values():
+    kept = copy.deepcopy((contents(anchor), anchor.importance_of("0.bias")))
+    for tensor in (*saved["tensors"].values(), *saved["importance"].values()):
         tensor.zero_()
-    assert_same(contents(anchor), kept, "contents")
+    assert_same((contents(anchor), anchor.importance_of("0.bias")), kept, "contents")
 
 
 def test_a_moved_file_is_given_by_its_path(tmp_path: Path) -> None:
@@ -751,6 +904,7 @@ def test_a_copy_made_with_the_model_knows_the_models_copy(
         if kind == "snapshot"
         else Anchor.from_safetensors(file_of(tmp_path, weights(model)), model)
     )
+    anchor = anchor.with_importance(importance_of(model))
     anchor.tensor_for(model[0].weight)
     other_model, other = copied((model, anchor))
     for (name, p), original in zip(other_model.named_parameters(), model.parameters(), strict=True):
@@ -761,6 +915,8 @@ def test_a_copy_made_with_the_model_knows_the_models_copy(
     if kind == "snapshot":
         other["0.bias"].zero_()
         assert anchor["0.bias"].any()
+    assert other.importance_of("0.bias") is not anchor.importance_of("0.bias")
+    assert_same(other.importance_of("0.bias"), anchor.importance_of("0.bias"), "importance")
 
 
 def test_a_copy_made_alone_is_found_by_name() -> None:
@@ -779,13 +935,13 @@ def test_a_copy_made_alone_is_found_by_name() -> None:
 # without one; here tensors on the meta device stand for the parameters that lie elsewhere.
 
 
-def live_entry(p: Tensor, anchor: Tensor | None) -> tuple[Any, ...]:
-    """What tells a plan all about a parameter that it steps; the anchor stands at ANCHOR."""
+def live_entry(p: Tensor, anchor: Tensor | None, importance: Tensor | None = None) -> tuple[Any, ...]:
+    """What tells a plan all about a parameter that it steps; the anchor stands at ANCHOR, its importance behind."""
     state = torch.zeros_like(p)
-    return (p, 0, "name", p, state, state.clone(), None, torch.zeros(()), anchor, None, None, False)
+    return (p, 0, "name", p, state, state.clone(), None, torch.zeros(()), anchor, importance, None, None, False)
 
 
-ANCHOR = 8
+ANCHOR, IMPORTANCE = 8, 9
 
 
 def stepped_positions(plan: list[tuple[Any, ...]]) -> list[int]:
@@ -853,6 +1009,29 @@ def test_offloaded_anchors_come_in_parts_of_bounded_size(small_parts: int, plans
     assert len({id(staging.buffers) for staging in stagings}) == 1
 
 
+def test_an_offloaded_importance_comes_with_its_anchor(small_parts: int, plans: list[list[tuple[Any, ...]]]) -> None:
+    """Their bytes count together; one that lies beside its parameter stays there."""
+    where = torch.device("meta")
+    there = torch.empty(100, device=where)
+    anchors = [torch.full((100,), float(i)) for i in range(5)]
+    weights = [torch.full((100,), i + 0.5, dtype=torch.bfloat16) for i in range(5)]
+    entries = [live_entry(there, a, f) for a, f in zip(anchors, weights, strict=True)]
+    entries.append(live_entry(there, anchors[0], there.bfloat16()))
+    entries.append(live_entry(there, there, weights[0]))
+    parts = list(parts_of(entries, range(len(entries))))
+    assert [stepped_positions(plan) for plan in plans] == [[0], [1], [2], [3], [4, 5], [6]]
+    staged = [part.staging.host for part in parts if part.staging is not None]
+    expected = [[anchors[i], weights[i]] for i in range(4)]
+    expected += [[anchors[4], weights[4], anchors[0]], [weights[0]]]
+    assert [[id(t) for t in host] for host in staged] == [[id(t) for t in host] for host in expected]
+    for plan, part in zip(plans[:4], parts, strict=False):
+        (i,) = stepped_positions(plan)
+        assert part.staging is not None
+        assert [plan[i][ANCHOR], plan[i][IMPORTANCE]] == part.staging.views
+        assert plan[i][IMPORTANCE].dtype == torch.bfloat16
+    assert plans[4][5][IMPORTANCE] is entries[5][IMPORTANCE] and plans[5][6][ANCHOR] is there
+
+
 def test_parts_are_large_enough_to_hide_their_launch() -> None:
     assert 16 << 20 <= PART_BYTES <= 256 << 20
 
@@ -897,13 +1076,19 @@ def test_alignment(nbytes: int, expected: int) -> None:
     assert aligned(nbytes) == expected
 
 
-def test_a_step_through_staged_parts_is_the_step_without(small_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_step_through_staged_parts_is_the_step_without(
+    weighted: bool, small_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parameters and anchors both in host memory, but treated as if they lay apart."""
     results = []
     for staged in (False, True):
         model = net()
+        anchor = Anchor.snapshot(model)
+        if weighted:
+            anchor = anchor.with_importance(importance_of(model))
         optimizer = fastft.AdamW(
-            model.parameters(), lr=1e-2, anchor="init", anchor_decay=3.0, max_grad_norm=0.7, skip_nonfinite=True
+            model.parameters(), lr=1e-2, anchor=anchor, anchor_decay=3.0, max_grad_norm=0.7, skip_nonfinite=True
         )
         if staged:
             monkeypatch.setattr(fastft.optim.adamw, "parts_of", all_offloaded)
@@ -922,9 +1107,14 @@ def all_offloaded(entries: list[tuple[Any, ...]], live: Any) -> Any:
     """Parts as if every anchor lay on another device: one for each two parameters."""
     positions = list(live)
     chunks = [positions[i : i + 2] for i in range(0, len(positions), 2)]
-    stagings = staging_for(torch.device("cpu"), [[entries[i][ANCHOR] for i in chunk] for chunk in chunks])
-    for chunk, staging in zip(chunks, stagings, strict=True):
+    places = [ANCHOR] if entries[positions[0]][IMPORTANCE] is None else [ANCHOR, IMPORTANCE]
+    kept = [[entries[i][place] for i in chunk for place in places] for chunk in chunks]
+    for chunk, staging in zip(chunks, staging_for(torch.device("cpu"), kept), strict=True):
         chosen = [(*entry[:2], False) for entry in entries]
-        for position, view in zip(chunk, staging.views, strict=True):
-            chosen[position] = (*entries[position][:ANCHOR], view, *entries[position][ANCHOR + 1 :])
+        views = iter(staging.views)
+        for position in chunk:
+            entry = list(entries[position])
+            for place in places:
+                entry[place] = next(views)
+            chosen[position] = tuple(entry)
         yield Part(chosen, (), staging)

@@ -41,7 +41,10 @@ def ptxas_report(source: Path, arch: str, folder: Path) -> dict[str, dict[str, i
 
 
 def number_of_kernels(source: str) -> int:
-    """A kernel for each row of the table of dtype combinations or for each dtype, and those that are no templates."""
+    """Two kernels for each row of the table of dtype combinations, or one for each dtype, and those of no template.
+
+    The two are for tensors without and with an importance.
+    """
     text = (ROOT / source).read_text(encoding="utf-8")
     rows = re.findall(r"^\s+\{DType::\w+, DType::\w+, \w+<", text, re.MULTILINE)
     if not rows:
@@ -49,13 +52,15 @@ def number_of_kernels(source: str) -> int:
         computed = re.findall(r"^template <typename T>\n__global__", text, re.MULTILINE)
         return 4 * len(stored) + 2 * len(computed)
     plain = re.findall(r"(?<!>\n)^__global__", text, re.MULTILINE)
-    return len(rows) + len(plain)
+    return 2 * len(rows) + len(plain)
 
 
 def most_registers(kernel: str, arch: str) -> int:
     if "kernelId" in kernel:  # float64, for which two blocks must do
         return 128
     if "norm_grad_kernelINS" in kernel:  # dropout's, in 16 bits: three blocks
+        return 80
+    if "adamw_stepIddLb1" in kernel:  # float64 with an importance: three blocks
         return 80
     return MOST_REGISTERS[arch]
 

@@ -22,8 +22,14 @@ def test_the_snippets_run_in_order(
     )
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    # What a reader has: data.
-    names: dict[str, Any] = {"batch": torch.randint(50, (4, 7)), "labels": torch.tensor([0, 1, 1, 0])}
+    # What a reader has: data, and an evaluation.
+    batch, labels = torch.randint(50, (4, 7)), torch.tensor([0, 1, 1, 0])
+
+    def evaluate(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        answers = model(input_ids=batch).logits.argmax(1)
+        return {"source": answers == 1, "target": answers == labels}
+
+    names: dict[str, Any] = {"batch": batch, "labels": labels, "evaluate": evaluate}
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert len(snippets) == 4
     for snippet in snippets:
@@ -31,4 +37,7 @@ def test_the_snippets_run_in_order(
     before = dict(transformers.BertForSequenceClassification.from_pretrained(tmp_path / "my-model").named_parameters())
     moved = {name for name, p in names["model"].named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
-    assert "encoder.layer.1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "encoder.layer.1" in printed
+    assert "alpha = 0.5" in printed
+    assert (tmp_path / "trade-off.png").exists()

@@ -22,15 +22,17 @@ inline void for_each_run(const AdamWEntry& e, int64_t begin, int64_t end, const 
   }
 }
 
-template <bool kAnchored, bool kAmsgrad, bool kMasked, typename T>
+template <Anchoring kAnchoring, bool kAmsgrad, bool kMasked, typename T>
 inline void update_elements(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v,
-                            T* __restrict vmax, const T* __restrict a, const uint8_t* __restrict mask, int64_t n,
-                            T grad_factor, const AdamWScalars<T>& scalars) {
+                            T* __restrict vmax, const T* __restrict a, const T* __restrict f,
+                            const uint8_t* __restrict mask, int64_t n, T grad_factor, const AdamWScalars<T>& scalars) {
+  constexpr bool kAnchored = kAnchoring != Anchoring::none, kWeighted = kAnchoring == Anchoring::weighted;
   const AdamWScalars<T> s = scalars;
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     T pi = p[i], mi = m[i], vi = v[i], xi = kAmsgrad ? vmax[i] : T(0);
-    adamw_element(pi, g[i], mi, vi, xi, kAnchored ? a[i] : T(0), kAnchored, kAmsgrad, grad_factor, s);
+    adamw_element(pi, g[i], mi, vi, xi, kAnchored ? a[i] : T(0), kWeighted ? f[i] : T(0), kAnchoring, kAmsgrad,
+                  grad_factor, s);
     const bool live = !kMasked || mask[i] != 0;
     p[i] = live ? pi : p[i];
     m[i] = live ? mi : m[i];
@@ -40,29 +42,43 @@ inline void update_elements(T* __restrict p, const T* __restrict g, T* __restric
 }
 
 template <typename T>
-using UpdateElements = void (*)(T*, const T*, T*, T*, T*, const T*, const uint8_t*, int64_t, T, const AdamWScalars<T>&);
+using UpdateElements = void (*)(T*, const T*, T*, T*, T*, const T*, const T*, const uint8_t*, int64_t, T,
+                                const AdamWScalars<T>&);
+
+template <Anchoring kAnchoring, typename T>
+UpdateElements<T> choose(bool amsgrad, bool masked) {
+  static constexpr UpdateElements<T> table[4] = {
+      update_elements<kAnchoring, false, false, T>,
+      update_elements<kAnchoring, false, true, T>,
+      update_elements<kAnchoring, true, false, T>,
+      update_elements<kAnchoring, true, true, T>,
+  };
+  return table[amsgrad * 2 + masked];
+}
 
 template <typename T>
-UpdateElements<T> choose(bool anchored, bool amsgrad, bool masked) {
-  static constexpr UpdateElements<T> table[8] = {
-      update_elements<false, false, false, T>, update_elements<false, false, true, T>,
-      update_elements<false, true, false, T>,  update_elements<false, true, true, T>,
-      update_elements<true, false, false, T>,  update_elements<true, false, true, T>,
-      update_elements<true, true, false, T>,   update_elements<true, true, true, T>,
-  };
-  return table[anchored * 4 + amsgrad * 2 + masked];
+UpdateElements<T> choose(Anchoring anchoring, bool amsgrad, bool masked) {
+  switch (anchoring) {
+    case Anchoring::plain:
+      return choose<Anchoring::plain, T>(amsgrad, masked);
+    case Anchoring::weighted:
+      return choose<Anchoring::weighted, T>(amsgrad, masked);
+    default:
+      return choose<Anchoring::none, T>(amsgrad, masked);
+  }
 }
 
 template <typename T>
 void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor) {
-  const AdamWScalars<T> scalars = adamw_scalars<T>(options, e.bias1, e.bias2);
-  const UpdateElements<T> elements = choose<T>(e.anchor != nullptr, options.amsgrad, e.mask != nullptr);
+  const AdamWScalars<T> scalars = adamw_scalars<T>(options, e.bias1, e.bias2, e.anchoring);
+  const UpdateElements<T> elements = choose<T>(e.anchoring, options.amsgrad, e.mask != nullptr);
   const T factor = static_cast<T>(grad_factor);
-  alignas(64) T p_[kBlock], g_[kBlock], m_[kBlock], v_[kBlock], x_[kBlock], a_[kBlock];
+  alignas(64) T p_[kBlock], g_[kBlock], m_[kBlock], v_[kBlock], x_[kBlock], a_[kBlock], f_[kBlock];
   for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
     // Nothing to widen: the whole run at once.
     const bool in_place = e.dtype == native<T> && e.state_dtype == native<T> && e.grad_dtype == native<T> &&
-                          (e.anchor == nullptr || e.anchor_dtype == native<T>);
+                          (e.anchor == nullptr || e.anchor_dtype == native<T>) &&
+                          (e.importance == nullptr || e.importance_dtype == native<T>);
     const int64_t step = in_place ? length : kBlock;
     for (int64_t at = offset, stop = offset + length; at < stop; at += step) {
       const int64_t n = smaller(step, stop - at);
@@ -73,7 +89,8 @@ void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptio
       T* v = load(e.exp_avg_sq, e.state_dtype, at, n, v_);
       T* x = options.amsgrad ? load(e.max_exp_avg_sq, e.state_dtype, at, n, x_) : nullptr;
       T* a = load(e.anchor, e.anchor_dtype, at, n, a_);
-      elements(p, g, m, v, x, a, mask, n, factor, scalars);
+      T* f = load(e.importance, e.importance_dtype, at, n, f_);
+      elements(p, g, m, v, x, a, f, mask, n, factor, scalars);
       store(p, e.param, e.dtype, at, n, mask);
       store(m, e.exp_avg, e.state_dtype, at, n, mask);
       store(v, e.exp_avg_sq, e.state_dtype, at, n, mask);

@@ -10,7 +10,7 @@
 namespace fastft::cpu {
 namespace {
 
-// Elements that are widened at a time; six float arrays of this length stay in the first-level cache.
+// Elements that are widened at a time; seven float arrays of this length stay in the first-level cache.
 constexpr int64_t kBlock = 512;
 
 inline int64_t smaller(int64_t a, int64_t b) {

@@ -24,6 +24,9 @@ struct DeviceEntry {
   uint32_t first_chunk, chunks;
   DType grad_dtype, anchor_dtype;
   bool vectorised;  // every array is 16-byte aligned, and so is every row
+  Anchoring anchoring;
+  DType importance_dtype;
+  const void* importance;
 };
 
 // What tensors of one group and step count share.
@@ -140,19 +143,23 @@ struct Shared {
   bool skip;
 };
 
-template <typename Param, typename State>
+// kWeighted: also for tensors with an importance. Others are stepped by code that knows nothing of it.
+template <typename Param, typename State, bool kWeighted>
 struct Update {
   using T = compute_t<Param>;
   const Shared<T>& shared;
 
   template <int N>
   __device__ __forceinline__ void run(int64_t offset) {
-    // 16 bytes of the parameter, then the moments 16 bytes at a time, then gradient and anchor, whose dtype is known
-    // only now, four elements at a time: so few values are held at once that nothing spills.
+    // 16 bytes of the parameter, then the moments 16 bytes at a time, then gradient, anchor and importance, whose
+    // dtype is known only now, four elements at a time: so few values are held at once that nothing spills.
     constexpr int kStatePart = N * sizeof(State) <= 16 ? N : 16 / sizeof(State);
     constexpr int kPart = sizeof(T) == sizeof(double) ? 1 : kStatePart < 4 ? kStatePart : 4;
     const DeviceEntry& e = shared.entry;
-    const bool amsgrad = e.max_exp_avg_sq != nullptr, anchored = e.anchor != nullptr;
+    const bool amsgrad = e.max_exp_avg_sq != nullptr;
+    const bool anchored = e.anchor != nullptr;
+    const bool weighted = kWeighted && e.anchoring == Anchoring::weighted;
+    const Anchoring anchoring = weighted ? Anchoring::weighted : anchored ? Anchoring::plain : Anchoring::none;
     Param p[N];
     read(e.param, offset, p);
 #pragma unroll
@@ -162,21 +169,22 @@ struct Update {
       read(e.exp_avg_sq, offset + first, v);
 #pragma unroll
       for (int part = 0; part < kStatePart; part += kPart) {
-        T g[kPart], a[kPart];
+        T g[kPart], a[kPart], f[kPart];
         State x[kPart];
         uint8_t live[kPart];
         if (amsgrad) read(e.max_exp_avg_sq, offset + first + part, x);
         if (e.mask) read(e.mask, offset + first + part, live);
         read_any(shared.grad, e.grad_dtype, offset + first + part, g);
         if (anchored) read_any(e.anchor, e.anchor_dtype, offset + first + part, a);
+        if (weighted) read_any(e.importance, e.importance_dtype, offset + first + part, f);
 #pragma unroll
         for (int j = 0; j < kPart; ++j) {
           asm volatile("" ::: "memory");  // scalars stay in shared memory: held in registers they would not fit
           const int k = part + j, i = first + k;
           if (e.mask && !live[j]) continue;  // its bits stay as they were read
           T pi = widen(p[i]), mi = widen(m[k]), vi = widen(v[k]), xi = amsgrad ? widen(x[j]) : T(0);
-          adamw_element(pi, g[j], mi, vi, xi, anchored ? a[j] : T(0), anchored, amsgrad, shared.grad_factor,
-                        shared.scalars);
+          adamw_element(pi, g[j], mi, vi, xi, anchored ? a[j] : T(0), weighted ? f[j] : T(0), anchoring, amsgrad,
+                        shared.grad_factor, shared.scalars);
           narrow(pi, &p[i]);
           narrow(mi, &m[k]);
           narrow(vi, &v[k]);
@@ -217,20 +225,22 @@ __device__ __noinline__ void prepare(const Args& args, uint32_t index, Shared<T>
     bias1 = adamw_bias(options.beta1, t);
     bias2 = adamw_bias(options.beta2, t);
   }
-  out->scalars = adamw_scalars<T>(options, bias1, bias2);
+  out->scalars = adamw_scalars<T>(options, bias1, bias2, e.anchoring);
   out->grad_factor = static_cast<T>(adamw_grad_factor(scale, norm, control.max_grad_norm, options.maximize));
 }
 
 // Blocks to a multiprocessor: four hold a thread to 64 registers; what ptxas makes for Blackwell needs a few more, and
-// three still keep more loads in flight than its memory can serve at once.
+// three still keep more loads in flight than its memory can serve at once. So does an importance in double.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename Param, bool kWeighted>
 constexpr int kBlocks = 3;
 #else
-constexpr int kBlocks = 4;
+template <typename Param, bool kWeighted>
+constexpr int kBlocks = kWeighted && sizeof(Param) == sizeof(double) ? 3 : 4;
 #endif
 
-template <typename Param, typename State>
-__global__ void __launch_bounds__(kThreads, kBlocks) adamw_step(const __grid_constant__ Args args) {
+template <typename Param, typename State, bool kWeighted>
+__global__ void __launch_bounds__(kThreads, kBlocks<Param, kWeighted>) adamw_step(const __grid_constant__ Args args) {
   using T = compute_t<Param>;
   const uint32_t chunk = args.first_chunk + blockIdx.x;
   const uint32_t index = args.chunk_entry[chunk];
@@ -244,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) adamw_step(const __grid_con
   constexpr int kVector = 16 / sizeof(Param);
   const int64_t begin = static_cast<int64_t>(chunk - e.first_chunk) * kChunk;
   const int64_t end = begin + kChunk < e.live_numel ? begin + kChunk : e.live_numel;
-  Update<Param, State> work{shared};
+  Update<Param, State, kWeighted> work{shared};
   for_each_live<kVector>(e, begin, end, work);
 
   // The tensor's last block counts the step: by then every block of it has read the old count.
@@ -259,19 +269,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks) adamw_step(const __grid_con
 
 using Kernel = void (*)(Args);
 
+template <typename Param, typename State>
+constexpr Kernel kSteps[2] = {adamw_step<Param, State, false>, adamw_step<Param, State, true>};
+
 struct Combination {
   DType param, state;
-  Kernel kernel;
+  const Kernel* steps;  // without and with tensors that have an importance
   const char* name;
 };
 
 const Combination kCombinations[] = {
-    {DType::f32, DType::f32, adamw_step<float, float>, "adamw_step<float, float>"},
-    {DType::bf16, DType::bf16, adamw_step<bfloat16, bfloat16>, "adamw_step<bfloat16, bfloat16>"},
-    {DType::bf16, DType::f32, adamw_step<bfloat16, float>, "adamw_step<bfloat16, float>"},
-    {DType::f16, DType::f16, adamw_step<float16, float16>, "adamw_step<float16, float16>"},
-    {DType::f16, DType::f32, adamw_step<float16, float>, "adamw_step<float16, float>"},
-    {DType::f64, DType::f64, adamw_step<double, double>, "adamw_step<double, double>"},
+    {DType::f32, DType::f32, kSteps<float, float>, "adamw_step<float, float>"},
+    {DType::bf16, DType::bf16, kSteps<bfloat16, bfloat16>, "adamw_step<bfloat16, bfloat16>"},
+    {DType::bf16, DType::f32, kSteps<bfloat16, float>, "adamw_step<bfloat16, float>"},
+    {DType::f16, DType::f16, kSteps<float16, float16>, "adamw_step<float16, float16>"},
+    {DType::f16, DType::f32, kSteps<float16, float>, "adamw_step<float16, float>"},
+    {DType::f64, DType::f64, kSteps<double, double>, "adamw_step<double, double>"},
 };
 
 const Combination& combination_of(const AdamWEntry& e) {
@@ -302,7 +315,7 @@ struct Layout {
 };
 
 bool is_vectorised(const AdamWEntry& e) {
-  const void* arrays[] = {e.param, e.grad, e.exp_avg, e.exp_avg_sq, e.max_exp_avg_sq, e.anchor, e.mask};
+  const void* arrays[] = {e.param, e.grad, e.exp_avg, e.exp_avg_sq, e.max_exp_avg_sq, e.anchor, e.importance, e.mask};
   for (const void* a : arrays)
     if (reinterpret_cast<uintptr_t>(a) % 16 != 0) return false;
   return e.rows == nullptr || e.row_size % 8 == 0;
@@ -336,6 +349,7 @@ void AdamWTable::set_entries(const std::vector<AdamWEntry>& entries, void* strea
     d.exp_avg_sq = e.exp_avg_sq;
     d.max_exp_avg_sq = e.max_exp_avg_sq;
     d.anchor = e.anchor;
+    d.importance = e.importance;
     d.mask = e.mask;
     d.rows = e.rows;
     d.step = e.device_step;
@@ -345,6 +359,8 @@ void AdamWTable::set_entries(const std::vector<AdamWEntry>& entries, void* strea
     d.chunks = first_chunk_[i + 1] - first_chunk_[i];
     d.grad_dtype = e.grad_dtype;
     d.anchor_dtype = e.anchor_dtype;
+    d.importance_dtype = e.importance_dtype;
+    d.anchoring = e.anchoring;
     d.vectorised = is_vectorised(e);
     std::fill(chunk_entry + first_chunk_[i], chunk_entry + first_chunk_[i + 1], static_cast<uint32_t>(i));
   }
@@ -430,12 +446,14 @@ void AdamWTable::adamw(const std::vector<AdamWGroup>& groups, const AdamWControl
   for (uint32_t first = 0; first < n;) {
     const Combination& combination = combination_of(entries_[first]);
     uint32_t stop = first;
-    while (stop < n && entries_[stop].dtype == combination.param && entries_[stop].state_dtype == combination.state)
-      ++stop;
+    bool weighted = false;
+    for (; stop < n && entries_[stop].dtype == combination.param && entries_[stop].state_dtype == combination.state;
+         ++stop)
+      weighted |= entries_[stop].anchoring == Anchoring::weighted;
     const uint32_t count = fill(args, entries_, first, stop, row_of);
     args.first_chunk = first_chunk_[first];
     args.counts_skips = first == 0;
-    launch(combination.kernel, combination.name, first_chunk_[first + count] - args.first_chunk, stream, args);
+    launch(combination.steps[weighted], combination.name, first_chunk_[first + count] - args.first_chunk, stream, args);
     ++launches_;
     first += count;
   }

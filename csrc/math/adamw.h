@@ -1,20 +1,33 @@
 // The AdamW step with decoupled decay and an anchor: the one place where its formulas stand.
 //
 //   g  = grad · grad_scale⁻¹ · clip              clip = min(1, max_grad_norm / (‖g‖₂ + 1e-6))
-//   p  = p − lr·wd·p − min(1, lr·λ)·(p − a)      decoupled decay and anchor       (or, L2-SP: g += λ·(p − a))
+//   p  = p − lr·wd·p − pull·(p − a)              decoupled decay and anchor       (or, L2-SP: g += λ·F·(p − a))
+//        pull = min(1, lr·λ), or with an importance F ≥ 0 for each element: lr·λ·F / (1 + lr·λ·F)
 //   m  = m + (1−β₁)·(g − m)
 //   v  = β₂·v + (1−β₂)·g²                        (v̂ = running maximum of v with amsgrad)
 //   p  = p − lr/(1−β₁ᵗ) · m / (√v̂/√(1−β₂ᵗ) + ε)
 //
+// With an importance the anchor's penalty is λ/2·F·(p − a)² (elastic weight consolidation), and its pull an implicit
+// (proximal) step on it: p − a is divided by 1 + lr·λ·F. Fisher informations lie many orders of magnitude apart, so no
+// one lr·λ suits an explicit step: min(1, lr·λ·F) would throw every heavy element back to the anchor at each step and
+// tell none of them apart. The implicit step never overshoots, for no lr·λ, and keeps their order; for small lr·λ·F
+// both are the same. Without an importance the bound on lr·λ is checked, and the explicit step is what users of a
+// decoupled decay expect.
+//
 // Loshchilov & Hutter 2019 (arXiv 1711.05101); Reddi et al. 2018 (arXiv 1904.09237) for amsgrad; Li et al. 2018
-// (arXiv 1802.01483) for the anchor. Everything is computed in float (double for double parameters).
+// (arXiv 1802.01483) for the anchor; Kirkpatrick et al. 2017 (arXiv 1612.00796) for the importance. Everything is
+// computed in float (double for double parameters).
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #include "hd.h"
 
 namespace fastft {
+
+// How a tensor is anchored; weighted: with an importance for each element.
+enum class Anchoring : uint8_t { none, plain, weighted };
 
 // What the user chose for one parameter group; doubles as in Python.
 struct AdamWOptions {
@@ -30,9 +43,12 @@ struct AdamWScalars {
   T rsqrt_bias2;  // 1 / √(1 − β₂ᵗ)
   T eps;
   T decay;  // lr·wd
-  T pull;   // min(1, lr·λ), or 0 with the l2 anchor
+  T pull;   // min(1, lr·λ), weighted: lr·λ; 0 with the l2 anchor
   T l2;     // λ with the l2 anchor, else 0
 };
+
+// Of lr·λ and of lr·λ·F: far beyond what still makes a difference, and small enough to be computed with.
+constexpr double kMostWeighted = 1e30;
 
 // bias1 = 1 − β₁ᵗ, bias2 = 1 − β₂ᵗ for the step t being taken (t = 1 for the first).
 FASTFT_HD double adamw_bias(double beta, double t) {
@@ -40,8 +56,12 @@ FASTFT_HD double adamw_bias(double beta, double t) {
 }
 
 template <typename T>
-FASTFT_HD AdamWScalars<T> adamw_scalars(const AdamWOptions& o, double bias1, double bias2) {
-  const double pull = o.lr * o.anchor_decay;
+FASTFT_HD AdamWScalars<T> adamw_scalars(const AdamWOptions& o, double bias1, double bias2, Anchoring anchoring) {
+  const bool weighted = anchoring == Anchoring::weighted;
+  double pull = o.lr * o.anchor_decay;
+  const double most = weighted ? kMostWeighted : 1.0;
+  if (!(pull < most)) pull = most;
+  if (weighted && pull < 0.0) pull = 0.0;  // schedulers end a hair below 0 now and then, where 1 + lr·λ·F may vanish
   AdamWScalars<T> s;
   s.one_minus_beta1 = static_cast<T>(1.0 - o.beta1);
   s.beta2 = static_cast<T>(o.beta2);
@@ -50,7 +70,7 @@ FASTFT_HD AdamWScalars<T> adamw_scalars(const AdamWOptions& o, double bias1, dou
   s.rsqrt_bias2 = static_cast<T>(1.0 / square_root(bias2));
   s.eps = static_cast<T>(o.eps);
   s.decay = static_cast<T>(o.lr * o.weight_decay);
-  s.pull = static_cast<T>(o.l2_anchor ? 0.0 : (pull < 1.0 ? pull : 1.0));
+  s.pull = static_cast<T>(o.l2_anchor ? 0.0 : pull);
   s.l2 = static_cast<T>(o.l2_anchor ? o.anchor_decay : 0.0);
   return s;
 }
@@ -71,17 +91,23 @@ FASTFT_HD bool adamw_skips(bool skip_nonfinite, double norm, const float* found_
   return (found_inf != nullptr && *found_inf != 0.0f) || (skip_nonfinite && !(norm - norm == 0.0));
 }
 
-// One element, in place. Reads a only if anchored, vmax only if amsgrad.
+// One element, in place. Reads a only if anchored, the importance f only if weighted, vmax only if amsgrad.
 template <typename T>
-FASTFT_HD void adamw_element(T& p, T grad, T& m, T& v, T& vmax, T a, bool anchored, bool amsgrad, T grad_factor,
-                             const AdamWScalars<T>& s) {
+FASTFT_HD void adamw_element(T& p, T grad, T& m, T& v, T& vmax, T a, T f, Anchoring anchoring, bool amsgrad,
+                             T grad_factor, const AdamWScalars<T>& s) {
   T g = grad * grad_factor;
   const T before = p;
   p = madd(-s.decay, before, before);
-  if (anchored) {
+  if (anchoring != Anchoring::none) {
     const T delta = before - a;
-    p = madd(-s.pull, delta, p);
-    g = madd(s.l2, delta, g);
+    T pull = s.pull, l2 = s.l2;
+    if (anchoring == Anchoring::weighted) {
+      const T rate = s.pull * f, bounded = rate < T(kMostWeighted) ? rate : T(kMostWeighted);
+      pull = bounded / (T(1) + bounded);
+      l2 = s.l2 * f;
+    }
+    p = madd(-pull, delta, p);
+    g = madd(l2, delta, g);
   }
   m = madd(s.one_minus_beta1, g - m, m);
   v = madd(s.one_minus_beta2 * g, g, s.beta2 * v);

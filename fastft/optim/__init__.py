@@ -5,6 +5,7 @@ And what it is run with: a learning rate for each layer, schedules, and the numb
 
 from fastft.optim import reference
 from fastft.optim.adamw import AdamW
+from fastft.optim.anchor_schedules import AnchorDecayScheduler, RecAdamScheduler
 from fastft.optim.functional import adamw_
 from fastft.optim.layer_lr import biases_and_norms, discriminative_lr, layer_decay
 from fastft.optim.planning import TrainingPlan, plan_training
@@ -12,6 +13,8 @@ from fastft.optim.schedules import RewarmLR, SlantedTriangularLR
 
 __all__ = [
     "AdamW",
+    "AnchorDecayScheduler",
+    "RecAdamScheduler",
     "RewarmLR",
     "SlantedTriangularLR",
     "TrainingPlan",

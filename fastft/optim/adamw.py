@@ -39,6 +39,7 @@ check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
     torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
 ) or getattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+ANCHOR_PLACES = (8, 9)  # of the anchor and its importance in what a plan is told of a parameter
 # What a copy or a pickle must carry beyond torch's own attributes.
 OWN_ATTRIBUTES = (
     "_anchor",
@@ -62,7 +63,7 @@ class AdamW(torch.optim.AdamW):
     .. code-block:: text
 
         g  = grad · grad_scale⁻¹ · min(1, max_grad_norm / (‖grad‖₂ + 1e-6))
-        p  = p − lr·weight_decay·p − min(1, lr·anchor_decay)·(p − anchor)
+        p  = p − lr·weight_decay·p − pull·(p − anchor)             pull = min(1, lr·anchor_decay)
         m  = β₁·m + (1−β₁)·g
         v  = β₂·v + (1−β₂)·g²
         p  = p − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + eps)
@@ -80,13 +81,16 @@ class AdamW(torch.optim.AdamW):
             torch. ``foreach`` and ``fused`` choose between torch's implementations and change nothing here,
             except that ``fused`` and ``capturable`` keep the step count on the parameter's device.
         anchor: where the weights are pulled back to: ``"init"`` (their values now), an :class:`fastft.Anchor`,
-            or None.
+            or None. With an importance F for each element (:meth:`fastft.Anchor.with_importance`) this is elastic
+            weight consolidation (EWC; Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796): then
+            ``pull = lr·anchor_decay·F / (1 + lr·anchor_decay·F)``, the implicit step on
+            ``anchor_decay/2·F·(p − anchor)²``.
         anchor_decay: λ ≥ 0 of the pull, scaled by lr as weight_decay is. In groups: the key ``anchor_decay``.
-            ``lr·anchor_decay`` above 1 would overshoot and raises a ``ValueError``; with an lr that lies on a
-            GPU it counts as 1 instead.
-        anchor_mode: ``"decoupled"`` as above, or ``"l2"``: ``anchor_decay·(p − anchor)`` is added to g instead
-            and so preconditioned by Adam (L2-SP; Li et al. 2018, https://arxiv.org/abs/1802.01483). In groups:
-            the key ``anchor_mode``.
+            Without an importance, ``lr·anchor_decay`` above 1 would overshoot and raises a ``ValueError``; with an
+            lr that lies on a GPU it counts as 1 instead.
+        anchor_mode: ``"decoupled"`` as above, or ``"l2"``: ``anchor_decay·F·(p − anchor)`` is added to g instead
+            and so preconditioned by Adam (F = 1: L2-SP; Li et al. 2018, https://arxiv.org/abs/1802.01483). In
+            groups: the key ``anchor_mode``.
         max_grad_norm: clip to this global 2-norm over all groups and devices, or None. What is frozen or
             masked does not count.
         skip_nonfinite: leave everything as it is in a step whose gradients' norm is inf or NaN.
@@ -232,7 +236,8 @@ class AdamW(torch.optim.AdamW):
             check_anchor_options(decay, group["anchor_mode"], where)
             if self._anchor is None:
                 raise ValueError(f"{where}: anchor_decay: expected 0 without an anchor, got {decay}")
-            check_pull(lr, decay, group["anchor_mode"], where)
+            if not self._anchor.weighted:
+                check_pull(lr, decay, group["anchor_mode"], where)
 
     def _gather(self, counts_on_device: bool) -> None:
         """Make sure that the plan is up to date, and hand it this step's gradients. Writes no parameter."""
@@ -306,11 +311,15 @@ class AdamW(torch.optim.AdamW):
         group = self.param_groups[group_index]
         on_device = self._prepare_state(p, group, name, counts_on_device)
         state, stepped = self.state[p], local(p)
-        anchor = None
+        anchor = importance = None
         if group["anchor_decay"] != 0.0 and self._anchor is not None:
-            anchor = self._anchor.tensor_for(p, self._anchor_name(p, name) or name)
+            known = self._anchor_name(p, name) or name
+            anchor = self._anchor.tensor_for(p, known)
             if anchor is not None:
                 anchor = local(like(anchor, p))
+                importance = self._anchor.importance_for(p, known)
+                if importance is not None:
+                    importance = local(like(importance, p))
         mask, rows = self._masks[p].for_core(p) if p in self._masks else (None, None)
         return (
             p,
@@ -322,6 +331,7 @@ class AdamW(torch.optim.AdamW):
             local(state["max_exp_avg_sq"]) if group["amsgrad"] else None,
             state["step"],
             anchor,
+            importance,
             mask,
             rows,
             on_device,
@@ -731,22 +741,31 @@ def parts_of(entries: list[tuple[Any, ...]], live: Sequence[int]) -> Iterator[Pa
     DTensors that lie spread over other processes have a plan of their own, since their norm adds up over these;
     so do parameters whose anchor waits in host memory, some megabytes of it at a time.
     """
+
+    def waiting(position: int) -> list[tuple[int, Tensor]]:
+        """(place in the entry, tensor) of anchor and importance, where they lie elsewhere than the parameter."""
+        entry = entries[position]
+        return [(i, entry[i]) for i in ANCHOR_PLACES if entry[i] is not None and entry[i].device != entry[0].device]
+
     watched = [(*entry[:2], False) if len(entry) > 3 else entry for entry in entries]
     plain: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     offloaded: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for position in live:
-        p, anchor_tensor = entries[position][0], entries[position][8]
+        p = entries[position][0]
         key = process_groups_of(p)
-        if anchor_tensor is not None and anchor_tensor.device != p.device:
+        if waiting(position):
             offloaded[(*key, p.device)].append(position)
         else:
             plain[key].append(position)
 
     def part(positions: list[int], staging: Staging | None, groups: tuple[Any, ...]) -> Part:
         chosen = list(watched)
-        for i, position in enumerate(positions):
-            entry = entries[position]
-            chosen[position] = entry if staging is None else (*entry[:8], staging.views[i], *entry[9:])
+        views = iter(() if staging is None else staging.views)
+        for position in positions:
+            entry = list(entries[position])
+            for i, _ in waiting(position) if staging is not None else ():
+                entry[i] = next(views)
+            chosen[position] = tuple(entry)
         return Part(chosen, groups, staging)
 
     if not live:  # a plan of nothing still notices the first gradient
@@ -755,11 +774,15 @@ def parts_of(entries: list[tuple[Any, ...]], live: Sequence[int]) -> Iterator[Pa
         yield part(positions, None, key)
     for (*groups, device), positions in offloaded.items():
         chunks: list[list[int]] = [[]]
+        filled = 0
         for position in positions:
-            if sum(entries[i][8].nbytes for i in chunks[-1]) + entries[position][8].nbytes > PART_BYTES and chunks[-1]:
+            nbytes = sum(tensor.nbytes for _, tensor in waiting(position))
+            if filled + nbytes > PART_BYTES and chunks[-1]:
                 chunks.append([])
+                filled = 0
             chunks[-1].append(position)
-        stagings = staging_for(device, [[entries[i][8] for i in chunk] for chunk in chunks])
+            filled += nbytes
+        stagings = staging_for(device, [[tensor for i in chunk for _, tensor in waiting(i)] for chunk in chunks])
         for chunk, staging in zip(chunks, stagings, strict=True):
             yield part(chunk, staging, tuple(groups))
 

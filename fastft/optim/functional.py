@@ -25,6 +25,7 @@ def adamw_(
     *,
     max_exp_avg_sqs: Sequence[Tensor] | None = None,
     anchors: Sequence[Tensor | None] | None = None,
+    importances: Sequence[Tensor | None] | None = None,
     update_masks: Sequence[Tensor | None] | None = None,
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -50,6 +51,8 @@ def adamw_(
             float32 on the parameter's device; counted up here.
         max_exp_avg_sqs: amsgrad's running maxima; None without amsgrad.
         anchors: of the parameters' shapes, any floating dtype (float64 only with float64); None where free.
+        importances: of the anchors' elements, as in :meth:`fastft.Anchor.with_importance`, any such dtype; None where
+            there is none. That they are finite and nowhere negative is not checked: it would take another pass.
         update_masks: bool, ``[rows]`` or the parameter's shape; None where all of it is stepped.
         lr: a number, or a one-element tensor.
         grad_scale, found_inf: float32, one element: what the gradients still carry; skip where not 0.
@@ -66,6 +69,7 @@ def adamw_(
         "steps": steps,
         "max_exp_avg_sqs": max_exp_avg_sqs,
         "anchors": anchors,
+        "importances": importances,
         "update_masks": update_masks,
     }
     for name, values in lists.items():
@@ -73,7 +77,10 @@ def adamw_(
             raise ValueError(f"{name}: expected {n} entries, one for each of params, got {len(values)}")
     check_numbers(betas, eps, weight_decay, max_grad_norm)
     check_anchor_options(anchor_decay, anchor_mode, "adamw_")
-    check_pull(lr, anchor_decay, anchor_mode, "adamw_")
+    if importances is None or any(
+        a is not None and f is None for a, f in zip(anchors or (), importances, strict=False)
+    ):
+        check_pull(lr, anchor_decay, anchor_mode, "adamw_")
 
     entries: list[tuple[Any, ...]] = []
     for i, p in enumerate(params):
@@ -87,18 +94,21 @@ def adamw_(
                 f"{name}: expected a dense float32, bfloat16, float16 or float64 tensor, got {p.dtype}, "
                 f"{p.layout}, {type(p).__name__}, shape {list(p.shape)}, strides {list(p.stride())}"
             )
-        anchor = anchors[i] if anchors is not None and anchor_decay != 0.0 else None
-        if anchor is not None:
-            if anchor.shape != p.shape:
-                raise ValueError(f"anchors[{i}]: expected shape {list(p.shape)}, got {list(anchor.shape)}")
-            anchor = laid_out_like(anchor, p)
+        anchored: list[Tensor | None] = []
+        for key, given in (("anchors", anchors), ("importances", importances)):
+            tensor = given[i] if given is not None else None
+            if tensor is not None and tensor.shape != p.shape:
+                raise ValueError(f"{key}[{i}]: expected shape {list(p.shape)}, got {list(tensor.shape)}")
+            anchored.append(None if tensor is None or anchor_decay == 0.0 else laid_out_like(tensor, p))
+        if importances is not None and importances[i] is not None and (anchors is None or anchors[i] is None):
+            raise ValueError(f"importances[{i}]: expected None without an anchor, got a tensor")
         mask = update_masks[i] if update_masks is not None else None
         chosen = (None, None) if mask is None else UpdateMask(mask, p, name).for_core(p)
         on_device = runs_kernels(p.device) and steps[i].device == p.device
         maximum = None if max_exp_avg_sqs is None else max_exp_avg_sqs[i]
         if max_exp_avg_sqs is not None and maximum is None:
             raise ValueError(f"max_exp_avg_sqs[{i}]: expected a tensor like {name}, got None")
-        entries.append((p, 0, name, p, exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], anchor, *chosen, on_device))
+        entries.append((p, 0, name, p, exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], *anchored, *chosen, on_device))
     live = [i for i, entry in enumerate(entries) if len(entry) > 3]
     shared = _C.overlapping([params[i] for i in live])
     if shared:

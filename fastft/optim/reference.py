@@ -1,13 +1,16 @@
 """The same update in plain PyTorch: slow, short, in float64; what the kernels are tested against.
 
     g  = grad · grad_scale⁻¹ · clip                clip = min(1, max_grad_norm / (‖g‖₂ + 1e-6))
-    p  = p − lr·wd·p − min(1, lr·λ)·(p − a)        (or, with the l2 anchor: g = g + λ·(p − a))
+    p  = p − lr·wd·p − pull·(p − a)                (or, with the l2 anchor: g = g + λ·F·(p − a))
     m  = β₁·m + (1−β₁)·g
     v  = β₂·v + (1−β₂)·g²                          (amsgrad: v̂ = max(v̂, v), else v̂ = v)
     p  = p − lr/(1−β₁ᵗ) · m / (√v̂/√(1−β₂ᵗ) + ε)
 
-Decay is Loshchilov & Hutter's (arXiv 1711.05101), the l2 anchor Li et al.'s (L2-SP, arXiv 1802.01483), amsgrad
-Reddi et al.'s (arXiv 1904.09237).
+where pull = min(1, lr·λ), or lr·λ·F / (1 + lr·λ·F) for elements with an importance F: an implicit step on
+λ/2·F·(p − a)², which divides p − a by 1 + lr·λ·F (why: csrc/math/adamw.h).
+
+Decay is Loshchilov & Hutter's (arXiv 1711.05101), the l2 anchor Li et al.'s (L2-SP, arXiv 1802.01483), the importance
+Kirkpatrick et al.'s (EWC, arXiv 1612.00796), amsgrad Reddi et al.'s (arXiv 1904.09237).
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     anchor: Tensor | None = None,
+    importance: Tensor | None = None,
     anchor_decay: float = 0.0,
     anchor_mode: str = "decoupled",
     maximize: bool = False,
@@ -49,10 +53,14 @@ def adamw(
     new_p = p - lr * weight_decay * p
     if anchor is not None:
         delta = p - anchor.double()
+        f = None if importance is None else importance.double()
         if anchor_mode == "l2":
-            g = g + anchor_decay * delta
-        else:
+            g = g + anchor_decay * delta * (1.0 if f is None else f)
+        elif f is None:
             new_p = new_p - min(1.0, lr * anchor_decay) * delta
+        else:
+            rate = max(0.0, lr) * anchor_decay * f
+            new_p = new_p - rate / (1.0 + rate) * delta
     m = betas[0] * m + (1 - betas[0]) * g
     v = betas[1] * v + (1 - betas[1]) * g.square()
     second = v

@@ -47,6 +47,10 @@ class Random:
     def sixty_fourths(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return (torch.randint(-64, 65, shape, generator=self.generator) / 64).to(dtype)
 
+    def importance(self, *shape: int) -> Tensor:
+        magnitudes = 10 ** (5 * torch.rand(shape, generator=self.generator, dtype=torch.float64) - 3)
+        return (magnitudes * self.mask(*shape, live=0.7)).float()
+
     def mask(self, *shape: int, live: float = 0.6) -> Tensor:
         return torch.rand(shape, generator=self.generator) < live
 
@@ -109,9 +113,13 @@ def every_option(
     clip: bool = True,
     scaler: bool = True,
     capturable: bool = False,
+    importance_dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> Outcome:
-    """Two groups over all shapes, with an anchor, masks by row and by element, and a late parameter."""
+    """Two groups over all shapes, with an anchor, masks by row and by element, and a late parameter.
+
+    With a dtype for it, the anchor has an importance: of a third of the elements 0, of others from 1e-3 to 100.
+    """
     random = Random(0)
     params = parameters(random, dtype, device)
     half = len(params) // 2
@@ -121,6 +129,10 @@ def every_option(
         {"params": named[half:], "lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "anchor_decay": 0.7},
     ]
     anchor = fastft.Anchor.snapshot(named, dtype=anchor_dtype, exclude=["p3"])
+    if importance_dtype is not None:
+        anchor = anchor.with_importance(
+            {name: random.importance(*p.shape) for name, p in named}, dtype=importance_dtype
+        )
     optimizer = fastft.AdamW(
         groups,
         anchor=anchor,
@@ -151,10 +163,18 @@ def every_option(
 def host_counted(device: str) -> dict[str, Callable[[], Outcome]]:
     """Cases whose bias corrections the host works out, on any device: there the same bits too."""
     return {
-        f"{short(dtype)}-{short(state)}-{mode}": lambda d=dtype, s=state, m=mode: every_option(  # type: ignore[misc]
-            d, s, anchor_mode=m, maximize=m == "l2", scaler=False, device=device
+        f"{short(dtype)}-{short(state)}-{mode}{'-weighted' * weighted}": lambda d=dtype, s=state, m=mode, w=weighted: (  # type: ignore[misc]
+            every_option(
+                d,
+                s,
+                anchor_mode=m,
+                maximize=m == "l2",
+                scaler=False,
+                importance_dtype=torch.bfloat16 if w else None,
+                device=device,
+            )
         )
-        for (dtype, state), mode in itertools.product(COMBINATIONS, ("decoupled", "l2"))
+        for (dtype, state), mode, weighted in itertools.product(COMBINATIONS, ("decoupled", "l2"), (False, True))
     }
 
 
@@ -229,6 +249,13 @@ def cases() -> Iterator[tuple[str, Callable[[], Outcome]]]:
                 f"grads-and-anchors-{short(dtype)}-{short(other)}",
                 lambda d=dtype, o=other: every_option(d, None, anchor_dtype=o, grad_dtype=o),  # type: ignore[misc]
             )
+    for (dtype, state), (mode, other) in itertools.product(COMBINATIONS, (("decoupled", None), ("l2", torch.bfloat16))):
+        yield (
+            f"weighted-{short(dtype)}-{short(state)}-{mode}",
+            lambda d=dtype, s=state, m=mode, o=other: every_option(  # type: ignore[misc]
+                d, s, anchor_mode=m, importance_dtype=o or d, amsgrad=m == "l2", capturable=o is None
+            ),
+        )
     yield "many-groups", many_groups
     yield "mixed-dtypes", mixed_dtypes
     yield "special-values", special_values

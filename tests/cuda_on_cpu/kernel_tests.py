@@ -77,16 +77,20 @@ def test_bits_are_those_of_the_cpu_loops(name: str, expected: dict[str, Outcome]
 # -- launches and uploads ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("needs_norm", [False, True])
 @pytest.mark.parametrize(("dtype", "state_dtype"), COMBINATIONS)
 def test_one_launch_for_all_groups_and_two_with_a_norm(
-    dtype: torch.dtype, state_dtype: torch.dtype | None, needs_norm: bool
+    dtype: torch.dtype, state_dtype: torch.dtype | None, needs_norm: bool, weighted: bool
 ) -> None:
     random = Random(5)
     params = [nn.Parameter(random.values(n, dtype=dtype)) for n in (1, CHUNK, 3 * CHUNK + 1, 5, 0, 40)]
     groups = [{"params": params[i : i + 2], "lr": 10.0**-i} for i in (0, 2, 4)]
+    anchor = fastft.Anchor.snapshot((f"p{i}", p) for i, p in enumerate(params[1:]))  # one is free
+    if weighted:
+        anchor = anchor.with_importance({f"p{i}": random.importance(*p.shape) for i, p in enumerate(params[1:])})
     optimizer = fastft.AdamW(
-        groups, anchor="init", anchor_decay=0.1, state_dtype=state_dtype, max_grad_norm=1.0 if needs_norm else None
+        groups, anchor=anchor, anchor_decay=0.1, state_dtype=state_dtype, max_grad_norm=1.0 if needs_norm else None
     )
     for step in range(1, 4):
         before = counters()
@@ -213,7 +217,7 @@ def test_every_element_of_every_chunk_is_stepped_once(dtype: torch.dtype, block_
     assert [float(optimizer.state[p]["step"]) for p in params] == [2.0] * len(params)
 
 
-ARRAYS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "anchors", "update_masks")
+ARRAYS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "anchors", "importances", "update_masks")
 
 
 def functional_step(arrays: dict[str, Tensor], **options: Any) -> None:
@@ -237,6 +241,7 @@ def test_misaligned_memory_gives_the_same_bits(dtype: torch.dtype, state_dtype: 
     arrays = {name: random.values(n, dtype=dtype) for name in ARRAYS}
     for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
         arrays[name] = arrays[name].to(state_dtype or dtype).abs()
+    arrays["importances"] = arrays["importances"].abs()
     arrays["update_masks"] = random.mask(n)
     moved = {name: misaligned(t) if name == which else t.clone() for name, t in arrays.items()}
     assert all(t.data_ptr() % 16 == 0 for t in arrays.values())

@@ -23,6 +23,7 @@ from optim_cases import (
     drawn,
     generator,
     half_of,
+    importances,
     normal,
     parameter,
     same_bits,
@@ -87,6 +88,7 @@ def tensors(draw: st.DrawFn) -> dict[str, Any]:
         "missing": draw(st.sampled_from([0.0, 0.0, 0.3])),
         "starts_at": draw(st.sampled_from([0, 0, 7])),
         "anchor": draw(st.sampled_from([None, *FLOATS])),
+        "importance": draw(st.sampled_from(FLOATS)),
         "masks": draw(st.tuples(masks(layout), masks(layout), masks(layout))),
         "frozen": draw(st.sampled_from([range(0), range(0), range(9), range(20, 31)])),
     }
@@ -113,6 +115,7 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
 CASES = st.fixed_dictionaries(
     {
         "groups": st.lists(groups(), min_size=1, max_size=3),
+        "weighted": st.booleans(),
         "max_grad_norm": st.sampled_from([None, 0.5, 1e6]),
         "skip_nonfinite": st.booleans(),
         "state_dtype": st.sampled_from([None, torch.float32]),
@@ -127,7 +130,7 @@ CASES = st.fixed_dictionaries(
 def watched(case: dict[str, Any]) -> tuple[Watch, dict[str, dict[str, Any]]]:
     """The optimizer of a case under watch, and the tensors' descriptions by name."""
     described: dict[str, dict[str, Any]] = {}
-    placed, anchors, made = [], {}, []
+    placed, anchors, weights, made = [], {}, {}, []
     anchored = any(t["anchor"] is not None for g in case["groups"] for t in g["tensors"])
     for g in case["groups"]:
         options = {k: v for k, v in g.items() if k not in ("tensors", "lr_is", "lr_later")}
@@ -145,9 +148,11 @@ def watched(case: dict[str, Any]) -> tuple[Watch, dict[str, dict[str, Any]]]:
             named[-1][1].grad_dtype = None
             if t["anchor"] is not None:
                 anchors[name] = normal(t["layout"].shape, t["anchor"], seed=seed + 1)
+                if case["weighted"]:
+                    weights[name] = importances(t["layout"].shape, t["importance"], seed=seed + 2)
         made.append({**options, "params": named})
     keys = ("max_grad_norm", "skip_nonfinite", "state_dtype", "options")
-    return Watch(made, anchors, placed, **{key: case[key] for key in keys}), described
+    return Watch(made, anchors, weights, placed, **{key: case[key] for key in keys}), described
 
 
 def mask_of(kind: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
@@ -310,11 +315,13 @@ def test_sixteen_bit_steps_beside_torchs(dtype: torch.dtype, amsgrad: bool) -> N
         ("anchor_mode", "l2"),
     ],
 )
-def test_the_bounds_are_tight_enough_to_notice(option: str, change: Any) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_bounds_are_tight_enough_to_notice(option: str, change: Any, weighted: bool) -> None:
     """An oracle that believes in an option off by a hundred-thousandth does not agree with a float32 step."""
     options = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 0.03, "weight_decay": 0.7, "anchor_decay": 6.0}
     p = parameter((50,), seed=1)
-    watch = Watch([{"params": [("p", p)], **options}], {"p": normal((50,), seed=2)}, max_grad_norm=0.5)
+    weights = {"p": importances((50,), seed=5)} if weighted else {}
+    watch = Watch([{"params": [("p", p)], **options}], {"p": normal((50,), seed=2)}, weights, max_grad_norm=0.5)
     steps_on([p], seed=3)
     watch.step()
     steps_on([p], seed=4)
@@ -336,20 +343,25 @@ EDGES = (511, 512, 513, 1023, 1024, 1025, 16383, 16384, 16385, 32767, 32768, 327
 ROWS = ((2, 40000), (3, 16385), (67, 1000), (1025, 33), (2049, 16), (4100, 17), (1, 513), (40, 3, 5, 7))
 
 
-@pytest.mark.parametrize("mask", ["none", "elements", "rows"])
+@pytest.mark.parametrize(
+    ("mask", "weighted"), [("none", False), ("elements", False), ("rows", False), ("none", True), ("rows", True)]
+)
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"),
     [*[(dtype, None) for dtype in FLOATS], (torch.bfloat16, torch.float32)],
     ids=lambda dtype: short(dtype),
 )
-def test_sizes_around_every_edge(dtype: torch.dtype, state_dtype: torch.dtype | None, mask: str) -> None:
+def test_sizes_around_every_edge(
+    dtype: torch.dtype, state_dtype: torch.dtype | None, mask: str, weighted: bool
+) -> None:
     """All of them in one optimizer, so that the table of chunks has every kind of neighbour in it."""
     shapes = ROWS if mask == "rows" else tuple((n,) for n in EDGES)
     placed = [Placed(normal(shape, dtype, seed=i), Layout(shape, offset=i % 3)) for i, shape in enumerate(shapes)]
     named = [(f"p{i}", nn.Parameter(at.view)) for i, at in enumerate(placed)]
     anchors = {name: normal(p.shape, torch.bfloat16, seed=i + 100) for i, (name, p) in enumerate(named)}
     group = {"params": named, "lr": 0.01, "weight_decay": 0.3, "anchor_decay": 7.0, "amsgrad": True}
-    watch = Watch([group], anchors, placed, max_grad_norm=1.0, state_dtype=state_dtype)
+    weights = {name: importances(p.shape, torch.bfloat16, seed=i + 200) for i, (name, p) in enumerate(named)}
+    watch = Watch([group], anchors, weights if weighted else {}, placed, max_grad_norm=1.0, state_dtype=state_dtype)
     for i, (name, p) in enumerate(named):
         watch.set_mask(name, mask_of(mask, p.shape, seed=i))
     for step in range(3):

@@ -174,9 +174,15 @@ def in_bfloat16(model: nn.Module) -> Anchor:
     return Anchor.snapshot(model, dtype=torch.bfloat16, exclude="3.*")
 
 
+def weighted(model: nn.Module) -> Anchor:
+    """With an importance that reaches from 0 to beyond where an unweighted step would overshoot."""
+    importance = {name: (p.detach() - p.detach().min()) ** 2 * 300 for name, p in model.named_parameters()}
+    return Anchor.snapshot(model, exclude="3.bias").with_importance(importance, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["none", "init", "snapshot_bf16", "file"])
+@pytest.mark.parametrize("kind", ["none", "init", "snapshot_bf16", "file", "weighted"])
 def test_a_run_cut_in_two_ends_with_the_same_bits(
     kind: str, dtype: torch.dtype, state_dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
@@ -185,6 +191,7 @@ def test_a_run_cut_in_two_ends_with_the_same_bits(
         "init": "init",
         "snapshot_bf16": in_bfloat16,
         "file": from_file(tmp_path / "base.safetensors"),
+        "weighted": weighted,
     }
     options: dict[str, Any] = {"anchor": anchors[kind], "dtype": dtype, "state_dtype": state_dtype}
     whole, resumed = Run(**options), Run(**options)
@@ -210,9 +217,10 @@ def test_a_run_cut_in_two_ends_with_the_same_bits(
     assert frozen == [True, True, False, True, True, True]
 
 
-def test_a_run_resumes_in_a_fresh_process_that_knows_no_anchor() -> None:
+@pytest.mark.parametrize("anchor", ["init", weighted])
+def test_a_run_resumes_in_a_fresh_process_that_knows_no_anchor(anchor: Any) -> None:
     """A snapshot travels in the checkpoint: the resuming optimizer needs no anchor of its own."""
-    run = Run()
+    run = Run(anchor)
     run.train(range(2))
     model = net()
     optimizer = fastft.AdamW(

@@ -17,6 +17,7 @@ from optim_cases import (
     Placed,
     bits,
     half_of,
+    importances,
     in_another_process,
     normal,
     same_bits,
@@ -95,6 +96,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "amsgrad": {"amsgrad": True},
     "anchored": {"anchor_decay": 5.0},
     "anchored_l2": {"anchor_decay": 0.5, "anchor_mode": "l2"},
+    "weighted": {"anchor_decay": 500.0, "weighted": True},
+    "weighted_l2": {"anchor_decay": 0.5, "anchor_mode": "l2", "weighted": True},
     "clipped": {"max_grad_norm": 2.0},
     "skipping": {"skip_nonfinite": True},
     "scaled": {"grad_scale": 8.0, "max_grad_norm": 2.0},
@@ -125,18 +128,23 @@ def test_it_has_the_bits_of_the_class(dtype: torch.dtype, state_dtype: torch.dty
     """Six steps, one of them skipped for an infinite gradient and one for `found_inf`; norm and counters too."""
     options = {"lr": 0.01, **VARIANTS[variant]}
     masked, scale = options.pop("masks", False), options.pop("grad_scale", None)
+    weighted = options.pop("weighted", False)
     given = arguments(dtype=dtype, state_dtype=state_dtype, amsgrad=options.pop("amsgrad", False))
     anchors = [normal(p.shape, torch.bfloat16, seed=i + 80) for i, p in enumerate(given["params"])]
     anchors[1] = None  # free
+    weights = [None if a is None else importances(a.shape, torch.float16, seed=i) for i, a in enumerate(anchors)]
     masks: list[Tensor | None] = [None] * len(LAYOUTS)
     if masked:
         masks = [half_of(x.shape[:1] if i % 2 else x.shape, seed=i) for i, x in enumerate(LAYOUTS)]
     params = [nn.Parameter(p.clone()) for p in given["params"]]
     named = [(f"p{i}", p) for i, p in enumerate(params)]
     kept = [(f"p{i}", a) for i, a in enumerate(anchors) if a is not None]
+    anchor = fastft.Anchor.snapshot(kept) if "anchor_decay" in options else None
+    if anchor is not None and weighted:
+        anchor = anchor.with_importance({f"p{i}": f for i, f in enumerate(weights) if f is not None})
     optimizer = fastft.AdamW(
         named,
-        anchor=fastft.Anchor.snapshot(kept) if "anchor_decay" in options else None,
+        anchor=anchor,
         amsgrad="max_exp_avg_sqs" in given,
         state_dtype=state_dtype,
         **options,
@@ -158,6 +166,7 @@ def test_it_has_the_bits_of_the_class(dtype: torch.dtype, state_dtype: torch.dty
         norm = adamw_(
             **{**given, **options},
             anchors=anchors if "anchor_decay" in options else None,
+            importances=weights if weighted else None,
             update_masks=masks,
             grad_scale=optimizer.grad_scale,
             found_inf=found_inf,
@@ -184,6 +193,7 @@ def test_it_has_the_bits_of_the_class(dtype: torch.dtype, state_dtype: torch.dty
 def test_it_writes_params_moments_and_steps_and_nothing_else() -> None:
     given = arguments(amsgrad=True, anchor_decay=3.0, max_grad_norm=1.0, lr=torch.tensor(0.01))
     given["anchors"] = [normal(p.shape, torch.float16, seed=i) for i, p in enumerate(given["params"])]
+    given["importances"] = [importances(p.shape, torch.bfloat16, seed=i) for i, p in enumerate(given["params"])]
     given["update_masks"] = [half_of(p.shape, seed=i) for i, p in enumerate(given["params"])]
     given["grad_scale"], given["found_inf"] = torch.tensor(2.0), torch.tensor(0.0)
     given["skipped_steps"] = torch.tensor(5)
@@ -358,11 +368,11 @@ def three(**more: Any) -> dict[str, Any]:
     return arguments((Layout((7, 20)), Layout((4, 3)), Layout((5,))), amsgrad=True, **more)
 
 
-@pytest.mark.parametrize("key", ["grads", *STATE, "anchors", "update_masks"])
+@pytest.mark.parametrize("key", ["grads", *STATE, "anchors", "importances", "update_masks"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_lists_of_different_lengths(key: str, count: int) -> None:
     given = three()
-    given[key] = [None] * count if key in ("anchors", "update_masks") else (given[key] * 2)[:count]
+    given[key] = [None] * count if key in ("anchors", "importances", "update_masks") else (given[key] * 2)[:count]
     refused(given, f"^{key}: expected 3 entries, one for each of params, got {count}$")
 
 
@@ -461,6 +471,24 @@ def test_one_spoiled_tensor_among_good_ones(kind: str) -> None:
 )
 def test_wrong_anchors(anchor: Tensor, match: str) -> None:
     refused(three(anchor_decay=1.0, anchors=[None, anchor, None]), match)
+    good = torch.zeros(4, 3)
+    match = match.replace("anchor:", "importance:").replace("anchors", "importances")
+    refused(three(anchor_decay=1.0, anchors=[None, good, None], importances=[None, anchor, None]), match)
+
+
+@pytest.mark.parametrize("anchors", [None, [None] * 3])
+def test_an_importance_without_an_anchor(anchors: Any) -> None:
+    given = three(anchor_decay=1.0, anchors=anchors, importances=[None, torch.ones(4, 3), None])
+    refused(given, r"^importances\[1\]: expected None without an anchor, got a tensor$")
+
+
+def test_only_a_weighted_anchor_may_be_pulled_to_by_more_than_all() -> None:
+    anchors, weights = [torch.zeros(7, 20), torch.zeros(4, 3), None], [torch.ones(7, 20), torch.ones(4, 3), None]
+    beyond = {"anchor_decay": 1000.0, "anchors": anchors}
+    adamw_(**three(**beyond, importances=weights))
+    message = r"^adamw_: lr \* anchor_decay: expected at most 1 "
+    refused(three(**beyond), message)
+    refused(three(**beyond, importances=[weights[0], None, None]), message)
 
 
 @pytest.mark.parametrize(

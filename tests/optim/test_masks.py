@@ -19,6 +19,7 @@ from optim_cases import (
     assert_unchanged,
     bits,
     half_of,
+    importances,
     normal,
     parameter,
     photograph,
@@ -63,6 +64,8 @@ def one_thread() -> Iterator[None]:
 def fine_tuning(params: list[nn.Parameter], **more: Any) -> fastft.AdamW:
     """An optimizer that would move everything: decay, anchor (away from where the parameters are), amsgrad."""
     anchor = fastft.Anchor.snapshot((f"p{i}", p) for i, p in enumerate(params))
+    if more.pop("weighted", False):
+        anchor = anchor.with_importance({f"p{i}": importances(p.shape, seed=800 + i) for i, p in enumerate(params)})
     with torch.no_grad():
         for i, p in enumerate(params):
             p.add_(normal(p.shape, p.dtype, seed=900 + i))
@@ -127,7 +130,7 @@ def test_masked_elements_keep_their_bits_and_live_ones_step_as_if_alone(
     assert float(masked.optimizer.state[p]["step"]) == 13
 
 
-@pytest.mark.parametrize("mode", ["decoupled", "l2"])
+@pytest.mark.parametrize("mode", ["decoupled", "l2", "weighted"])
 @pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=short)
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
 @pytest.mark.parametrize("kind", ["rows", "elements"])
@@ -136,7 +139,8 @@ def test_masked_elements_keep_their_bits_in_every_dtype(
 ) -> None:
     """What is widened to be computed with is rounded back only where it is live: even NaN keep their payload."""
     layout = Layout((60, 33), offset=1)
-    run = run_of(layout, dtype=dtype, state_dtype=state_dtype, anchor_mode=mode, max_grad_norm=1.0)
+    kind_of_anchor: dict[str, Any] = {"weighted": True} if mode == "weighted" else {"anchor_mode": mode}
+    run = run_of(layout, dtype=dtype, state_dtype=state_dtype, max_grad_norm=1.0, **kind_of_anchor)
     (p,) = run.params
     mask = mask_for(layout, kind)
     live = elements(mask, p)

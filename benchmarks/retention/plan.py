@@ -1,0 +1,125 @@
+"""What to run, in order of value. Tuning: every method gets ``GRID_SIZE`` settings, tested on the validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product, zip_longest
+from typing import Any
+
+from .run import TUNING_ROWS, Settings
+
+GRID_SIZE = 6
+SEEDS = (0, 1, 2)
+POINT = 0.01
+"""How much of the best accuracy may be given up for keeping more."""
+
+Grid = list[Settings]
+
+
+def grid(
+    lrs: Iterable[float], strengths: Mapping[str, Sequence[float]] | None = None, texts: int = 16, kind: str = "generic"
+) -> Grid:
+    """Every lr with every strength of every ingredient."""
+    names = list(strengths or {})
+    return [
+        Settings.of(lr, dict(zip(names, values, strict=True)), texts, kind, rows=TUNING_ROWS)
+        for *values, lr in product(*(strengths or {}).values(), lrs)
+    ]
+
+
+GRIDS: dict[str, Grid] = {
+    "full": grid((1e-4, 3e-4, 2e-4, 5e-5, 1.5e-4, 3e-5)),
+    "distill, both": grid((2e-4, 3e-4), {"distill": (10, 30, 100)}, 32, "mixed"),
+    "distill, random words": grid((2e-4, 3e-4), {"distill": (10, 30, 100)}, 32, "words"),
+    "distill, generic text": grid((2e-4, 3e-4), {"distill": (10, 30, 3)}),
+    "distill + anchor": grid((2e-4, 3e-4), {"distill": (10,), "anchor": (10, 30, 100)}, 32, "mixed"),
+    "relation, both": grid((2e-4, 3e-4), {"relation": (30, 100, 300)}, 32, "mixed"),
+    "replay": grid((1e-4, 2e-4), {"replay": (0.05, 0.1, 0.25)}),
+    "distill + frozen embeddings": grid(
+        (2e-4, 3e-4), {"distill": (10, 30, 100), "frozen_embeddings": (1,)}, 32, "mixed"
+    ),
+    "distill + layer decay": grid((2e-4, 3e-4), {"distill": (10,), "layer_decay": (0.8, 0.65, 0.9)}, 32, "mixed"),
+    "anchor": grid((2e-4, 3e-4), {"anchor": (30, 100, 300)}),
+    "LoRA r8": grid((1e-3, 5e-4, 2e-3, 2e-4, 1e-4, 5e-3), {"lora": (8,)}),
+    "EWC": grid((2e-4, 3e-4), {"ewc": (30, 300, 3000)}),
+    "mixout": grid((1e-4, 2e-4), {"mixout": (0.7, 0.9, 0.5)}),
+    "L2-SP": grid((1e-4, 2e-4), {"l2sp": (0.1, 1.0, 0.01)}),
+    "anchor + gradual": grid((2e-4, 3e-4), {"anchor": (30, 100, 300), "gradual": (0.5,)}),
+    "full from a random head": grid((1e-4, 3e-4, 2e-4, 5e-5, 1.5e-4, 3e-5), {"fresh_head": (1,)}),
+}
+"""In order of value, as are the settings in each."""
+
+PROBES = [Settings.of(rows=TUNING_ROWS), Settings.of().for_test(0)]
+CONTENDERS = ("full", "distill, both", "distill, generic text", "distill + anchor", "anchor", "replay", "LoRA r8")
+
+
+def tuning() -> Iterator[Settings]:
+    """First one setting of each method, then the next of each."""
+    yield PROBES[0]
+    for settings in zip_longest(*GRIDS.values()):
+        yield from filter(None, settings)
+
+
+def full_runs(tuned: list[dict[str, Any]], seeds: Iterable[int] = SEEDS) -> Iterator[Settings]:
+    """The chosen setting of each method on all rows: first one seed of each, contenders first, then the next."""
+    yield PROBES[1]
+    order = sorted(GRIDS, key=lambda name: (name not in CONTENDERS, list(GRIDS).index(name)))
+    for seed in seeds:
+        yielded = set()
+        for name in order:
+            for choice in choices(name, tuned):
+                test = choice.settings.for_test(seed)
+                if test.key not in yielded:
+                    yielded.add(test.key)
+                    yield test
+
+
+def measured(name: str, records: list[dict[str, Any]]) -> list[tuple[Settings, dict[str, Any]]]:
+    """The method's settings that have been run, with their records."""
+    by_key = {record["key"]: record for record in records}
+    return [(settings, by_key[settings.key]) for settings in GRIDS[name] if settings.key in by_key]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings and an α of WiSE-FT, for a reason."""
+
+    name: str
+    settings: Settings
+    alpha: str
+
+
+def best_target(tuned: list[dict[str, Any]]) -> float:
+    """The best accuracy of full fine-tuning as trained."""
+    return max((r["scores"]["1"]["target"]["mean"] for _, r in measured("full", tuned)), default=float("nan"))
+
+
+def choices(name: str, tuned: list[dict[str, Any]]) -> list[Choice]:
+    """A method's settings and α by validation: as trained (α = 1), and with whatever α.
+
+    Of what lies within a point of the best accuracy of full fine-tuning, that which keeps most; where nothing does,
+    that which is most accurate. For full fine-tuning also the most accurate: the others are held against it.
+    """
+    runs = measured(name, tuned)
+    floor = best_target(tuned) - POINT
+    wanted = [(f"{name}, most accurate", ("1",), float("inf"))] * (name == "full")
+    wanted += [(name, ("1",), floor), (f"{name} + WiSE", None, floor)]
+    found = [(title, pick(runs, least, alphas)) for title, alphas, least in wanted]
+    return [Choice(title, *picked) for title, picked in found if picked is not None]
+
+
+def pick(
+    runs: list[tuple[Settings, dict[str, Any]]], floor: float, alphas: Sequence[str] | None
+) -> tuple[Settings, str] | None:
+    """The best of the runs, at one of the ``alphas`` (None: any)."""
+    candidates = [
+        (scores["target"]["mean"], scores["source"]["mean"], settings, alpha)
+        for settings, record in runs
+        for alpha, scores in record["scores"].items()
+        if alphas is None or alpha in alphas
+    ]
+    near = [c for c in candidates if c[0] >= floor]
+    if near:
+        return max(near, key=lambda c: (c[1], c[0]))[2:]
+    return max(candidates, key=lambda c: (c[0], c[1]))[2:] if candidates else None

@@ -1,0 +1,52 @@
+"""What a fine-tuning problem has to offer for every recipe to be tried on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Batch = tuple[Any, Tensor]
+"""Inputs and labels."""
+
+
+class Model(Protocol):
+    """An encoder under a new head. Modules, as in ``fastft.demo.train.Classifier``."""
+
+    encoder: nn.Module
+    head: nn.Linear
+
+    def embed(self, inputs: Any) -> Tensor:
+        """One vector per input: what must be kept."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """For each test item, whether the model got it right: of the new task, and of what it knew."""
+
+    target: Tensor
+    source: Tensor
+
+
+class Problem(Protocol):
+    """A pre-trained model, a task to learn, and a test of what it knew."""
+
+    def start(self) -> Any:
+        """A fresh copy of the pre-trained model, under a head fitted by a linear probe."""
+
+    def batches(self, epochs: int, seed: int) -> list[Batch]:
+        """All batches of a run, the same for every recipe."""
+
+    def unlabelled(self, kind: str, count: int, seed: int) -> Iterator[tuple[Any, Tensor]]:
+        """Without end: inputs that belong to no task, and the vectors that the pre-trained model gives them."""
+
+    def replay(self, seed: int) -> Iterator[Callable[[Any], Tensor]]:
+        """Without end: functions from a model to its loss on a batch of old data."""
+
+    def importance(self, seed: int) -> Mapping[str, Tensor]:
+        """How much each of the encoder's weights matters to what the model knew: its Fisher information, mean 1."""
+
+    def score(self, model: Any) -> Scores:
+        """Test the model."""

@@ -1,0 +1,225 @@
+"""The ways of keeping knowledge, and the one training loop that all of them go through.
+
+A recipe is a learning rate and a set of ingredients, each with a strength, so any of them can be combined.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss, normalize
+from torch.nn.utils import parametrize
+from torch.optim.lr_scheduler import LambdaLR
+
+import fastft
+from fastft.demo.train import warm_up_then_decay
+from fastft.nn import Mixout, fuse_dropout_
+from fastft.optim import layer_decay
+from fastft.retention import distillation_loss, interpolate_
+from fastft.unfreeze import GradualUnfreeze, Unfreezer, layer_groups
+
+from .problem import Problem
+
+INGREDIENTS = {
+    "fresh_head": "1: the head starts at random, not from the linear probe",
+    "anchor": "λ of the decoupled anchor",
+    "l2sp": "α of L2-SP, the coupled anchor",
+    "ewc": "λ of the decoupled anchor weighted by the Fisher information of what the model knew, mean 1 (EWC)",
+    "mixout": "p of mixout on all linear layers of the encoder",
+    "lora": "the rank of LoRA on all linear layers of the encoder, α = 2 · rank",
+    "gradual": "the part of the steps after which the last layer is open",
+    "layer_decay": "the factor on lr from a layer to the one below",
+    "frozen_embeddings": "1: the embeddings stay as they are",
+    "replay": "the part of the batches that are old data",
+    "distill": "the weight of 1 − cos between a text's vector and its pre-trained one, on unlabelled texts",
+    "relation": "the weight of the squared error of the texts' pairwise cosines, on unlabelled texts",
+}
+ANCHORS = ("anchor", "l2sp", "ewc")
+"""Of these a recipe takes one."""
+WEIGHT_DECAY = 0.01
+MAX_GRAD_NORM = 1.0
+WARMUP = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train."""
+
+    lr: float
+    ingredients: Mapping[str, float] = field(default_factory=dict)
+    texts: int = 16
+    """Unlabelled inputs a step, for the ingredients that take some."""
+    text_kind: str = "generic"
+    """Which; what there is depends on the problem."""
+
+    def __post_init__(self) -> None:
+        for name, strength in self.ingredients.items():
+            if name not in INGREDIENTS:
+                raise ValueError(f"ingredients: expected some of {', '.join(INGREDIENTS)}, got {name!r}")
+            if not strength > 0:
+                raise ValueError(f"{name}: expected a strength > 0, got {strength}")
+
+        if len(self.ingredients.keys() & set(ANCHORS)) > 1:
+            raise ValueError(f"ingredients: expected one of {', '.join(ANCHORS)}, got {', '.join(self.ingredients)}")
+
+    def strength(self, ingredient: str) -> float:
+        """0 where it is not in the recipe."""
+        return self.ingredients.get(ingredient, 0.0)
+
+
+@dataclass
+class Trained:
+    """A model after training, in its original form, and what that took."""
+
+    model: Any
+    first_loss: float
+    last_loss: float
+    steps: int
+    wall_seconds: float
+    cpu_seconds: float
+
+
+def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Trained:
+    """Train the problem's model on its target task."""
+    model = problem.start()
+    anchor = fastft.Anchor.snapshot(model, exclude=("head",))
+    batches = problem.batches(epochs, seed)
+    torch.manual_seed(seed)
+    prepare(model, recipe, anchor)
+    pull = sum(map(recipe.strength, ANCHORS))
+    if recipe.strength("ewc"):
+        anchor = anchor.with_importance(problem.importance(seed + 4))
+    optimizer = fastft.AdamW(
+        parameter_groups(model, recipe),
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+        anchor=anchor if pull else None,
+        anchor_decay=pull,
+        anchor_mode="l2" if recipe.strength("l2sp") else "decoupled",
+    )
+    schedule = LambdaLR(optimizer, warm_up_then_decay(len(batches), WARMUP))
+    unfreezer = None
+    if recipe.strength("gradual"):
+        unfreezer = Unfreezer(model, optimizer, opening(model, recipe, len(batches)))
+    extra = extra_losses(problem, recipe, seed + 1)
+
+    losses = []
+    wall, cpu = time.perf_counter(), time.process_time()
+    model.train()
+    # Drawn before each step, so that the target batches and their order are the same whatever is mixed in.
+    random = torch.Generator().manual_seed(seed + 2)
+    old = problem.replay(seed + 3)
+    for inputs, labels in batches:
+        # Old batches come in the place of new ones: a run is no longer for having them.
+        if torch.rand((), generator=random) < recipe.strength("replay"):
+            loss = next(old)(model)
+        else:
+            loss = cross_entropy(model(inputs), labels)
+            losses.append(loss.item())
+        for term in extra:
+            loss = loss + term(model)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if unfreezer is not None:
+            unfreezer.step()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    if unfreezer is not None:
+        unfreezer.close()
+    few = max(1, len(losses) // 10)
+    restored = restore(problem, model, recipe)
+    return Trained(restored, mean(losses[:few]), mean(losses[-few:]), len(batches), wall, cpu)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def prepare(model: Any, recipe: Recipe, anchor: fastft.Anchor) -> None:
+    """Put into the model what the recipe needs there."""
+    if recipe.strength("fresh_head"):
+        model.head.reset_parameters()
+    if recipe.strength("frozen_embeddings"):
+        layer_groups(model)[0].parameters[0].requires_grad_(False)
+    if rank := recipe.strength("lora"):
+        config = peft.LoraConfig(r=int(rank), lora_alpha=2 * int(rank), lora_dropout=0.0, target_modules="all-linear")
+        model.encoder = peft.get_peft_model(model.encoder, config)
+    else:
+        fuse_dropout_(model)
+    if p := recipe.strength("mixout"):
+        for module in list(model.encoder.modules()):
+            if isinstance(module, nn.Linear):
+                parametrize.register_parametrization(module, "weight", Mixout(anchor, module.weight, p=p))
+
+
+def restore(problem: Problem, model: Any, recipe: Recipe) -> Any:
+    """The weights in a plain model, as the problem made it."""
+    if recipe.strength("lora"):
+        model.encoder = model.encoder.merge_and_unload()
+    if recipe.strength("mixout"):
+        for module in list(model.encoder.modules()):
+            if parametrize.is_parametrized(module):
+                # As it was before: what is kept in evaluation is the trained weight.
+                weight = module.parametrizations.weight.original
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+                assert module.weight is weight
+    plain = problem.start()
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
+
+
+def parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    """What is trained, with its learning rates."""
+    groups = [{"params": list(model.named_parameters()), "lr": recipe.lr}]
+    if factor := recipe.strength("layer_decay"):
+        groups = layer_decay(layer_groups(model), recipe.lr, factor)
+    for group in groups:
+        group["params"] = [(name, p) for name, p in group["params"] if p.requires_grad]
+    return [group for group in groups if group["params"]]
+
+
+def opening(model: Any, recipe: Recipe, steps: int) -> GradualUnfreeze:
+    """From the head down, the last layer after the part of the steps that the recipe says."""
+    later = len(layer_groups(model)) - 1
+    return GradualUnfreeze(every=max(1, round(recipe.strength("gradual") * steps / later)))
+
+
+def extra_losses(problem: Problem, recipe: Recipe, seed: int) -> list[Callable[[Any], Tensor]]:
+    """The terms that hold the model's function, each on the same unlabelled inputs."""
+    distill, relation = recipe.strength("distill"), recipe.strength("relation")
+    if not distill and not relation:
+        return []
+    texts: Iterator[tuple[Any, Tensor]] = problem.unlabelled(recipe.text_kind, recipe.texts, seed)
+
+    def term(model: Any) -> Tensor:
+        inputs, known = next(texts)
+        vectors = model.embed(inputs)
+        loss = vectors.new_zeros(())
+        if distill:
+            loss = loss + distill * distillation_loss(vectors, known, kind="embeddings")
+        if relation:
+            loss = loss + relation * mse_loss(cosines(vectors), cosines(known))
+        return loss
+
+    return [term]
+
+
+def cosines(vectors: Tensor) -> Tensor:
+    """Of each vector with each."""
+    unit = normalize(vectors, dim=1)
+    return unit @ unit.T
+
+
+def blended(problem: Problem, trained: Any, alpha: float) -> Any:
+    """(1 − α) · start + α · trained, head and all: WiSE-FT (Wortsman et al. 2022)."""
+    model = copy.deepcopy(trained)
+    interpolate_(model, fastft.Anchor.snapshot(problem.start().named_parameters()), alpha)
+    return model

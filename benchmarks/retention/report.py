@@ -1,0 +1,327 @@
+"""The table and the plot: ``python -m benchmarks.retention.report``. From the JSON lines and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fastft.retention import pareto_front
+
+from . import plan, records
+from .plan import Choice
+from .run import TUNING_ROWS, Settings
+
+RESAMPLES = 4000
+CONFIDENCE = 0.95
+GOAL = 0.97
+"""What part of the source recall a recipe should keep within a point of the best accuracy."""
+BASELINE = "full + WiSE"
+REFERENCE = "full, most accurate"
+GREY, BLUE, ORANGE = "#6b6b6b", "#0072b2", "#d55e00"
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def show(self, scale: float = 1.0, digits: int = 3, sign: str = "") -> str:
+        low, high = (f"{scale * x:{sign}.{digits}f}" for x in (self.low, self.high))
+        return f"{scale * self.value:{sign}.{digits}f} [{low}, {high}]"
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether a difference may be none."""
+        return self.low <= 0.0 <= self.high
+
+
+class Bootstrap:
+    """Draws items, the same ones for every method, and each method's seeds.
+
+    With several seeds an interval covers both the choice of test items and the chance of training; with one, the
+    items only.
+    """
+
+    def __init__(self, items: dict[str, int]) -> None:
+        rng = np.random.default_rng(0)
+        self.weights = {
+            role: rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+            for role, count in items.items()
+        }
+
+    def draws(self, role: str, scores: Array, name: str) -> Array:
+        """The mean score in each resample, from scores [seeds, items]."""
+        by_seed = self.weights[role] @ scores.T
+        # Seeds of different methods are independent, so each method has draws of its own.
+        rng = np.random.default_rng([int(b) for b in name.encode("utf-8")])
+        seeds = rng.integers(len(scores), size=(RESAMPLES, len(scores)))
+        return np.take_along_axis(by_seed, seeds, axis=1).mean(axis=1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: what a choice reached, over its seeds."""
+
+    choice: Choice
+    target: Array
+    source: Array
+    """[seeds, items]"""
+    cpu_seconds: float
+    """Of training; the median over the seeds."""
+
+    @property
+    def seeds(self) -> int:
+        return len(self.target)
+
+    def mean(self, role: str) -> float:
+        return float(getattr(self, role).mean())
+
+
+def interval(value: float, draws: Array) -> Estimate:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high))
+
+
+def stacked(found: list[dict[str, Any]], alpha: str, role: str) -> Array:
+    """[seeds, items]"""
+    return np.stack([records.unpack(r["scores"][alpha][role]).numpy() for r in found]).astype(np.float64)
+
+
+def result(choice: Choice, found: list[dict[str, Any]]) -> Result | None:
+    """The choice's row from the records of its settings; None without any."""
+    found = [r for r in found if choice.alpha in r["scores"]]
+    if not found:
+        return None
+    seconds = [r["training"].get("cpu_seconds", 0.0) for r in found]
+    return Result(
+        choice,
+        stacked(found, choice.alpha, "target"),
+        stacked(found, choice.alpha, "source"),
+        float(np.median(seconds)),
+    )
+
+
+class Comparison:
+    """All rows of one split, against the pre-trained model, the reference and the baseline."""
+
+    def __init__(self, split: str, tuned: list[dict[str, Any]], tested: list[dict[str, Any]]) -> None:
+        self.split = split
+        by_key = {r["key"]: r for r in (tuned if split == "validation" else tested)}
+        probe = plan.PROBES[split == "test"]
+        base = [by_key[probe.key]] if probe.key in by_key else []
+        self.base = result(Choice("linear probe", probe, "0"), base)
+        self.rows: list[Result] = []
+        self.by_name: dict[str, Result] = {}
+        self.curves: dict[str, list[Result]] = {}
+        for name in plan.GRIDS:
+            for choice in plan.choices(name, tuned):
+                wanted = [choice.settings] if split == "validation" else every_seed(choice.settings)
+                found = [by_key[s.key] for s in wanted if s.key in by_key]
+                row = result(choice, found)
+                # The same run chosen twice is one row.
+                twin = next((other for other in self.rows if row is not None and same(row, other)), None)
+                if row is not None and twin is None:
+                    self.rows.append(row)
+                if row is not None:
+                    self.by_name[choice.name] = twin or row
+                if found:
+                    curve = [result(Choice(name, choice.settings, alpha), found) for alpha in found[0]["scores"]]
+                    self.curves[choice.settings.key] = [r for r in curve if r is not None]
+        everything = [self.base, *self.rows] if self.base else self.rows
+        if everything:
+            first = everything[0]
+            self.bootstrap = Bootstrap({"target": first.target.shape[1], "source": first.source.shape[1]})
+
+    def named(self, name: str) -> Result | None:
+        """The row of that name; where it was the same as an earlier one, that."""
+        return self.by_name.get(name)
+
+    def draws(self, row: Result, role: str) -> Array:
+        return self.bootstrap.draws(role, getattr(row, role), row.choice.name)
+
+    def estimate(self, row: Result, role: str) -> Estimate:
+        return interval(row.mean(role), self.draws(row, role))
+
+    def kept(self, row: Result) -> Estimate:
+        """The part of the pre-trained model's source recall."""
+        assert self.base is not None
+        ratio = row.mean("source") / self.base.mean("source")
+        return interval(ratio, self.draws(row, "source") / self.draws(self.base, "source"))
+
+    def difference(self, row: Result, other: Result, role: str) -> Estimate:
+        """Paired over the items."""
+        return interval(row.mean(role) - other.mean(role), self.draws(row, role) - self.draws(other, role))
+
+    def table(self) -> list[str]:
+        """Markdown."""
+        reference, baseline = self.named(REFERENCE), self.named(BASELINE) or self.named("full")
+        assert self.base is not None
+        lines = [
+            "| method | settings | seeds | target accuracy | − best full FT, points | source recall@1 | kept, % "
+            "| recall − full + WiSE, points | CPU s |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in [self.base, *self.rows]:
+            apart = self.difference(row, reference, "target") if reference and row is not reference else None
+            ahead = self.difference(row, baseline, "source") if baseline and row is not baseline else None
+            cells = [
+                row.choice.name,
+                described(row.choice),
+                str(row.seeds) if row is not self.base else "",
+                self.estimate(row, "target").show(),
+                apart.show(100, 1, "+") + " (tie)" * apart.is_tie if apart else "",
+                self.estimate(row, "source").show(),
+                self.kept(row).show(100, 1),
+                ahead.show(100, 1, "+") + " (tie)" * ahead.is_tie if ahead else "",
+                f"{row.cpu_seconds:.0f}" if row.cpu_seconds else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        return lines
+
+    def verdict(self) -> str:
+        """Whether the goal is reached, and by what."""
+        reference = self.named(REFERENCE)
+        if reference is None or self.base is None:
+            return ""
+        floor = reference.mean("target") - plan.POINT
+        near = [row for row in self.rows if row.mean("target") >= floor]
+        best = max(near, key=lambda row: row.mean("source"))
+        kept = self.kept(best)
+        reached = "reached" if kept.value >= GOAL else "not reached"
+        sure = " (the interval's lower end too)" if kept.low >= GOAL else ""
+        return (
+            f"Within a point of the best full fine-tuning ({reference.mean('target'):.3f}), **{best.choice.name}** "
+            f"keeps most: {kept.show(100, 1)} % of the source recall, at a target accuracy of "
+            f"{best.mean('target'):.3f}, {best.seeds} seed{'s' * (best.seeds > 1)}. "
+            f"The goal of {GOAL:.0%} is {reached}{sure}."
+        )
+
+    def plot(self, path: Path) -> None:
+        """Source kept against target accuracy; a line joins one training run's blends."""
+        assert self.base is not None
+        figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        recall = self.base.mean("source")
+
+        def place(row: Result) -> tuple[float, float]:
+            return 100 * row.mean("target"), 100 * row.mean("source") / recall
+
+        for curve in self.curves.values():
+            colour = GREY if curve[0].choice.name == "full" else BLUE
+            axes.plot(*zip(*map(place, curve), strict=True), "-", color=colour, alpha=0.3, linewidth=1)
+        for number, row in enumerate([self.base, *self.rows]):
+            x, y = place(row)
+            colour = ORANGE if row is self.base else GREY if row.choice.name.startswith("full") else BLUE
+            error = {"xerr": whiskers(self.estimate(row, "target")), "yerr": whiskers(self.kept(row))}
+            axes.errorbar(x, y, **error, fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.25)
+            axes.plot(x, y, "o", color=colour, markersize=11, label=f"{number}  {row.choice.name}")
+            axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=6.5, color="white")
+        points = [place(row) for row in [self.base, *self.rows]]
+        front = [points[i] for i in pareto_front(points)]
+        axes.step(*zip(*front, strict=True), where="pre", color=ORANGE, alpha=0.6, linewidth=1.5, label="Pareto front")
+        reference = self.named(REFERENCE)
+        if reference is not None:
+            floor = 100 * (reference.mean("target") - plan.POINT)
+            axes.axvline(floor, color=GREY, linestyle=":", linewidth=1, label="a point below the best full fine-tuning")
+        axes.axhline(100 * GOAL, color=GREY, linestyle="--", linewidth=1, label=f"{GOAL:.0%} kept")
+        axes.set_xlabel("target accuracy, %")
+        axes.set_ylabel("source recall@1 kept, %")
+        axes.set_title(f"What was learned, and what was kept ({self.split} split)", loc="left", fontweight="bold")
+        axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=0.5)
+        figure.savefig(path)
+
+
+def whiskers(estimate: Estimate) -> list[list[float]]:
+    return [[100 * (estimate.value - estimate.low)], [100 * (estimate.high - estimate.value)]]
+
+
+def same(row: Result, other: Result) -> bool:
+    return (row.choice.settings.key, row.choice.alpha) == (other.choice.settings.key, other.choice.alpha)
+
+
+def every_seed(settings: Settings) -> list[Settings]:
+    """The full runs of tuned settings."""
+    return [settings.for_test(seed) for seed in range(100)]
+
+
+def described(choice: Choice) -> str:
+    """The settings in short."""
+    settings = choice.settings
+    if not settings.lr:
+        return ""
+    parts = [f"lr {settings.lr:g}", *(f"{name} {value:g}" for name, value in settings.ingredients.items())]
+    parts += [f"{settings.texts} texts a step ({settings.text_kind})"] * bool(settings.texts)
+    return ", ".join([*parts, *([f"α {choice.alpha}"] if choice.alpha != "1" else [])])
+
+
+def tuning_table(tuned: list[dict[str, Any]]) -> list[str]:
+    """How much of each method's grid has been run."""
+    lines = ["| method | tuned | grid |", "| --- | ---: | --- |"]
+    for name, settings in plan.GRIDS.items():
+        lines.append(f"| {name} | {len(plan.measured(name, tuned))} of {plan.GRID_SIZE} | {grid_text(settings)} |")
+    return lines
+
+
+def grid_text(settings: list[Settings]) -> str:
+    lrs = ", ".join(f"{lr:g}" for lr in sorted({s.lr for s in settings}))
+    names = sorted({name for s in settings for name in s.ingredients})
+    values = {name: ", ".join(f"{v:g}" for v in sorted({s.ingredients[name] for s in settings})) for name in names}
+    return "; ".join([f"lr {lrs}", *(f"{name} {text}" for name, text in values.items())])
+
+
+def document(tuned: list[dict[str, Any]], tested: list[dict[str, Any]], folder: Path) -> str:
+    """The whole text; draws the plots beside it."""
+    parts = ["# What keeps what the model knew", ""]
+    for split, title in (
+        ("test", "All rows, test split"),
+        ("validation", f"Tuning: {TUNING_ROWS:,} rows, validation split"),
+    ):
+        comparison = Comparison(split, tuned, tested)
+        if comparison.base is None or not comparison.rows:
+            continue
+        comparison.plot(folder / f"{split}.png")
+        parts += [f"## {title}", "", comparison.verdict(), "", *comparison.table(), "", f"![{title}]({split}.png)", ""]
+    parts += [
+        f"In brackets: {CONFIDENCE:.0%} bootstrap intervals, paired over the test items; with several seeds they cover "
+        'the seeds too, with one the items only, not the chance of training. "Tie": the interval of the difference '
+        "holds 0. CPU s: processor seconds of training on one thread.",
+        "",
+        "## What was tuned",
+        "",
+        *tuning_table(tuned),
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.retention.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=records.RESULTS)
+    parsed = parser.parse_args(arguments)
+    tuned = records.load(parsed.results / "validation.jsonl")
+    tested = records.load(parsed.results / "test.jsonl")
+    text = document(tuned, tested, parsed.results)
+    (parsed.results / "retention.md").write_text(text, "utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,295 @@
+"""The diagonal of the Fisher information: how much each weight matters to what a model predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Mode = Literal["exact", "sampled", "empirical"]
+FORMAT = "fastft.Fisher 1"
+IGNORED = -100
+"""The label of positions that do not count, as in ``torch.nn.functional.cross_entropy``."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fisher(Mapping[str, Tensor]):
+    """The diagonal Fisher information, parameter name → tensor of the parameter's shape, float32 or float64."""
+
+    tensors: Mapping[str, Tensor]
+    mode: Mode
+    """Which of the Fishers it is; see :func:`estimate_fisher`."""
+    examples: int
+    """How many examples it is the mean over."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        elements = sum(tensor.numel() for tensor in self.values())
+        return f"Fisher({self.mode}, {self.examples:,} examples, {len(self)} parameters, {elements:,} elements)"
+
+    def normalized(self) -> Fisher:
+        """The same with a mean of 1 over all elements, so that as a weight it leaves an anchor's strength as it is.
+
+        Raises ``ValueError`` if it is 0 everywhere.
+        """
+        elements = sum(tensor.numel() for tensor in self.values())
+        mean = sum(tensor.double().sum().item() for tensor in self.values()) / max(1, elements)
+        if not mean > 0.0:
+            raise ValueError("normalized: expected a Fisher information that is not 0 everywhere")
+        return Fisher({name: tensor / mean for name, tensor in self.items()}, self.mode, self.examples)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, with mode and examples in its header."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.items()}
+        save_file(tensors, path, {"format": FORMAT, "mode": self.mode, "examples": str(self.examples)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Fisher:
+        """What :meth:`save` wrote, on the CPU. Raises ``ValueError`` for another file."""
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise ValueError(f"{path}: expected the format {FORMAT!r}, got {header.get('format')!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        mode = header["mode"]
+        if mode not in get_args(Mode):
+            raise ValueError(f"{path}: expected a mode of {get_args(Mode)}, got {mode!r}")
+        return cls(tensors, mode, int(header["examples"]))
+
+
+def estimate_fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    mode: Mode = "exact",
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    next_token: bool | None = None,
+    seed: int = 0,
+) -> Fisher:
+    r"""Estimate the diagonal Fisher information of the model's parameters, as a mean over examples.
+
+    With p(y|x) the model's distribution and g(y) = ∇ log p(y|x), an example contributes
+
+    - ``"exact"``: Σ_y p(y|x)·g(y)², over all classes: what EWC (Kirkpatrick et al. 2017,
+      https://arxiv.org/abs/1612.00796) means, without sampling noise; one backward pass per class;
+    - ``"sampled"``: g(y)² for one y drawn from p(y|x): the same in expectation; one backward pass;
+    - ``"empirical"``: g(y)² for the given label: not the same unless the model fits the data's distribution;
+      small where the labels are predicted well. One backward pass, and the only one for any loss.
+
+    Gradients are squared example by example. Squaring the mean gradient of a batch instead, as is often done,
+    estimates something else, smaller by up to the batch size (van de Ven 2025, https://arxiv.org/abs/2502.11756).
+
+    An example is one row of a batch; it goes through the model alone (one forward pass for each), which is right for
+    any model whose rows do not depend on each other. The model is evaluated in ``eval`` mode (no dropout, fixed
+    BatchNorm statistics); mode, ``.grad`` and the random state are afterwards as before.
+
+    With logits of shape ``[1, ..., C]``, log p of an example is the sum over the positions whose label is not -100.
+    So in a causal language model an example is a sequence: its label's log-probability is the sum over its tokens,
+    each given the true tokens before it, and what is drawn (or summed over) are the next tokens at each position,
+    independently; ``"exact"`` is then one backward pass for each token and word, for tiny vocabularies only.
+
+    Args:
+        model: the model; parameters that require grad are estimated.
+        batches: mappings of tensors (such as a tokenizer makes, with "labels"), or ``(inputs, labels)``, or only
+            inputs; tensors with the rows along their first dimension, on the model's device. Lists with an item for
+            each row are cut too, numbers and strings are not. Labels are needed for ``"empirical"``, and for more
+            than one position per row, to tell which count.
+        mode: see above.
+        forward: ``forward(model, batch)`` returns the logits ``[rows, ..., C]``. By default, ``model(**batch)``
+            without the labels, or ``model(inputs)``, and of what that returns ``.logits`` if it is no tensor.
+        loss: for ``"empirical"``, ``loss(model, batch)`` returns the loss −log p of a batch of one row: a tensor of
+            one element, summed over what belongs to the row; used instead of the logits.
+        next_token: whether the logits at a position are for the label one further (causal language models). Needed
+            for logits of more than two dimensions, where guessing wrong would go unnoticed.
+        seed: of the draws of ``"sampled"``.
+
+    Returns a :class:`Fisher`: float32 (float64 for float64 parameters), on the parameters' devices.
+
+    Raises ``ValueError`` for options that do not go together, for batches it cannot cut into rows, for logits that do
+    not fit the labels, without a single example, and if gradients are not finite.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode: expected one of {get_args(Mode)}, got {mode!r}")
+    if loss is not None and (mode != "empirical" or forward is not None or next_token is not None):
+        raise ValueError('loss: expected mode="empirical", and neither forward nor next_token beside it')
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("model: expected parameters that require grad, got none")
+    sums = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+        for name, p in named.items()
+    }
+    generator = torch.Generator().manual_seed(seed)
+    parameters = list(named.values())
+    examples = 0
+    with evaluating(model), torch.enable_grad():
+        for row in (row for batch in batches for row in rows_of(batch)):
+            if loss is not None:
+                terms = [(checked_loss(loss(model, row)), 1.0)]
+            else:
+                logits = checked_logits(forward(model, row) if forward is not None else outputs_of(model, row))
+                log_p, labels = positions(logits, labels_of(row), mode, next_token)
+                if log_p.shape[0] == 0:
+                    continue  # no position of it counts
+                terms = terms_of(log_p, labels, mode, generator)
+            for i, (term, weight) in enumerate(terms):
+                more = i + 1 < len(terms)
+                gradients = torch.autograd.grad(term, parameters, retain_graph=more, allow_unused=True)
+                for total, g in zip(sums.values(), gradients, strict=True):
+                    if g is not None:
+                        g = (g if g.layout == torch.strided else g.to_dense()).to(total.dtype)
+                        total.addcmul_(g, g, value=weight)
+            examples += 1
+    if examples == 0:
+        raise ValueError("batches: expected at least one example with a label that counts, got none")
+    for name, total in sums.items():
+        total /= examples
+        if not total.isfinite().all():
+            raise ValueError(f"{name}: its gradients, or their squares, are not finite")
+    return Fisher(sums, mode, examples)
+
+
+def terms_of(
+    log_p: Tensor, labels: Tensor | None, mode: Mode, generator: torch.Generator
+) -> list[tuple[Tensor, float]]:
+    """(what to differentiate, the weight of its squared gradient) for one example; ``log_p`` is [positions, C]."""
+    if mode == "exact":
+        weights = log_p.detach().exp().tolist()
+        return [(log_p[i, c], w) for i, line in enumerate(weights) for c, w in enumerate(line) if w != 0.0]
+    if mode == "sampled":
+        # Drawn on the CPU, so that a seed means the same on every device.
+        labels = torch.multinomial(log_p.detach().cpu().exp(), 1, generator=generator).flatten().to(log_p.device)
+    assert labels is not None
+    return [(log_p.gather(1, labels.unsqueeze(1)).sum(), 1.0)]
+
+
+def positions(
+    logits: Tensor, labels: Tensor | None, mode: Mode, next_token: bool | None
+) -> tuple[Tensor, Tensor | None]:
+    """(log-probabilities [positions, C], labels [positions]) of the positions that count."""
+    if labels is None:
+        if mode == "empirical" or logits.dim() > 2:
+            why = "empirical" if mode == "empirical" else f"logits of shape {list(logits.shape)}"
+            raise ValueError(f'batches: expected labels ("labels", or (inputs, labels)) for {why}, got none')
+        return log_softmax(logits), None
+    if logits.dim() > 2:
+        if next_token is None:
+            raise ValueError(
+                f"next_token: expected True (causal language models) or False for logits of shape "
+                f"{list(logits.shape)}, got None"
+            )
+        if next_token:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+    if labels.shape != logits.shape[:-1] or labels.is_floating_point():
+        raise ValueError(
+            f"batches: expected integer labels of shape {list(logits.shape[:-1])} for logits of shape "
+            f"{list(logits.shape)}, got {labels.dtype} of shape {list(labels.shape)}"
+        )
+    counts = labels != IGNORED
+    kept = labels[counts]
+    classes = logits.shape[-1]
+    wrong = kept[(kept < 0) | (kept >= classes)]
+    if wrong.numel():
+        raise ValueError(f"batches: expected labels from 0 to {classes - 1}, or {IGNORED}, got {int(wrong[0])}")
+    return log_softmax(logits[counts]), kept
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension, in float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+# -- batches and models --------------------------------------------------------------------------------------
+
+
+def rows_of(batch: Any) -> Iterator[Any]:
+    """The batch cut into batches of one row, in its own form."""
+    if not isinstance(batch, (Mapping, Tensor, list, tuple)):
+        raise ValueError(f"batches: expected mappings, (inputs, labels) or tensors, got {type(batch).__name__}")
+    pair = isinstance(batch, (list, tuple))
+    sizes = {size for part in (batch if pair else [batch]) for size in sizes_in(part)}
+    if len(sizes) != 1:
+        raise ValueError(f"batches: expected the same number of rows in all of a batch, got {sorted(sizes)}")
+    for i in range(sizes.pop()):
+        yield tuple(cut(part, i) for part in batch) if pair else cut(batch, i)
+
+
+def sizes_in(value: Any) -> Iterator[int]:
+    """The numbers of rows of what is inside: tensors, lists with an item for each row, mappings of these."""
+    if isinstance(value, Mapping):
+        for part in value.values():
+            yield from sizes_in(part)
+    elif isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0):
+        yield len(value)
+    elif not (value is None or isinstance(value, (Tensor, str, int, float))):
+        raise ValueError(f"batches: expected tensors, lists, numbers and mappings of them, got {type(value).__name__}")
+
+
+def cut(value: Any, i: int) -> Any:
+    """Row ``i`` of it; what has no rows, whole."""
+    if isinstance(value, Mapping):
+        return {key: cut(part, i) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0):
+        return value[i : i + 1]
+    return value
+
+
+def outputs_of(model: nn.Module, batch: Any) -> Any:
+    """The logits, as models usually give them."""
+    inputs = batch[0] if isinstance(batch, tuple) else batch
+    if isinstance(inputs, Mapping):
+        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+    else:
+        outputs = model(inputs)
+    return getattr(outputs, "logits", outputs)
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """The labels, where the batch has them."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    return batch[1] if isinstance(batch, tuple) and len(batch) > 1 else None
+
+
+def checked_logits(logits: Any) -> Tensor:
+    """The logits, if that is what they are."""
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.shape[0] != 1:
+        got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"forward: expected logits of shape [1, ..., classes] for one row, got {got}")
+    return logits
+
+
+def checked_loss(value: Any) -> Tensor:
+    """The loss, if it is one number."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"loss: expected a tensor of one element for one row, got {got}")
+    return value.sum()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for a while; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

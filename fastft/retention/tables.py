@@ -1,0 +1,19 @@
+"""Tables, as aligned text and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    table = [titles, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, aligned the same way."""
+    rule = ["---", *["---:"] * (len(titles) - 1)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (titles, *rows)]
+    return [f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])]

@@ -1,0 +1,203 @@
+"""The retention benchmark: every recipe on the quick problem, and what becomes of its records."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+pytest.importorskip("peft")
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Any:
+    """``benchmarks`` is a folder of the repository and in no wheel."""
+    sys.path.append(str(ROOT))
+    yield
+    sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def found(importable: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    from benchmarks.retention import records
+    from benchmarks.retention.quick import quick
+
+    folder = tmp_path_factory.mktemp("results")
+    with torch.random.fork_rng(devices=[]):
+        quick(folder)
+    return records.load(folder / "digits.jsonl")
+
+
+def score(found: list[dict[str, Any]], method: str, role: str, alpha: str = "1") -> float:
+    """Of the first record of that method."""
+    record = next(r for r in found if r["settings"]["method"] == method)
+    return float(record["scores"][alpha][role]["mean"])
+
+
+def test_every_ingredient_is_tried_and_learns(found: list[dict[str, Any]]) -> None:
+    from benchmarks.retention.recipes import INGREDIENTS
+
+    assert {name for record in found for name in record["settings"]["ingredients"]} == set(INGREDIENTS)
+    probe = score(found, "probe", "target", "0")
+    for record in found:
+        if record["settings"]["method"] != "probe":
+            assert record["scores"]["1"]["target"]["mean"] > probe, record["settings"]
+            assert record["training"]["last_loss"] < record["training"]["first_loss"], record["settings"]
+
+
+def test_full_fine_tuning_forgets_and_its_cures_keep(found: list[dict[str, Any]]) -> None:
+    before, full = score(found, "probe", "source", "0"), score(found, "full", "source")
+    assert full < before - 0.05
+    for cure in ("anchor", "distill", "replay"):
+        assert score(found, cure, "source") > full + 0.04, cure
+    assert score(found, "fresh_head", "source") < full  # features are bent to fit a random head
+    assert score(found, "full", "source", "0.6") > full + 0.04  # WiSE-FT
+
+
+def test_models_leave_as_they_came(importable: Any) -> None:
+    from benchmarks.retention.digits import Digits
+    from benchmarks.retention.recipes import Recipe, blended, fine_tune
+
+    problem = Digits()
+    for ingredients in ({"lora": 4}, {"mixout": 0.5}, {"gradual": 0.5, "layer_decay": 0.5}):
+        model = fine_tune(problem, Recipe(1e-2, ingredients), epochs=1, seed=0).model
+        assert not model.training
+        start = problem.start().state_dict()
+        trained = model.state_dict()
+        assert list(trained) == list(start)
+        moved = [name for name in start if not torch.equal(start[name], trained[name])]
+        assert "encoder.2.mix.weight" in moved
+        halfway = blended(problem, model, 0.5).state_dict()
+        for name, value in start.items():
+            torch.testing.assert_close(halfway[name], (value + trained[name]) / 2)
+
+
+def test_what_is_mixed_in_does_not_change_the_batches(importable: Any) -> None:
+    from benchmarks.retention.digits import Digits
+    from benchmarks.retention.recipes import Recipe, fine_tune
+
+    problem = Digits()
+    plain = fine_tune(problem, Recipe(1e-2), epochs=1, seed=0)
+    barely = fine_tune(problem, Recipe(1e-2, {"distill": 1e-9}), epochs=1, seed=0)
+    assert barely.last_loss == pytest.approx(plain.last_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("ingredients", [{"ancor": 1.0}, {"anchor": 0.0}])
+def test_a_wrong_recipe_is_refused(importable: Any, ingredients: dict[str, float]) -> None:
+    from benchmarks.retention.recipes import Recipe
+
+    with pytest.raises(ValueError, match=r"expected"):
+        Recipe(1e-3, ingredients)
+
+
+def test_records_survive_what_a_killed_run_leaves(importable: Any, tmp_path: Path) -> None:
+    from benchmarks.retention import records
+
+    path = tmp_path / "some.jsonl"
+    records.append(path, {"key": "a"})
+    with path.open("a") as file:
+        file.write('{"key": "cut o')
+    records.append(path, {"key": "b"})
+    assert [record["key"] for record in records.load(path)] == ["a", "b"]
+    items = torch.rand(2001) < 0.3
+    packed = records.pack(items)
+    assert torch.equal(records.unpack(packed), items)
+    assert packed["standard_error"] == pytest.approx(items.double().std().item() / 2001**0.5)
+
+
+def test_a_run_is_claimed_by_one(importable: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.retention import records
+
+    monkeypatch.setattr(records, "WORK", tmp_path)
+    with records.claim("x") as first, records.claim("x") as second, records.claim("y") as other:
+        assert (first, second, other) == (True, False, True)
+    with records.claim("x") as again:
+        assert again
+
+
+def test_command_lines_say_all_of_the_settings(importable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.retention import plan, run
+
+    seen = []
+    monkeypatch.setattr(run, "run_once", lambda settings, results: seen.append(settings))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    planned = list(plan.tuning()) + [settings.for_test(2) for settings in plan.GRIDS["distill + anchor"]]
+    for settings in planned:
+        run.main(settings.arguments())
+    assert seen == planned
+    assert len({settings.key for settings in planned}) == len(planned)
+
+
+def test_every_method_has_the_same_budget(importable: Any) -> None:
+    from benchmarks.retention import plan
+
+    assert {len({s.key for s in grid}) for grid in plan.GRIDS.values()} == {plan.GRID_SIZE}
+
+
+def test_what_keeps_most_within_a_point_is_chosen(importable: Any) -> None:
+    from benchmarks.retention import plan
+
+    def record(settings: Any, scores: dict[str, tuple[float, float]]) -> dict[str, Any]:
+        means = {a: {"target": {"mean": t}, "source": {"mean": s}} for a, (t, s) in scores.items()}
+        return {"key": settings.key, "scores": means}
+
+    full, anchor = plan.GRIDS["full"], plan.GRIDS["anchor"]
+    tuned = [
+        record(full[0], {"1": (0.870, 0.10), "0.8": (0.859, 0.24)}),
+        record(full[1], {"1": (0.862, 0.20), "0.8": (0.861, 0.22)}),
+        record(anchor[0], {"1": (0.850, 0.24), "0.8": (0.855, 0.10)}),
+    ]
+    assert [(c.settings, c.alpha) for c in plan.choices("full", tuned)] == [
+        (full[0], "1"),
+        (full[1], "1"),
+        (full[1], "0.8"),
+    ]
+    # Nothing is within a point: the most accurate.
+    assert [(c.settings, c.alpha) for c in plan.choices("anchor", tuned)] == [(anchor[0], "1"), (anchor[0], "0.8")]
+    planned = list(plan.full_runs(tuned, seeds=(0, 1)))
+    assert planned == [
+        plan.PROBES[1],
+        *(settings.for_test(seed) for seed in (0, 1) for settings in (full[0], full[1], anchor[0])),
+    ]
+
+
+def test_the_report_is_made_of_records_alone(importable: Any, tmp_path: Path) -> None:
+    from benchmarks.retention import plan, records, report
+
+    generator = torch.Generator().manual_seed(0)
+    easy = {"target": torch.rand(400, generator=generator), "source": torch.rand(600, generator=generator)}
+
+    def record(settings: Any, scores: dict[str, tuple[float, float]]) -> dict[str, Any]:
+        packed = {
+            alpha: {"target": records.pack(easy["target"] < t), "source": records.pack(easy["source"] < s)}
+            for alpha, (t, s) in scores.items()
+        }
+        return {"key": settings.key, "settings": {}, "training": {"cpu_seconds": 7.0}, "scores": packed}
+
+    full, distill = plan.GRIDS["full"][0], plan.GRIDS["distill, both"][0]
+    tuned = [
+        record(plan.PROBES[0], {"0": (0.7, 0.5)}),
+        record(full, {"1": (0.9, 0.2)}),
+        record(distill, {"1": (0.9, 0.49)}),
+    ]
+    tested = [
+        record(plan.PROBES[1], {"0": (0.7, 0.5)}),
+        *(record(full.for_test(seed), {"1": (0.9, 0.2 + seed / 100)}) for seed in (0, 1)),
+        record(distill.for_test(0), {"1": (0.9, 0.495)}),
+    ]
+    text = report.document(tuned, tested, tmp_path)
+    assert "**distill, both** keeps most" in text
+    assert "The goal of 97% is reached" in text
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in text.split("## Tuning")[0].splitlines()}
+    assert rows["| full, most accurate"][2] == "2"
+    assert rows["| distill, both"][2] == "1"
+    kept = float(rows["| distill, both"][6].split()[0])
+    source = [float((easy["source"] < s).double().mean()) for s in (0.495, 0.5)]
+    assert kept == pytest.approx(100 * source[0] / source[1], abs=0.051)
+    assert (tmp_path / "test.png").stat().st_size > 10_000
