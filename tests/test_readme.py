@@ -31,7 +31,7 @@ def test_the_snippets_run_in_order(
 
     names: dict[str, Any] = {"batch": batch, "labels": labels, "evaluate": evaluate}
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), names)
     before = dict(transformers.BertForSequenceClassification.from_pretrained(tmp_path / "my-model").named_parameters())
