@@ -128,7 +128,7 @@ def new_parameters(model: nn.Module) -> set[str]:
 
 def decay_groups(args: TrainingArguments, model: nn.Module, lr_decay: float | None) -> list[dict[str, Any]]:
     """Groups of named parameters with and without weight decay, for each layer if they differ in lr."""
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # it makes no use of self
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # it uses no self
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if lr_decay is None:
         return [
@@ -156,7 +156,7 @@ def divided(group: dict[str, Any], factors: set[str], anchor_decay: float) -> li
     return [part for part in parts if part["params"]]
 
 
-class UnfreezeCallback(TrainerCallback):  # type: ignore[misc]
+class UnfreezeCallback(TrainerCallback):
     """Opens layer groups while a ``Trainer`` trains: an :class:`Unfreezer` that lives as long as ``train()``.
 
     It counts optimizer steps, whatever ``gradient_accumulation_steps`` is. Policies that go by what was measured get

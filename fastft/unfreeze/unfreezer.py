@@ -310,14 +310,13 @@ class Unfreezer:
                 p.requires_grad_(False)
         for p in closing:
             p.grad = None
-        if isinstance(self.optimizer, AdamW):
-            self.optimizer.unfreeze(self._in_optimizer(opening))
         bring_back(self.optimizer, opening)
         self._hold()
 
     def _hold(self) -> None:
-        """Keep hold of what is closed; also after a state dict has been loaded into the optimizer."""
+        """Keep hold of what is closed, and of nothing else; a state dict may have brought what was frozen elsewhere."""
         if isinstance(self.optimizer, AdamW):
+            self.optimizer.unfreeze(self._in_optimizer(p for p in self._names if p not in self._closed))
             self.optimizer.freeze(self._in_optimizer(self._closed))
         if self._state_policy == "offload":
             offload(self.optimizer, self._closed)
