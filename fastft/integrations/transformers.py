@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastft.anchor import Anchor, matching
+from fastft.integrations.progress import go_on, numbers
 from fastft.optim import AdamW, layer_decay
 from fastft.optim.adamw import check_anchor_options, check_pull
 from fastft.unfreeze import Policy, Unfreezer, layer_groups
@@ -196,16 +197,7 @@ class UnfreezeCallback(TrainerCallback):
         inner = unwrapped(optimizer)
         self.unfreezer = unfreezer = Unfreezer(model, inner, self.policy, wrapped=around(args), **self.options)
         self._training = True
-        saved = inner.param_groups[0].pop(STATE_KEY, None)
-        if state.global_step:
-            if saved is None:
-                warnings.warn(
-                    f"the checkpoint holds no state of an UnfreezeCallback: its policy goes on at step "
-                    f"{state.global_step}, without what was measured before",
-                    stacklevel=2,
-                )
-                saved = {**unfreezer.state_dict(), "step": state.global_step, "epoch": state.epoch}
-            unfreezer.load_state_dict(saved)
+        go_on(unfreezer, inner.param_groups[0].pop(STATE_KEY, None), state.global_step, state.epoch)
         self._handle = inner.register_state_dict_post_hook(self._add_state)
         warn_of_clipping(args, unfreezer)
 
@@ -226,10 +218,10 @@ class UnfreezeCallback(TrainerCallback):
         if not self._training:
             return
         assert self.unfreezer is not None
-        numbers = {n: v for n, v in (metrics or {}).items() if isinstance(v, (int, float)) and n != "epoch"}
+        measured = numbers(metrics or {})
         if args.world_size > 1:
-            (numbers,) = broadcast_object_list([numbers])
-        self.unfreezer.update(epoch=state.epoch, **numbers)
+            (measured,) = broadcast_object_list([measured])
+        self.unfreezer.update(epoch=state.epoch, **measured)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

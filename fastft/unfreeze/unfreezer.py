@@ -150,7 +150,9 @@ class Unfreezer:
             optimizer.register_load_state_dict_post_hook(lambda _: self._hold()),
         ]
         if mode == "requires_grad":
-            self._handles.append(model.register_forward_pre_hook(ModuleHook(self._before_forward)))
+            # Also inside the model, as a trainer may call its methods rather than itself.
+            for module in dict.fromkeys([model, *requiring_inputs(model)]):
+                self._handles.append(module.register_forward_pre_hook(ModuleHook(self._before_forward)))
         with_unfreezer.add(optimizer)
         try:
             wanted = open_groups(policy, self.progress)

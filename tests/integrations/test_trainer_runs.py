@@ -75,9 +75,7 @@ def test_the_anchor_of_a_resumed_run_is_the_pretrained_model(killed: Path) -> No
     pretrained = dict(
         AutoModelForSequenceClassification.from_pretrained(model_folder(), local_files_only=True).named_parameters()
     )
-    anchors = {
-        key.removeprefix("anchor."): value for key, value in got["moments"].items() if key.startswith("anchor.")
-    }
+    anchors = {key.removeprefix("anchor."): value for key, value in got["moments"].items() if key.startswith("anchor.")}
     assert set(pretrained) - set(anchors) == {"classifier.weight", "classifier.bias"}
     assert_equal(anchors, {name: pretrained[name].detach() for name in anchors})
     moved = {name for name in anchors if not torch.equal(got["params"][name], anchors[name])}
