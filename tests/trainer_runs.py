@@ -160,7 +160,8 @@ def moments(optimizer: Any) -> dict[str, Tensor]:
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
-    return found | {f"anchor.{name}": t.clone() for name, t in saved["fastft"]["anchor"]["tensors"].items()}
+    anchor = saved.get("fastft", {}).get("anchor")
+    return found | {f"anchor.{name}": t.clone() for name, t in (anchor or {"tensors": {}})["tensors"].items()}
 
 
 # -- runs that are killed ------------------------------------------------------------------------------------
