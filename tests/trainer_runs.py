@@ -29,7 +29,8 @@ from transformers import (
 from fastft.demo import corpus
 from fastft.demo.experiment import model_folder
 from fastft.integrations.transformers import UnfreezeCallback, optimizer_cls_and_kwargs
-from fastft.unfreeze import LISA, GradualUnfreeze, OnPlateau
+from fastft.optim import biases_and_norms, layer_decay
+from fastft.unfreeze import LISA, GradualUnfreeze, OnPlateau, layer_groups
 
 Rows = list[dict[str, Any]]
 
@@ -199,7 +200,8 @@ def minilm(folder: Path, kill_at: int | None = None) -> Run:
         save_total_limit=2,
     )
     unfreeze = UnfreezeCallback(GradualUnfreeze(every=3), rewarm_steps=2)
-    adamw = optimizer_cls_and_kwargs(args, model, anchor_decay=30.0, lr_decay=0.8, max_grad_norm=0.5)
+    layers = layer_decay(layer_groups(model), args.learning_rate, 0.8, no_decay=biases_and_norms, weight_decay=0.1)
+    adamw = optimizer_cls_and_kwargs(args, model, anchor_decay=30.0, params=layers, max_grad_norm=0.5)
     trainer = Trainer(
         model,
         args,
@@ -240,10 +242,7 @@ KILL_AT = 7
 RESUME_AT = {"lisa": 6, "plateau": 6, "minilm": 4}
 
 
-def train(folder: Path) -> None:
-    """Each run to its end, and again until it is killed; the last one takes the process with it."""
-    for name, make in RUNS.items():
-        torch.save(make(folder / f"{name}-whole").train(), folder / f"{name}.expected")
+def train_and_die(folder: Path) -> None:
     *others, last = RUNS
     for name in others:
         if os.fork() == 0:
@@ -252,13 +251,6 @@ def train(folder: Path) -> None:
         _, status = os.wait()
         assert os.WIFSIGNALED(status)
     RUNS[last](folder / last, KILL_AT).train()
-
-
-def resume(folder: Path) -> None:
-    for name, make in RUNS.items():
-        run = make(folder / name)
-        torch.rand(7)  # not where the other process was
-        torch.save(run.train(folder / name / f"checkpoint-{RESUME_AT[name]}"), folder / f"{name}.got")
 
 
 # -- two processes -------------------------------------------------------------------------------------------
@@ -310,4 +302,4 @@ if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("error", UserWarning)
-    {"train": train, "resume": resume, "ddp": ddp}[sys.argv[1]](Path(sys.argv[2]))
+    {"train": train_and_die, "ddp": ddp}[sys.argv[1]](Path(sys.argv[2]))

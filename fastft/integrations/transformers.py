@@ -10,8 +10,8 @@
         callbacks=[UnfreezeCallback(GradualUnfreeze(every=100))],
     )
 
-``(fastft.AdamW, {"lr": 2e-5, ...})`` does as well; the function takes what ``args`` says about AdamW, which the Trainer
-leaves out, and finds out what is pre-trained.
+``(fastft.AdamW, {"lr": 2e-5, ...})`` does as well. The function takes lr, betas and eps from ``args``, which the
+Trainer ignores for an optimizer class that it is given, and finds out what is new in the model and so has no anchor.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch.optim import Optimizer
 
 from fastft.anchor import Anchor, matching
 from fastft.integrations.progress import go_on, numbers
-from fastft.optim import AdamW, layer_decay
+from fastft.optim import AdamW
 from fastft.optim.adamw import check_anchor_options, check_pull
-from fastft.unfreeze import Policy, Unfreezer, layer_groups
+from fastft.unfreeze import Policy, Unfreezer
 from fastft.unfreeze.unfreezer import unwrapped
 
 try:
@@ -56,51 +56,51 @@ def optimizer_cls_and_kwargs(
     anchor_decay: float = 0.0,
     anchor: Anchor | None = None,
     exclude: str | Iterable[str] | None = None,
-    lr_decay: float | None = None,
+    params: Iterable[dict[str, Any]] | None = None,
     **options: Any,
 ) -> tuple[type[AdamW], dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with :class:`fastft.AdamW`.
 
-    Call it before the Trainer resumes from a checkpoint, with the model as it was pre-trained: its values now are the
-    anchor. Resuming brings back the anchor of the first run, whatever the model holds by then.
+    Call it before the Trainer is told to resume, with the model as it was pre-trained: its values now are the anchor.
+    Resuming brings back the anchor of the first run, whatever the model holds by then.
 
     Args:
-        args: lr, betas, eps and weight_decay are taken from it. Parameters are divided into those with and without
-            weight decay as the Trainer does it.
+        args: lr, betas, eps and weight_decay are taken from it.
         model: the model that the Trainer gets; with PEFT, after ``get_peft_model``.
         anchor_decay: λ of the pull toward the pre-trained weights, as in :class:`fastft.AdamW`. LoRA's factors are
-            pulled to 0, where the model is as it was pre-trained: that is weight decay, so λ is added to theirs and
+            pulled to 0, where the model is as it was pre-trained: that is weight decay, so λ is added to theirs, and
             nothing is copied.
-        anchor: where to pull to; None: to what the model's trainable, pre-trained parameters are now.
-        exclude: names, glob patterns or module names of what is not pre-trained and stays free. None: what
+        anchor: where to pull to; None: to what the trained parameters that are not new hold now.
+        exclude: names, glob patterns or module names of what is new and stays free. None: what
             :func:`new_parameters` finds.
-        lr_decay: divide lr by this much from each layer to the one below it: in (0, 1], as in
-            :func:`fastft.optim.layer_decay`. Each layer then has parameter groups of its own, as
-            ``UnfreezeCallback(rewarm_steps=...)`` needs. None: the same lr for all.
+        params: groups of named parameters, such as ``layer_decay(layer_groups(model), args.learning_rate)`` of
+            :mod:`fastft.optim` makes. None: as the Trainer divides them, into those with and without weight decay.
         **options: more of :class:`fastft.AdamW`'s. With ``max_grad_norm``, pass ``max_grad_norm=0.0`` to
             ``TrainingArguments``, or the Trainer clips too.
 
-    Raises ``ValueError`` where it cannot tell what is pre-trained, or nothing is that could be held near.
+    Raises ``ValueError`` where it cannot tell what is new, or there is nothing to hold near.
     """
     mode = options.get("anchor_mode", "decoupled")
     check_anchor_options(anchor_decay, mode, "optimizer_cls_and_kwargs")
     check_pull(options.get("lr", args.learning_rate), anchor_decay, mode, "optimizer_cls_and_kwargs")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    factors: set[str] = set()
+    groups = decay_groups(args, model) if params is None else list(params)
     if anchor_decay and anchor is None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         factors = {name for name in trained if LORA_FACTOR.search(name)}
         free = new_parameters(model) if exclude is None else matching(exclude, list(trained))
         anchor = Anchor.snapshot((name, p) for name, p in trained.items() if name not in free | factors)
         if not len(anchor) and not factors:
-            raise ValueError(f"anchor_decay: expected 0 where no trained parameter is pre-trained, got {anchor_decay}")
+            raise ValueError(f"anchor_decay: expected 0 where all that is trained is new, got {anchor_decay}")
         if factors and mode != "decoupled":
             raise ValueError(f'anchor_mode: expected "decoupled" with LoRA, whose anchor is weight decay, got {mode!r}')
-    groups = [part for group in decay_groups(args, model, lr_decay) for part in divided(group, factors, anchor_decay)]
+        pulled: set[Tensor] = {trained[name] for name in factors}
+        groups = [part for group in groups for part in divided(group, pulled, args.weight_decay, anchor_decay)]
     kwargs = {
-        "params": groups,
+        "params": [group for group in groups if group["params"]],
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
         "anchor": anchor,
         "anchor_decay": anchor_decay,
     }
@@ -127,34 +127,25 @@ def new_parameters(model: nn.Module) -> set[str]:
     }
 
 
-def decay_groups(args: TrainingArguments, model: nn.Module, lr_decay: float | None) -> list[dict[str, Any]]:
-    """Groups of named parameters with and without weight decay, for each layer if they differ in lr."""
+def decay_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, Any]]:
+    """The Trainer's groups, with names."""
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # it uses no self
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if lr_decay is None:
-        return [
-            {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": args.weight_decay},
-            {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
-        ]
-    names: dict[Tensor, str] = {p: name for name, p in named}
-    groups = layer_decay(
-        layer_groups(model),
-        args.learning_rate,
-        lr_decay,
-        no_decay=lambda _, p: names.get(p) not in decayed,
-        weight_decay=args.weight_decay,
-    )
-    # The layers' names may lack a prefix that wrappers have put before them.
-    return [{**g, "params": [(names[p], p) for _, p in g["params"] if p in names]} for g in groups]
+    return [
+        {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": args.weight_decay},
+        {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
 
 
-def divided(group: dict[str, Any], factors: set[str], anchor_decay: float) -> list[dict[str, Any]]:
-    """The group without LoRA's factors, and the factors with the weight decay that pulls them to 0."""
-    rest = [(name, p) for name, p in group["params"] if name not in factors]
-    pulled = [(name, p) for name, p in group["params"] if name in factors]
-    parts = [{**group, "params": rest}]
-    parts += [{**group, "params": pulled, "weight_decay": group["weight_decay"] + anchor_decay}]
-    return [part for part in parts if part["params"]]
+def divided(
+    group: dict[str, Any], pulled: set[Tensor], weight_decay: float, anchor_decay: float
+) -> list[dict[str, Any]]:
+    """The group, and apart from it what weight decay pulls to 0 in place of an anchor."""
+    apart = [(name, p) for name, p in group["params"] if p in pulled]
+    if not apart:
+        return [group]
+    more = {"params": apart, "weight_decay": group.get("weight_decay", weight_decay) + anchor_decay}
+    return [{**group, "params": [(n, p) for n, p in group["params"] if p not in pulled]}, {**group, **more}]
 
 
 class UnfreezeCallback(TrainerCallback):

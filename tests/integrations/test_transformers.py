@@ -25,7 +25,8 @@ from unfreeze_cases import assert_equal, bits
 import fastft
 from fastft.integrations import transformers as integration
 from fastft.integrations.transformers import UnfreezeCallback, new_parameters, optimizer_cls_and_kwargs
-from fastft.unfreeze import GradualUnfreeze, OnPlateau
+from fastft.optim import biases_and_norms, layer_decay
+from fastft.unfreeze import GradualUnfreeze, OnPlateau, layer_groups
 
 HEAD = {"classifier.weight", "classifier.bias"}
 NAMES = ("embeddings", *(f"bert.encoder.layer.{i}" for i in range(3)), "head")
@@ -96,22 +97,24 @@ def test_options_go_to_the_optimizer(bert: Any, tmp_path: Path) -> None:
     assert optimizer._max_grad_norm == 0.3
 
 
-def test_each_layer_may_have_its_own_lr(bert: Any, tmp_path: Path) -> None:
-    args = arguments(tmp_path, num_train_epochs=1)
-    model = bert()
-    adamw = optimizer_cls_and_kwargs(args, model, lr_decay=0.5, anchor_decay=1.0)
-    decayed = {id(p) for p in adamw[1]["params"][0]["params"]}
-    run = trainer(
-        model, args, UnfreezeCallback(GradualUnfreeze(every=1), rewarm_steps=2), optimizer_cls_and_kwargs=adamw
-    )
+@pytest.mark.parametrize("adapters", [False, True])
+def test_each_layer_may_have_its_own_lr(adapters: bool, bert: Any, tmp_path: Path) -> None:
+    args = arguments(tmp_path / "run", num_train_epochs=1)
+    model = lora(tmp_path) if adapters else bert()
+    groups = layer_groups(model)
+    params = layer_decay(groups, args.learning_rate, 0.5, no_decay=biases_and_norms)
+    adamw = optimizer_cls_and_kwargs(args, model, params=params, anchor_decay=30.0)
+    unfreeze = UnfreezeCallback(GradualUnfreeze(every=1), rewarm_steps=2)
+    run = trainer(model, args, unfreeze, optimizer_cls_and_kwargs=adamw)
     run.train()
-    groups = run.optimizer.param_groups
-    lr = {group["layer_group"]: group["initial_lr"] for group in groups}
-    assert lr == {name: 1e-3 * 0.5**depth for depth, name in enumerate(reversed(NAMES))}
-    reference = trainer(bert(), args).create_optimizer()
-    names = {n for g in groups if g["weight_decay"] for n in g["param_names"]}
-    assert len(names) == len(reference.param_groups[0]["params"])
-    assert not decayed & {id(p) for g in groups if not g["weight_decay"] for p in g["params"]}
+    made = run.optimizer.param_groups
+    lr = {group["layer_group"]: group["initial_lr"] for group in made}
+    assert lr == {group.name: 1e-3 * 0.5**depth for depth, group in enumerate(reversed(groups))}
+    decay = {p: group["weight_decay"] for group in made for p in group["params"]}
+    assert set(decay) == set(model.parameters())
+    for name, p in model.named_parameters():
+        plain = 0.0 if p.dim() <= 1 else 0.1
+        assert decay[p] == (plain + 30.0 if "lora_" in name else plain), name
 
 
 @pytest.mark.parametrize(
@@ -120,8 +123,10 @@ def test_each_layer_may_have_its_own_lr(bert: Any, tmp_path: Path) -> None:
         ({"anchor_decay": -1.0}, "anchor_decay: expected a finite number >= 0, got -1.0"),
         ({"anchor_decay": 2000.0}, r"lr \* anchor_decay: expected at most 1 .* got 0.001 \* 2000 = 2"),
         ({"anchor_decay": 1.0, "exclude": "clasifier"}, "exclude: 'clasifier' matches no parameter; the closest are"),
-        ({"anchor_decay": 1.0, "exclude": ["bert", "classifier"]}, "no trained parameter is pre-trained"),
-        ({"lr_decay": 2.0}, r"decay: expected a number above 0 and up to 1, got 2.0"),
+        (
+            {"anchor_decay": 1.0, "exclude": ["bert", "classifier"]},
+            "expected 0 where all that is trained is new, got 1.0",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str, bert: Any, tmp_path: Path) -> None:
