@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastft.integrations.progress import go_on, numbers
@@ -95,12 +94,9 @@ class UnfreezeCallback(callback_class()):  # type: ignore[misc]
 
     def on_validation_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Log what was measured; in several processes, what the first one has measured."""
-        if self._fitting and not trainer.sanity_checking:
+        if self._fitting:  # and not in the sanity check before, or in a validation on its own
             assert self.unfreezer is not None
-            measured = trainer.strategy.broadcast(numbers(trainer.callback_metrics))
-            # Lightning validates in inference mode, and tensors made there cannot be trained.
-            with torch.inference_mode(False):
-                self.unfreezer.update(**measured)
+            self.unfreezer.update(**trainer.strategy.broadcast(numbers(trainer.callback_metrics)))
 
     def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Leave the module as it came: everything open."""

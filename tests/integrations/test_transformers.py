@@ -378,16 +378,18 @@ def test_going_back_to_the_best_brings_back_what_was_evaluated(bert: Any, tmp_pa
 
 
 def test_torchs_own_adamw_resumes_too(bert: Any, tmp_path: Path) -> None:
-    def run(resume: str | None = None) -> tuple[Any, Recorder]:
+    def train(resume: str | None = None) -> tuple[Any, Recorder]:
         model = bert()
         unfreeze = UnfreezeCallback(GradualUnfreeze(every=4), state_policy="reset")
         recorder = Recorder(unfreeze)
         args = arguments(tmp_path, optim="adamw_torch", learning_rate=1e-2, num_train_epochs=2)
-        trainer(model, args, unfreeze, recorder).train(resume_from_checkpoint=resume)
+        run = trainer(model, args, unfreeze, recorder)
+        run.train(resume_from_checkpoint=resume)
+        assert integration.STATE_KEY not in run.optimizer.param_groups[0]  # in the saved ones only
         return model, recorder
 
-    model, whole = run()
-    again, resumed = run(str(tmp_path / "checkpoint-6"))
+    model, whole = train()
+    again, resumed = train(str(tmp_path / "checkpoint-6"))
     assert_equal(values(again.named_parameters()), values(model.named_parameters()))
     assert resumed.opened == {step: opened for step, opened in whole.opened.items() if step > 6}
     saved = torch.load(tmp_path / "checkpoint-10" / "optimizer.pt", weights_only=True)
