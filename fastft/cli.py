@@ -14,7 +14,11 @@ from fastft.finetune import add_arguments
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``fastft`` with command-line arguments (``sys.argv``'s by default); its exit status."""
-    options = parser().parse_args(arguments)
+    top = parser()
+    options, unknown = top.parse_known_args(arguments)
+    if unknown:
+        top.prog += f" {options.command}"  # whose --help tells what there is
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command == "finetune":
         from fastft.finetune import run as finetune
 

@@ -64,6 +64,9 @@ def run(flags: Mapping[str, Any], config: Path | None = None) -> int:
         return fail(f"could not finish: {error}; {how_to_go_on(output)}", 1)
     except KeyboardInterrupt:
         return fail(f"interrupted; {how_to_go_on(output)}", 130)
+    except Exception:
+        fail(how_to_go_on(output), 1)
+        raise
     print(file=sys.stderr)
     print(f"{summary}\nWritten to {output}: the model and its tokenizer, report.json, plot.png")
     return 0

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,11 @@ def run_in(output: Path) -> dict[str, Any] | None:
 def refuse_unusable(output: Path, overwrite: bool) -> None:
     """Raise :class:`InputError` if a new run cannot write to ``output``."""
     folder = output / FOLDER
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output: {output} is not a folder")
+    there = next(path for path in (output, *output.resolve().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"--output: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"--output: {there} may not be written to")
     if folder.exists() and not (folder / RUN).is_file():
         raise InputError(f"--output: {folder} is in the way, and not ours; move it, or choose another output")
     if overwrite or not output.exists():
@@ -60,10 +63,7 @@ def working(output: Path, run: dict[str, Any], resume: bool) -> Iterator[Path]:
     folder = output / FOLDER
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output: cannot write to {output}: {error.strerror}") from error
+        folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             for path in () if resume else list(folder.iterdir()):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -109,6 +109,13 @@ def last_whole(folder: Path) -> Path | None:
     """The latest checkpoint that is all there, and was not cut off while it was written or deleted."""
     numbered = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
     return next((checkpoint for checkpoint in numbered if is_whole(checkpoint)), None)
+
+
+def keep_only(folder: Path, steps: Collection[int | None]) -> None:
+    """Delete all other checkpoints."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if step_of(checkpoint) not in steps:
+            shutil.rmtree(checkpoint)
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -20,7 +20,7 @@ from pyarrow import parquet as pyarrow_parquet
 from fastft.anchor import closest
 
 from .errors import InputError
-from .options import CAUSAL_LM, CLASSIFICATION, Options, value_of
+from .options import CAUSAL_LM, CLASSIFICATION, Options
 
 FORMATS = ".csv, .tsv, .jsonl (each also with .gz) or .parquet"
 MOST_LISTED = 12
@@ -214,17 +214,17 @@ def load(options: Options) -> Data:
     """Read the files of a run, hold rows out if there is no --eval, and check that they can be learned from."""
     train = read(options.train, options.text_column, options.label_column)
     notes = []
-    if options.eval is not None:
+    if options.eval_fraction is None:
+        assert options.eval is not None  # it is one or the other
         evaluation = read(options.eval, options.text_column, options.label_column)
         known = {share(text) for text in train.texts}
         if both := sum(share(text) in known for text in evaluation.texts):
             notes.append(f"{both:,} of the {len(evaluation):,} evaluation texts are in --train too")
     else:
-        fraction = value_of(options, "eval_fraction")
-        train, evaluation = held_out(train, fraction)
+        train, evaluation = held_out(train, options.eval_fraction)
         notes.append(
             f"{len(evaluation):,} rows of --train were held out for evaluation: those whose text has a hash in the "
-            f"lowest {fraction:g} of all"
+            f"lowest {options.eval_fraction:g} of all"
         )
     if options.task == CLASSIFICATION:
         check_labels(train, evaluation)

@@ -293,8 +293,8 @@ class Options:
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 BY_CONTENT = ("model", "train", "eval")  # compared by what is in them, wherever they lie
 REQUIRED = ("model", "train", "task", "text_column", "output")
-FALLBACKS = {"epochs": 3.0, "eval_fraction": 0.1}
-"""What counts if neither these nor what excludes them is given."""
+EITHER_OR = {"epochs": ("steps", 3.0), "eval_fraction": ("eval", 0.1), "discriminative_lr": ("layer_decay", None)}
+"""What excludes an option, and what counts if neither is given."""
 
 
 def flag_of(name: str) -> str:
@@ -366,11 +366,13 @@ def options_from(values: Mapping[str, Any]) -> Options:
     missing = [flag_of(name) for name in REQUIRED if name not in values]
     if missing:
         raise InputError(f"missing {', '.join(missing)}")
-    exclusive = (("epochs", "steps"), ("eval", "eval_fraction"), ("discriminative_lr", "layer_decay"))
-    for one, other in exclusive:
+    chosen = dict(values)
+    for one, (other, fallback) in EITHER_OR.items():
         if one in values and other in values:
             raise InputError(f"expected {flag_of(one)} or {flag_of(other)}, got both")
-    options = Options(**values)
+        if other not in values:
+            chosen.setdefault(one, fallback)
+    options = Options(**chosen)
     if options.task == CLASSIFICATION and options.label_column is None:
         raise InputError(f"missing --label-column, which {CLASSIFICATION} needs")
     if options.task == CAUSAL_LM and options.label_column is not None:
@@ -388,12 +390,6 @@ def options_from(values: Mapping[str, Any]) -> Options:
     if isinstance(options.warmup, int) and options.steps is not None and options.warmup > options.steps:
         raise InputError(f"--warmup: expected at most the {options.steps} steps of the run, got {options.warmup}")
     return options
-
-
-def value_of(options: Options, name: str) -> Any:
-    """An option's value, or what counts in its place."""
-    value = getattr(options, name)
-    return FALLBACKS.get(name) if value is None else value
 
 
 def as_json(options: Options) -> dict[str, Any]:

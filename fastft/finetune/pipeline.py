@@ -34,7 +34,6 @@ from .options import (
     from_json,
     make_policy,
     options_from,
-    value_of,
 )
 from .report import Report, write
 from .training import Training, prepare, say, scores
@@ -164,7 +163,7 @@ def get_ready(options: Options) -> Prepared:
             len(data.train),
             options.batch_size,
             steps=options.steps,
-            epochs=value_of(options, "epochs") if options.steps is None else None,
+            epochs=options.epochs,
             accumulate=options.gradient_accumulation,
             warmup=options.warmup,
         )
@@ -222,7 +221,8 @@ def train(start: Start, ready: Prepared, folder: Path) -> Report:
     lrs = [group["initial_lr"] for group in optimizer.param_groups]
     device = str(trainer.args.device)
     trainer.optimizer = trainer.lr_scheduler = None  # make room for the pre-trained weights
-    pretrained.model.config.use_cache = use_cache
+    if use_cache is not None:  # the Trainer has turned it off, and those who generate want it
+        pretrained.model.config.use_cache = use_cache
     moved, layers_moved = model.drift(
         pretrained.model, model.reload(options.model, options.task, pretrained.labels), ready.groups, pretrained.new
     )

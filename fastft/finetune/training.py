@@ -72,6 +72,7 @@ def prepare(
         lr_scheduler_type=SCHEDULES[options.schedule],
         warmup_steps=plan.warmup_steps,
         max_grad_norm=0.0,  # fastft.AdamW clips
+        use_cpu=not torch.cuda.is_available(),  # fastft.AdamW knows these two
         bf16=options.precision == "bfloat16",
         seed=options.seed,
         data_seed=options.seed,
@@ -82,7 +83,6 @@ def prepare(
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         load_best_model_at_end=options.keep == "best",
         # Of a language model the Trainer's loss is a mean over batches, and perplexity goes by tokens.
         metric_for_best_model="loss" if classifies else "perplexity",
@@ -242,7 +242,10 @@ class Stopped(Exception):
 
 
 class Stop(TrainerCallback):
-    """Marks checkpoints as whole once everybody has saved; after Ctrl-C or SIGTERM, ends the run with one."""
+    """Marks a checkpoint as whole once everybody has saved; after Ctrl-C or SIGTERM, ends the run with one.
+
+    Beside the last one, only the best stays; the Trainer itself would delete others before the last one is whole.
+    """
 
     def __init__(self) -> None:
         self.asked: int | None = None
@@ -279,7 +282,9 @@ class Stop(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        checkpoints.mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        folder = Path(args.output_dir)
+        checkpoints.mark_whole(folder / f"checkpoint-{state.global_step}")
+        checkpoints.keep_only(folder, {state.global_step, state.best_global_step})
         if self.asked is not None and state.global_step < state.max_steps:
             raise Stopped(state.global_step, self.asked)
 
