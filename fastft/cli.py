@@ -1,4 +1,4 @@
-"""The command ``fastft``: ``fastft demo`` and ``fastft info``."""
+"""The command ``fastft``: ``fastft finetune``, ``fastft demo`` and ``fastft info``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from fastft.finetune import add_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``fastft`` with command-line arguments (``sys.argv``'s by default); its exit status."""
-    options = parser().parse_args(arguments)
+    top = parser()
+    options, unknown = top.parse_known_args(arguments)
+    if unknown:
+        top.prog += f" {options.command}"  # whose --help tells what there is
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command == "finetune":
+        from fastft.finetune import run as finetune
+
+        return finetune({k: v for k, v in vars(options).items() if k not in ("command", "config")}, options.config)
     if options.command == "demo":
         from fastft.demo import run
 
@@ -20,12 +31,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, instead of listing all there is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(
-        prog="fastft", description="Fine-tune large pre-trained models without losing what they know."
-    )
+    top = Parser(prog="fastft", description="Fine-tune large pre-trained models without losing what they know.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    finetune = commands.add_parser(
+        "finetune",
+        help="fine-tune a model on your own rows",
+        description="Fine-tunes a pre-trained model on a file of texts, with fastft.AdamW in the Hugging Face Trainer. "
+        "Prints what it was before and is after, and leaves a folder that from_pretrained loads.",
+        allow_abbrev=False,
+    )
+    add_arguments(finetune)
 
     demo = commands.add_parser(
         "demo",

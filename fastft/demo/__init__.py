@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from .output import OutputError, staged
+from fastft.output import OutputError, staged
 
 __all__ = ["run"]
 

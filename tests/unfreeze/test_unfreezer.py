@@ -608,6 +608,34 @@ def test_held_statistics_are_reported() -> None:
     assert "running statistics stay as they are in 4 closed modules" in unfreezer.report().notes
 
 
+# -- metrics that come late ----------------------------------------------------------------------------------
+
+
+@MODES
+def test_metrics_may_follow_the_step_they_belong_to(mode: Any) -> None:
+    """As one call, but for the step that was counted before."""
+    runs = []
+    for late in (False, True):
+        model = Stack()
+        optimizer = adamw(model)
+        unfreezer = Unfreezer(model, optimizer, OnPlateau("loss", patience=1, restore_best=True), mode=mode)
+        changes = []
+        for step, loss in enumerate([1.0, 0.5, 0.7, 0.6]):
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            if late:
+                assert not unfreezer.step()
+                changes.append(unfreezer.update(epoch=step / 2, loss=loss))
+            else:
+                changes.append(unfreezer.step(epoch=step / 2, loss=loss))
+        runs.append((params(model), unfreezer, changes))
+    assert_equal(runs[0][0], runs[1][0])
+    assert runs[0][1].progress == runs[1][1].progress
+    assert runs[0][1].progress.step == 4
+    assert runs[0][2] == runs[1][2] == [False, False, True, True]
+
+
 # -- going back to the best ----------------------------------------------------------------------------------
 
 
@@ -742,6 +770,26 @@ def test_another_policy_may_take_over() -> None:
     assert [row.open_since for row in second.report().rows] == [15, None, None, None, None, 0]
 
 
+@pytest.mark.parametrize("order", ["optimizer first", "unfreezer first"])
+def test_another_policy_opens_what_the_optimizer_was_saved_with_as_frozen(order: str) -> None:
+    saved = Stack()
+    optimizer = adamw(saved)
+    first = Unfreezer(saved, optimizer, phases(("head",)), mode="mask")
+    steps(saved, optimizer, first, 1)
+
+    model = Stack()
+    optimizer = adamw(model)
+    if order == "optimizer first":
+        optimizer.load_state_dict(first.optimizer.state_dict())
+    second = Unfreezer(model, optimizer, Always(), mode="mask")
+    if order == "unfreezer first":
+        optimizer.load_state_dict(first.optimizer.state_dict())
+    second.load_state_dict(first.state_dict())
+    before = bits(params(model))
+    steps(model, optimizer, second, 1)
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -851,6 +899,8 @@ def test_a_closure_computes_gradients_in_time() -> None:
         ({"tied": "open"}, "tied: expected one of 'raise', 'closed', got 'open'"),
         ({"rewarm_steps": -1}, "rewarm_steps: expected an integer >= 0, got -1"),
         ({"groups": ["embed"]}, "groups: expected every parameter in exactly one group"),
+        ({"wrapped": ["deepspeed"]}, "wrapped: expected one of 'ddp', .*, got 'deepspeed'"),
+        ({"wrapped": "ddp"}, "wrapped in DistributedDataParallel"),
         ({"mode": "mask"}, 'mode: expected "requires_grad" with SGD; "mask" needs fastft.AdamW'),
     ],
 )
@@ -919,6 +969,14 @@ def test_wrapped_optimizers_are_unwrapped() -> None:
     inner = adamw(model)
     unfreezer = Unfreezer(model, Wrapped(inner), GradualUnfreeze(1), mode="mask")
     assert unfreezer.optimizer is inner
+
+
+def test_what_is_told_to_be_around_the_model_counts_as_if_it_were_seen() -> None:
+    model = Stack()
+    unfreezer = Unfreezer(model, adamw(model), GradualUnfreeze(1), mode="mask", wrapped=["ddp"])
+    backward(model, 0)
+    assert all(p.grad is not None for p in model.parameters())  # all gradients that DDP waits for
+    assert "as the model is wrapped in DistributedDataParallel" in unfreezer.report().notes[0]
 
 
 def test_nothing_keeps_a_finished_run_alive() -> None:

@@ -25,7 +25,7 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
     refuse_unusable(output, overwrite)
     existed = output.exists()
     # Inside an existing folder, which may be a mount of its own; beside a new one. Either way a rename suffices.
-    staging = (output if existed else output.parent) / f".fastft-demo-{secrets.token_hex(4)}"
+    staging = (output if existed else output.parent) / f".fastft-{secrets.token_hex(4)}"
     new_parents = [parent for parent in staging.parents if not parent.exists()]
     try:
         make_folder(staging)

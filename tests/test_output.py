@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastft.demo.output import OutputError, staged
+from fastft.output import OutputError, staged
 
 
 def write_all(folder: Path) -> None:

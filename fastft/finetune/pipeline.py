@@ -1,0 +1,306 @@
+"""The whole run: read, check, train, write. Nothing is written before everything was checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+from transformers import set_seed
+
+from fastft.environment import environment, quiet_transformers
+from fastft.nn import fuse_dropout_
+from fastft.optim import AdamW, TrainingPlan, plan_training
+from fastft.output import staged
+from fastft.unfreeze import LayerGroup, Phases, Progress, layer_groups
+from fastft.unfreeze.policies import GroupInfo, Phase, open_groups
+from fastft.unfreeze.unfreezer import unwrapped
+
+from . import checkpoints, model
+from .data import Data, listed, load, sorted_labels, tokenized
+from .errors import InputError
+from .model import Pretrained
+from .options import (
+    BY_CONTENT,
+    Options,
+    as_json,
+    first_difference,
+    flag_of,
+    from_json,
+    make_policy,
+    options_from,
+)
+from .report import Report, write
+from .training import Training, prepare, say, scores
+
+PACKAGES = ("transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "matplotlib")
+
+
+@dataclasses.dataclass
+class Start:
+    """What a run begins, or goes on, with."""
+
+    options: Options
+    run: dict[str, Any]
+    """What ``run.json`` holds."""
+    resumed: bool
+
+
+@dataclasses.dataclass
+class Prepared:
+    """All that is needed to train, checked."""
+
+    data: Data
+    pretrained: Pretrained
+    groups: list[LayerGroup]
+    plan: TrainingPlan
+    train: datasets.Dataset
+    evaluation: datasets.Dataset
+    cut: int
+    notes: list[str]
+
+
+def finetune(values: Mapping[str, Any]) -> str:
+    """Run with these values of :class:`Options`; the table to print.
+
+    Raises :class:`InputError` for what the user has to change, and then nothing was written;
+    :class:`fastft.finetune.training.Stopped` after a signal, with a checkpoint left to go on from.
+    """
+    began = time.perf_counter()
+    with quiet_transformers(), quiet_datasets():
+        start = begin(values)
+        options = start.options
+        set_seed(options.seed)
+        ready = get_ready(options)
+        for line in (about_model(ready), *ready.notes, about_plan(ready.plan, options)):
+            say(line)
+        with checkpoints.working(options.output, start.run, start.resumed) as folder:
+            report = train(start, ready, folder)
+            report.seconds = time.perf_counter() - began
+            with staged(options.output, overwrite=True) as place:
+                save(ready.pretrained, options.model, place)
+                summary = write(report, place)
+    return summary
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """No bars of datasets where nobody watches them."""
+    bars = datasets.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def begin(values: Mapping[str, Any]) -> Start:
+    """Find out which options count: those given or, for a run that goes on, those it was started with."""
+    output = values.get("output")
+    if not values.get("resume"):
+        options = options_from(values)
+        if options.output.resolve() == options.model.resolve():
+            raise InputError(f"--output: expected another folder than --model, got {options.output} for both")
+        checkpoints.refuse_unusable(options.output, options.overwrite)
+        run = {"version": checkpoints.VERSION, "options": as_json(options), "digests": digests(options)}
+        return Start(options, run, resumed=False)
+
+    if output is None:
+        raise InputError("missing --output: the folder of the run to go on with")
+    if values.get("overwrite"):
+        raise InputError("expected --resume or --overwrite, got both")
+    found = checkpoints.run_in(output)
+    if found is None:
+        finished = (output / "report.json").is_file()
+        raise InputError(
+            f"--resume: the run in {output} is finished; start a new one with --overwrite"
+            if finished
+            else f"--resume: there is no unfinished run in {output}; start one without --resume"
+        )
+    stored = from_json(found["options"])
+    if difference := first_difference(values, stored):
+        raise InputError(f"{difference}; leave it out to go on, or start anew with --overwrite")
+    options = options_from({**stored, **values})
+    now = digests(options)
+    for name in BY_CONTENT:
+        if now.get(name) != found["digests"].get(name):
+            raise InputError(
+                f"{flag_of(name)}: {getattr(options, name)} does not hold what it did when the run was started; "
+                "bring that back, or start anew with --overwrite"
+            )
+    return Start(options, found, resumed=True)
+
+
+def digests(options: Options) -> dict[str, str]:
+    """Hashes of what a run reads."""
+    found = {}
+    for name in BY_CONTENT:
+        path = getattr(options, name)
+        if path is not None and path.exists():  # what is missing is told about where it is read
+            found[name] = checkpoints.digest(path)
+    return found
+
+
+def get_ready(options: Options) -> Prepared:
+    """Read and check everything."""
+    data = load(options)
+    labels = sorted_labels(data.train.counts)
+    pretrained = model.load(options.model, options.task, labels)
+    limit = model.token_limit(pretrained.model, pretrained.tokenizer)
+    if options.max_length is not None and limit is not None and options.max_length > limit:
+        raise InputError(
+            f"--max-length: expected at most {limit:,}, the most that the model can take, got {options.max_length:,}"
+        )
+    try:
+        plan = plan_training(
+            len(data.train),
+            options.batch_size,
+            steps=options.steps,
+            epochs=options.epochs,
+            accumulate=options.gradient_accumulation,
+            warmup=options.warmup,
+        )
+        groups = layer_groups(pretrained.model, options.layer_groups)
+        check_policy(options, groups)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+    ids = {label: i for i, label in enumerate(pretrained.labels)}
+    notes = [f"{len(data.train):,} rows to train on, {len(data.evaluation):,} to evaluate on", *data.notes]
+    train, cut_train = tokenized(data.train, pretrained.tokenizer, limit, options, ids)
+    evaluation, cut_evaluation = tokenized(data.evaluation, pretrained.tokenizer, limit, options, ids)
+    if cut := cut_train + cut_evaluation:
+        rows = len(data.train) + len(data.evaluation)
+        notes.append(f"{cut:,} of {rows:,} texts were cut off after {options.max_length:,} tokens")
+    notes += pretrained.notes
+    if options.fuse_dropout:
+        done = fuse_dropout_(pretrained.model)
+        notes.append(f"dropout: {len(done.swapped)} swapped, {len(done.fused)} fused with what follows them")
+    return Prepared(data, pretrained, groups, plan, train, evaluation, cut, notes)
+
+
+def check_policy(options: Options, groups: list[LayerGroup]) -> None:
+    """Raise where the policy does not fit the model, also in its later phases."""
+    if options.unfreeze is None:
+        return
+    policy = make_policy(options.unfreeze, options.seed)
+    infos = tuple(GroupInfo(group.name, group.kind) for group in groups)
+    starts = [cast(Phase, phase).start for phase in policy.phases] if isinstance(policy, Phases) else [0]
+    for start in starts:
+        open_groups(policy, Progress(int(start), infos, epoch=start))
+
+
+def train(start: Start, ready: Prepared, folder: Path) -> Report:
+    """Evaluate, train, evaluate; the report, but for the time of all."""
+    options, pretrained = start.options, ready.pretrained
+    use_cache = getattr(pretrained.model.config, "use_cache", None)
+    training = prepare(options, pretrained, ready.groups, ready.plan, ready.train, ready.evaluation, folder)
+    trainer = training.trainer
+    if "before" not in start.run:
+        start.run["before"] = scores(trainer.evaluate(), options.task)
+        checkpoints.write_json(folder / checkpoints.RUN, start.run)
+    last = checkpoints.last_whole(folder)
+    if last is not None:
+        say(f"going on after step {checkpoints.step_of(last):,}")
+    set_seed(options.seed)  # whatever was drawn before
+    seconds = run_trainer(training, last)
+
+    state = trainer.state
+    history = list(state.log_history)  # without the evaluation that follows
+    chosen = state.best_model_checkpoint if options.keep == "best" else None
+    after = scores(trainer.evaluate(), options.task)
+    optimizer = cast(AdamW, unwrapped(trainer.optimizer))
+    skipped = int(optimizer.skipped_steps)
+    lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    device = str(trainer.args.device)
+    trainer.optimizer = trainer.lr_scheduler = None  # make room for the pre-trained weights
+    if use_cache is not None:  # the Trainer has turned it off, and those who generate want it
+        pretrained.model.config.use_cache = use_cache
+    moved, layers_moved = model.drift(
+        pretrained.model, model.reload(options.model, options.task, pretrained.labels), ready.groups, pretrained.new
+    )
+    return Report(
+        task=options.task,
+        options=as_json(options),
+        plan=dataclasses.asdict(ready.plan),
+        data=about_data(ready, start),
+        model={
+            "class": type(pretrained.model).__name__,
+            "parameters": sum(p.numel() for p in pretrained.model.parameters()),
+            "new": pretrained.new,
+            "layers": {group.name: group.numel for group in ready.groups},
+        },
+        before=start.run["before"],
+        after=after,
+        kept={
+            "step": state.global_step if chosen is None else checkpoints.step_of(Path(chosen)),
+            "of": state.global_step,
+            "best": chosen is not None,
+        },
+        drift=moved,
+        layer_drift=layers_moved,
+        history=history,
+        lr_ratios=(min(lrs) / lrs[0], max(lrs) / lrs[0]),
+        skipped_steps=skipped,
+        resumed_from=None if last is None else checkpoints.step_of(last),
+        training_seconds=seconds,
+        seconds=0.0,
+        notes=ready.notes,
+        environment={**environment(PACKAGES), "device": device},
+    )
+
+
+def run_trainer(training: Training, checkpoint: Path | None) -> float:
+    """Train to the end, or until a signal comes; the seconds that it took."""
+    began = time.perf_counter()
+    with training.stop.listening():
+        training.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return time.perf_counter() - began
+
+
+def about_model(ready: Prepared) -> str:
+    """The model in a line."""
+    loaded = ready.pretrained
+    size = sum(p.numel() for p in loaded.model.parameters())
+    new = f"; new: {listed(loaded.new)}" if loaded.new else ""
+    return f"{type(loaded.model).__name__}, {size:,} parameters in {len(ready.groups)} layers{new}"
+
+
+def about_plan(plan: TrainingPlan, options: Options) -> str:
+    """The length of the run in a line."""
+    epochs = plan.total_steps / plan.steps_per_epoch
+    return (
+        f"{plan.total_steps:,} steps of {plan.effective_batch_size:,} rows ({epochs:.3g} epochs), "
+        f"lr {options.lr:g} after {plan.warmup_steps:,} steps to warm up"
+    )
+
+
+def about_data(ready: Prepared, start: Start) -> dict[str, Any]:
+    """What the report says of the rows."""
+    train, evaluation = ready.data.train.counts, ready.data.evaluation.counts
+    return {
+        "train_rows": len(ready.data.train),
+        "evaluation_rows": len(ready.data.evaluation),
+        "cut_texts": ready.cut,
+        "labels": {
+            label: {"id": i, "train": train[label], "evaluation": evaluation.get(label, 0)}
+            for i, label in enumerate(ready.pretrained.labels)
+        },
+        "sha256": start.run["digests"],
+    }
+
+
+def save(pretrained: Pretrained, folder: Path, place: Path) -> None:
+    """Save the model, in one file so that none of an earlier result stays in use, and its tokenizer."""
+    pretrained.model.save_pretrained(place, max_shard_size=2**62)
+    # Loaded anew: the one that was used has our max_length written into it.
+    model.load_tokenizer(folder).save_pretrained(place)
+    for weights in place.glob("*.safetensors"):  # safetensors keeps them from everyone else
+        weights.chmod((place / "config.json").stat().st_mode)

@@ -1,0 +1,34 @@
+"""What the callbacks share: how an unfreezer goes on, and what it hears of an evaluation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fastft.unfreeze import Unfreezer
+
+
+def go_on(unfreezer: Unfreezer, saved: Mapping[str, Any] | None, step: int, epoch: float) -> None:
+    """Bring an unfreezer that was just made to where training is: ``step`` optimizer steps, ``epoch`` epochs.
+
+    With a state of that step, exactly; with none, or one of another step, as far as the policy goes by the clock.
+    """
+    if step == 0:
+        return
+    if saved is None or saved["step"] != step:
+        warnings.warn(
+            f"no state of an UnfreezeCallback was saved at step {step}: its policy goes on there, without what was "
+            "measured before",
+            stacklevel=3,
+        )
+        saved = {**unfreezer.state_dict(), "step": step, "epoch": epoch}
+    unfreezer.load_state_dict(saved)
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are single numbers; not the epoch, which some count among them."""
+    single = {k: v for k, v in metrics.items() if not isinstance(v, Tensor) or v.numel() == 1}
+    return {k: float(v) for k, v in single.items() if isinstance(v, (int, float, Tensor)) and k != "epoch"}

@@ -1,0 +1,264 @@
+"""fastft in the Hugging Face ``Trainer``: its optimizer as one argument, its unfreezer as a callback.
+
+.. code-block:: python
+
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=rows,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, model, anchor_decay=100.0),
+        callbacks=[UnfreezeCallback(GradualUnfreeze(every=100))],
+    )
+
+``(fastft.AdamW, {"lr": 2e-5, ...})`` does as well. The function takes lr, betas and eps from ``args``, which the
+Trainer ignores for an optimizer class that it is given, and finds out what is new in the model and so has no anchor.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastft.anchor import Anchor, matching
+from fastft.integrations.progress import go_on, numbers
+from fastft.optim import AdamW
+from fastft.optim.adamw import check_anchor_options, check_pull
+from fastft.unfreeze import Policy, Unfreezer
+from fastft.unfreeze.unfreezer import unwrapped
+
+try:
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import broadcast_object_list
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        f"fastft.integrations.transformers needs transformers and accelerate ({error}): "
+        'python -m pip install "fastft[transformers]"'
+    ) from error
+
+STATE_KEY = "fastft_unfreezer"
+# LoRA's factors, also of embeddings: what they add to the pre-trained weights is zero where they are.
+LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\b")
+# PEFT trains a copy of a whole module; the original stays beside it.
+PEFT_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")
+
+
+def optimizer_cls_and_kwargs(
+    args: TrainingArguments,
+    model: nn.Module,
+    *,
+    anchor_decay: float = 0.0,
+    anchor: Anchor | None = None,
+    exclude: str | Iterable[str] | None = None,
+    params: Iterable[dict[str, Any]] | None = None,
+    **options: Any,
+) -> tuple[type[AdamW], dict[str, Any]]:
+    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with :class:`fastft.AdamW`.
+
+    Call it before the Trainer is told to resume, with the model as it was pre-trained: its values now are the anchor.
+    Resuming brings back the anchor of the first run, whatever the model holds by then.
+
+    Args:
+        args: lr, betas, eps and weight_decay are taken from it.
+        model: the model that the Trainer gets; with PEFT, after ``get_peft_model``.
+        anchor_decay: λ of the pull toward the pre-trained weights, as in :class:`fastft.AdamW`. LoRA's factors are
+            pulled to 0, where the model is as it was pre-trained: that is weight decay, so λ is added to theirs, and
+            nothing is copied.
+        anchor: where to pull to; None: to what the trained parameters that are not new hold now.
+        exclude: names, glob patterns or module names of what is new and stays free. None: what
+            :func:`new_parameters` finds.
+        params: groups of named parameters, such as ``layer_decay(layer_groups(model), args.learning_rate)`` of
+            :mod:`fastft.optim` makes. None: as the Trainer divides them, into those with and without weight decay.
+        **options: more of :class:`fastft.AdamW`'s. With ``max_grad_norm``, pass ``max_grad_norm=0.0`` to
+            ``TrainingArguments``, or the Trainer clips too.
+
+    Raises ``ValueError`` where it cannot tell what is new, or there is nothing to hold near.
+    """
+    mode = options.get("anchor_mode", "decoupled")
+    check_anchor_options(anchor_decay, mode, "optimizer_cls_and_kwargs")
+    check_pull(options.get("lr", args.learning_rate), anchor_decay, mode, "optimizer_cls_and_kwargs")
+    groups = decay_groups(args, model) if params is None else list(params)
+    if anchor_decay and anchor is None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        factors = {name for name in trained if LORA_FACTOR.search(name)}
+        free = new_parameters(model) if exclude is None else matching(exclude, list(trained))
+        anchor = Anchor.snapshot((name, p) for name, p in trained.items() if name not in free | factors)
+        if not len(anchor) and not factors:
+            raise ValueError(f"anchor_decay: expected 0 where all that is trained is new, got {anchor_decay}")
+        if factors and mode != "decoupled":
+            raise ValueError(f'anchor_mode: expected "decoupled" with LoRA, whose anchor is weight decay, got {mode!r}')
+        pulled: set[Tensor] = {trained[name] for name in factors}
+        groups = [part for group in groups for part in divided(group, pulled, args.weight_decay, anchor_decay)]
+    kwargs = {
+        "params": [group for group in groups if group["params"]],
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        "anchor": anchor,
+        "anchor_decay": anchor_decay,
+    }
+    return AdamW, {**kwargs, **options}
+
+
+def new_parameters(model: nn.Module) -> set[str]:
+    """The names of the parameters that ``from_pretrained`` did not find in the checkpoint: a new head, often.
+
+    Raises ``ValueError`` if it cannot tell: the model was made from a config, copied, or loaded by transformers 4.
+    """
+    loaded = {
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if getattr(p, "_is_hf_initialized", False)  # transformers' mark of what it has loaded
+    }
+    if not loaded:
+        raise ValueError(
+            "exclude: cannot tell which parameters are new, as none is known to come from a checkpoint; pass their "
+            'names, such as info["missing_keys"] of from_pretrained(..., output_loading_info=True), or () if none is'
+        )
+    return {
+        name for name, _ in model.named_parameters() if not {name, PEFT_COPY.sub(".original_module.", name)} & loaded
+    }
+
+
+def decay_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, Any]]:
+    """The Trainer's groups, with names."""
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # it uses no self
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": args.weight_decay},
+        {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def divided(
+    group: dict[str, Any], pulled: set[Tensor], weight_decay: float, anchor_decay: float
+) -> list[dict[str, Any]]:
+    """The group, and apart from it what weight decay pulls to 0 in place of an anchor."""
+    apart = [(name, p) for name, p in group["params"] if p in pulled]
+    if not apart:
+        return [group]
+    more = {"params": apart, "weight_decay": group.get("weight_decay", weight_decay) + anchor_decay}
+    return [{**group, "params": [(n, p) for n, p in group["params"] if p not in pulled]}, {**group, **more}]
+
+
+class UnfreezeCallback(TrainerCallback):
+    """Opens layer groups while a ``Trainer`` trains: an :class:`Unfreezer` that lives as long as ``train()``.
+
+    It counts optimizer steps, whatever ``gradient_accumulation_steps`` is. Policies that go by what was measured get
+    the numbers of each evaluation under the Trainer's names: ``OnPlateau("eval_loss")``. Its state is saved with the
+    optimizer's, so ``resume_from_checkpoint`` goes on in the middle of the schedule.
+
+    In several processes (DDP), with ``torch_compile``, and for models that are compiled, ``mode="mask"`` is needed.
+
+    Args:
+        policy: what is open when, as for :class:`Unfreezer`.
+        **options: of :class:`Unfreezer`; what is ``wrapped`` around the model is found out.
+    """
+
+    unfreezer: Unfreezer | None
+    """The one of the current or the last ``train()``; ``print(callback.unfreezer.report())``."""
+
+    def __init__(self, policy: Policy, **options: Any) -> None:
+        inspect.signature(Unfreezer).bind(None, None, policy, **options)  # raises for an unknown option, at once
+        self.policy = policy
+        self.options = options
+        self.unfreezer = None
+        self._training = False
+        self._handle: Any = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Make the unfreezer; the Trainer has loaded its checkpoint by now."""
+        self._close()  # of a run that was interrupted
+        assert model is not None
+        inner = unwrapped(optimizer)
+        self.unfreezer = unfreezer = Unfreezer(model, inner, self.policy, wrapped=around(args), **self.options)
+        self._training = True
+        go_on(unfreezer, inner.param_groups[0].pop(STATE_KEY, None), state.global_step, state.epoch)
+        self._handle = inner.register_state_dict_post_hook(self._add_state)
+        warn_of_clipping(args, unfreezer)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count an optimizer step."""
+        assert self.unfreezer is not None
+        self.unfreezer.step(epoch=state.epoch)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log what was measured; in several processes, what the first one has measured."""
+        if not self._training:
+            return
+        assert self.unfreezer is not None
+        measured = numbers(metrics or {})
+        if args.world_size > 1:
+            (measured,) = broadcast_object_list([measured])
+        self.unfreezer.update(epoch=state.epoch, **measured)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as it came: everything open."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._training:
+            assert self.unfreezer is not None
+            self._training = False
+            self._handle.remove()
+            self.unfreezer.close()
+
+    def _add_state(self, optimizer: Optimizer, packed: dict[str, Any]) -> None:
+        """Into a group, as that is what every optimizer takes back as it was; so it is saved wherever moments are."""
+        assert self.unfreezer is not None
+        packed["param_groups"][0][STATE_KEY] = self.unfreezer.state_dict()
+
+
+def around(args: TrainingArguments) -> set[str]:
+    """What the Trainer has put around the model, of which callbacks get the inside: see ``Unfreezer(wrapped=...)``."""
+    accelerator = AcceleratorState()
+    found = set()
+    if accelerator.distributed_type.value.startswith("MULTI_"):
+        found.add("ddp")
+    elif args.n_gpu > 1:
+        found.add("data_parallel")
+    if args.torch_compile or accelerator.dynamo_plugin.backend.value != "NO":
+        found.add("compile")
+    return found
+
+
+def warn_of_clipping(args: TrainingArguments, unfreezer: Unfreezer) -> None:
+    """Tell of gradients that the Trainer clips before the step does, or by a norm that closed groups count in."""
+    optimizer = unfreezer.optimizer
+    if not args.max_grad_norm:
+        return
+    if isinstance(optimizer, AdamW) and optimizer._max_grad_norm is not None:
+        trouble = "the Trainer clips before fastft.AdamW does"
+    elif unfreezer.mode == "mask" and around(args):
+        trouble = "the norm that the Trainer clips by counts closed groups, too"
+    else:
+        return
+    warnings.warn(
+        f"{trouble}: pass max_grad_norm to fastft.AdamW and max_grad_norm=0.0 to TrainingArguments (it is "
+        f"{args.max_grad_norm})",
+        stacklevel=3,
+    )

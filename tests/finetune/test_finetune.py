@@ -1,0 +1,316 @@
+"""``fastft finetune`` from end to end: real files, a real model, and tiny ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import finetune_cases as cases
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from fastft import cli, finetune
+
+Options = dict[str, Any]
+
+
+def report_of(output: Path) -> Any:
+    return json.loads((output / "report.json").read_text(encoding="utf-8"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    import csv
+
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def classified(output: Path, rows: list[dict[str, str]], max_length: int) -> tuple[float, float]:
+    """(accuracy, loss) of the model in a folder, as its user computes them."""
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    texts = [row["text"] for row in rows]
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    labels = torch.tensor([model.config.label2id[row["label"]] for row in rows])
+    named = [model.config.id2label[i] for i in logits.argmax(1).tolist()]
+    right = [name == row["label"] for name, row in zip(named, rows, strict=True)]
+    return sum(right) / len(right), cross_entropy(logits, labels).item()
+
+
+@pytest.fixture(scope="module")
+def minilm_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, cases.Done, list[dict[str, str]]]:
+    """A short run of the real MiniLM with all that keeps and opens: (output, what was said, evaluation rows)."""
+    folder = tmp_path_factory.mktemp("minilm")
+    rows = cases.review_rows(64)
+    done = cases.finetune(
+        model=cases.minilm(folder / "model"),
+        train=cases.write_rows(folder / "train.tsv.gz", rows[:40]),
+        eval=cases.write_rows(folder / "eval.parquet", rows[40:]),
+        task="text-classification",
+        text_column="text",
+        label_column="label",
+        output=folder / "a" / "tuned",
+        steps=6,
+        checkpoint_every=3,
+        batch_size=8,
+        lr=1e-3,
+        max_length=12,
+        anchor_decay=50,
+        unfreeze=["gradual", "every=2"],
+        layer_decay=0.9,
+        rewarm_steps=1,
+        fuse_dropout=True,
+        keep="last",
+    )
+    assert done.status == 0, done.err
+    return folder / "a" / "tuned", done, rows[40:]
+
+
+def test_the_output_loads_and_scores_what_was_reported(minilm_run: tuple[Path, cases.Done, Any]) -> None:
+    output, _, rows = minilm_run
+    report = report_of(output)
+    accuracy, loss = classified(output, rows, max_length=12)
+    assert report["after"]["accuracy"] == pytest.approx(accuracy)
+    assert report["after"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert report["after"]["loss"] != pytest.approx(report["before"]["loss"], rel=1e-3)
+    config = json.loads((output / "config.json").read_text())
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    assert config["label2id"] == {"negative": 0, "positive": 1}
+    assert {p.name for p in output.iterdir()} == {
+        "config.json", "model.safetensors", "plot.png", "report.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert len({p.stat().st_mode for p in output.iterdir()}) == 1
+
+
+def test_the_tokenizer_is_saved_without_this_run_s_max_length(minilm_run: tuple[Path, cases.Done, Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(minilm_run[0])
+    assert len(tokenizer("a film " * 30)["input_ids"]) == 62
+
+
+def test_the_table_says_what_the_report_says(minilm_run: tuple[Path, cases.Done, Any]) -> None:
+    output, done, rows = minilm_run
+    report = report_of(output)
+    lines = done.out.splitlines()
+    assert lines[0].split() == [str(len(rows)), "evaluation", "rows", "before", "after"]
+    for name in ("accuracy", "loss"):
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert line.split()[1:] == [f"{report[when][name]:.3f}" for when in ("before", "after")]
+    for name, moved in report["drift"]["layers"].items():
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert line.endswith(f"{100 * moved:.2f} %")
+    assert f"Moved from pre-trained: {100 * report['drift']['all']:.2f} %" in done.out
+    assert "Kept: the model after the last step, 6." in done.out
+    assert str(output) in lines[-1]
+    assert "new: 'classifier.weight', 'classifier.bias'" in done.err
+    assert "step 3 of 6: accuracy" in done.err
+
+
+def test_layers_open_as_the_policy_says_and_closed_ones_stay(minilm_run: tuple[Path, cases.Done, Any]) -> None:
+    output, _, _ = minilm_run
+    report = report_of(output)
+    names = list(report["model"]["layers"])
+    assert [(e["step"], len(e["layers"])) for e in report["history"]["open"]] == [(0, 1), (2, 2), (4, 3)]
+    assert set(report["history"]["open"][1]["layers"]) == set(names[-2:])
+    moved = report["drift"]["layers"]
+    assert [moved[name] > 0 for name in names] == [name in names[-3:] for name in names]
+    before, after = (
+        load_file(output.parents[1] / "model" / "model.safetensors"),
+        load_file(output / "model.safetensors"),
+    )
+    assert torch.equal(before["encoder.layer.3.output.dense.weight"], after["bert.encoder.layer.3.output.dense.weight"])
+
+
+def test_drift_is_the_distance_between_the_files(minilm_run: tuple[Path, cases.Done, Any]) -> None:
+    output, _, _ = minilm_run
+    before, after = (
+        load_file(output.parents[1] / "model" / "model.safetensors"),
+        load_file(output / "model.safetensors"),
+    )
+    squares = torch.zeros(2, dtype=torch.float64)
+    for name, start in before.items():
+        if start.is_floating_point():
+            end = after[f"bert.{name}"].double()
+            squares += torch.stack([(end - start.double()).square().sum(), start.double().square().sum()])
+    assert report_of(output)["drift"]["all"] == pytest.approx((squares[0] / squares[1]).sqrt().item(), rel=1e-9)
+
+
+def test_lr_falls_from_the_topmost_layer_down_and_is_warmed_up(minilm_run: tuple[Path, cases.Done, Any]) -> None:
+    report = report_of(minilm_run[0])
+    training = report["history"]["training"]
+    layers = len(report["model"]["layers"])
+    assert [entry["step"] for entry in training] == [1, 2, 3, 4, 5, 6]
+    assert [entry["lr"][1] for entry in training] == pytest.approx([0, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    assert training[1]["lr"][0] == pytest.approx(1e-3 * 0.9 ** (layers - 1))
+
+
+def test_the_plot_is_a_picture(minilm_run: tuple[Path, cases.Done, Any]) -> None:
+    from PIL import Image
+
+    with Image.open(minilm_run[0] / "plot.png") as picture:
+        assert picture.size[0] > 1000 and picture.size[1] > 800
+        assert len(picture.convert("RGB").getcolors(10**6) or []) > 50
+
+
+def perplexity_of(output: Path, rows: list[dict[str, str]]) -> float:
+    """Of the model in a folder, one text at a time, each with the end-of-sequence token behind it."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output).eval(), AutoTokenizer.from_pretrained(output)
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0]
+        total += cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"), [("llama", ["lisa", "n_layers=1", "every=2"]), ("gpt2", ["gradual", "every=1"])]
+)
+def test_a_language_model_loads_and_has_the_perplexity_that_was_reported(
+    continue_text: Options, home: Path, tmp_path: Path, kind: str, policy: list[str]
+) -> None:
+    rows = rows_of(home / "eval.csv")
+    name = "eval.jsonl.gz" if kind == "llama" else "eval.jsonl"
+    continue_text.update(model=home / kind, eval=cases.write_rows(tmp_path / name, rows), unfreeze=policy)
+    continue_text.update(anchor_decay=10, anchor_mode="l2", discriminative_lr=1.5, steps=6, schedule="cosine")
+    done = cases.finetune(**continue_text)
+    assert done.status == 0, done.err
+    output = continue_text["output"]
+    report = report_of(output)
+    assert report["after"]["perplexity"] == pytest.approx(perplexity_of(output, rows), rel=1e-4)
+    assert report["before"]["perplexity"] == pytest.approx(perplexity_of(home / kind, rows), rel=1e-4)
+    assert report["after"]["perplexity"] < report["before"]["perplexity"]
+    assert report["after"]["loss"] == pytest.approx(math.log(report["after"]["perplexity"]))
+    assert report["drift"]["all"] > 0
+    assert AutoModelForCausalLM.from_pretrained(output).config.use_cache
+    ids = AutoTokenizer.from_pretrained(output)("the film", return_tensors="pt")["input_ids"]
+    assert AutoModelForCausalLM.from_pretrained(output).generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 4)
+
+
+def test_bfloat16_and_a_fraction_of_train_held_out(classify: Options) -> None:
+    del classify["eval"], classify["steps"]
+    classify.update(precision="bfloat16", eval_fraction=0.2, epochs=0.5, max_grad_norm=0, weight_decay=0.1)
+    done = cases.finetune(**classify)
+    assert done.status == 0, done.err
+    report = report_of(classify["output"])
+    held_out = report["data"]["evaluation_rows"]
+    assert 4 < held_out < 30 and held_out + report["data"]["train_rows"] == 80
+    assert f"{held_out} rows of --train were held out for evaluation" in done.err
+    assert report["plan"]["total_steps"] == math.ceil(math.ceil((80 - held_out) / 8) / 2)
+    tensors = load_file(classify["output"] / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_the_best_model_is_kept_and_said(classify: Options) -> None:
+    # An lr that ruins the model: the first evaluation is the best.
+    classify.update(steps=8, checkpoint_every=2, lr=0.3, schedule="constant", warmup=0)
+    done = cases.finetune(**classify)
+    assert done.status == 0, done.err
+    report = report_of(classify["output"])
+    evaluations = report["history"]["evaluation"]
+    best = min(evaluations, key=lambda entry: entry["loss"])
+    assert len(evaluations) == 4 and best["step"] < 8
+    assert report["kept"] == {"step": best["step"], "of": 8, "best": True}
+    assert report["after"]["loss"] == pytest.approx(best["loss"])
+    assert classified(classify["output"], rows_of(classify["eval"]), 64)[1] == pytest.approx(best["loss"], rel=1e-4)
+    assert f"Kept: the model after step {best['step']} of 8, which has the lowest loss of 4 evaluations" in done.out
+
+
+def test_a_second_run_gives_the_same_bits(classify: Options, tmp_path: Path) -> None:
+    classify.update(unfreeze=["lisa", "n_layers=1", "every=1"], fuse_dropout=True, seed=3)
+    weights = []
+    for name in ("first", "second"):
+        assert cases.finetune(**{**classify, "output": tmp_path / name}).status == 0
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert cases.finetune(**{**classify, "output": tmp_path / "third", "seed": 4}).status == 0
+    assert (tmp_path / "third" / "model.safetensors").read_bytes() != weights[0]
+
+
+def test_the_anchor_holds_all_but_the_new_head(classify: Options, tmp_path: Path) -> None:
+    moved = {}
+    for decay in (0, 900):  # lr * decay = 0.9: next to nothing may move
+        classify.update(output=tmp_path / str(decay), anchor_decay=decay, schedule="constant", warmup=0, keep="last")
+        assert cases.finetune(**classify).status == 0
+        moved[decay] = report_of(classify["output"])["drift"]["all"]
+    assert moved[900] < moved[0] / 2
+    heads = [load_file(tmp_path / str(decay) / "model.safetensors")["classifier.weight"] for decay in (0, 900)]
+    assert (heads[1] - heads[0]).abs().max() < 2e-3  # 4 steps of 1e-3 each, in both
+
+
+def test_a_config_file_and_flags_that_override_it(classify: Options, tmp_path: Path) -> None:
+    output = classify["output"]
+    options = {name.replace("_", "-"): str(v) if isinstance(v, Path) else v for name, v in classify.items()}
+    options |= {"lr": "2e-3", "fuse-dropout": True}
+    low, head = ["bert.embeddings", "bert.encoder.layer.0"], ["bert.encoder.layer.[12].*", "bert.pooler", "classifier"]
+    options["layer-groups"] = {"low": low, "head": head}
+    options["unfreeze"] = {"phases": [{"from": 0, "open": ["head"]}, {"from": 1, "open": ["low", "head"]}]}
+    (tmp_path / "run.yaml").write_text(json.dumps(options))  # JSON is YAML
+    done = cases.finetune(config=tmp_path / "run.yaml", lr="5e-4", no_fuse_dropout=True)
+    assert done.status == 0, done.err
+    report = report_of(output)
+    assert report["options"]["lr"] == 5e-4 and report["options"]["fuse_dropout"] is False
+    assert report["options"]["batch_size"] == 8
+    assert list(report["model"]["layers"]) == ["low", "head"]
+    assert report["history"]["open"] == [{"step": 0, "layers": ["head"]}, {"step": 1, "layers": ["head", "low"]}]
+
+
+# -- the output folder ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_into_the_same_folder_is_refused_unless_it_may_overwrite(
+    classify: Options, tmp_path: Path
+) -> None:
+    output = classify["output"]
+    assert cases.finetune(**classify).status == 0
+    (output / "notes.txt").write_text("mine")
+    before = cases.tree(output)
+    done = cases.finetune(**classify)
+    assert (done.status, done.out) == (2, "")
+    assert done.err == (
+        f"fastft finetune: --output: {output} is not empty; choose another, or write into it with --overwrite\n"
+    )
+    assert cases.tree(output) == before
+    # One that is wrong is refused as well, before it overwrites anything.
+    assert cases.finetune(**{**classify, "text_column": "txet"}, overwrite=True).status == 2
+    assert cases.tree(output) == before
+    assert cases.finetune(**{**classify, "lr": 2e-3}, overwrite=True).status == 0
+    after = cases.tree(output)
+    assert set(after) == set(before) and after["notes.txt"] == b"mine"
+    assert after["model.safetensors"] != before["model.safetensors"]
+
+
+def test_output_onto_the_model_is_refused(classify: Options, home: Path) -> None:
+    before = cases.tree(home)
+    done = cases.finetune(**{**classify, "output": home / "bert"}, overwrite=True)
+    assert done.status == 2 and "--output: expected another folder than --model" in done.err
+    assert cases.tree(home) == before
+
+
+def test_missing_packages_are_named_with_the_way_to_install_them(
+    classify: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "EXTRAS", {"torch": "torch", "no_such_module": "its-package"})
+    done = cases.finetune(**classify)
+    assert done.status == 2
+    assert done.err == (
+        'fastft finetune: missing its-package; install what this needs with: pip install "fastft[finetune]"\n'
+    )
+    assert not classify["output"].exists()
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    from fastft.finetune.options import FIELDS, flag_of
+
+    with pytest.raises(SystemExit) as left:
+        cli.main(["finetune", "--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    assert all(f"  {flag_of(name)}" in shown for name in FIELDS)
