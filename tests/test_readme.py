@@ -23,12 +23,18 @@ def test_the_snippets_run_in_order(
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     # What a reader has: data.
-    names: dict[str, Any] = {"batch": torch.randint(50, (4, 7)), "labels": torch.tensor([0, 1, 1, 0])}
+    batch, labels = torch.randint(50, (4, 7)), torch.tensor([0, 1, 1, 0])
+    rows = [{"input_ids": ids, "labels": label} for ids, label in zip(batch, labels, strict=True)]
+    names: dict[str, Any] = {"batch": batch, "labels": labels, "rows": rows}
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
+    models = {}
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), names)
+        models[id(names["model"])] = names["model"]
     before = dict(transformers.BertForSequenceClassification.from_pretrained(tmp_path / "my-model").named_parameters())
-    moved = {name for name, p in names["model"].named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    assert len(models) == 2
+    for model in models.values():
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
     assert "encoder.layer.1" in capsys.readouterr().out

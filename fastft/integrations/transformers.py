@@ -183,7 +183,7 @@ class UnfreezeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Make the unfreezer; the Trainer has loaded its checkpoint by now."""
-        self._close()  # of a run that was interrupted
+        self.close()  # of a run that was interrupted
         assert model is not None
         inner = unwrapped(optimizer)
         self.unfreezer = unfreezer = Unfreezer(model, inner, self.policy, wrapped=around(args), **self.options)
@@ -218,9 +218,10 @@ class UnfreezeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it came: everything open."""
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Open everything; only needed where ``train()`` was cut short by an exception, and is not called again."""
         if self._training:
             assert self.unfreezer is not None
             self._training = False
