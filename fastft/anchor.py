@@ -382,7 +382,9 @@ class Anchor:
         for name, tensor in state_dict["tensors"].items():
             if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
                 raise ValueError(f"anchor state: {name}: expected a floating-point tensor, got {tensor!r:.80}")
-            loaded._tensors[name] = tensor.detach().clone()
+            # Back to host memory, if that is where it is kept: loaders like to bring all tensors to the GPU.
+            device = torch.device("cpu") if loaded._offloaded else tensor.device
+            loaded._tensors[name] = tensor.detach().to(device, copy=True)
         source = state_dict["source"]
         if source is not None:
             same_file = path is None and self._file is not None and self._file.sha256 == source["sha256"]

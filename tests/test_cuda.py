@@ -320,6 +320,22 @@ def test_an_anchor_in_host_memory(part_bytes: int, dtype: torch.dtype | None, mo
     assert differing(*results) == []
 
 
+def test_an_anchor_in_host_memory_stays_there_wherever_its_state_is_brought() -> None:
+    """As accelerate does with an optimizer's state dict."""
+    params = parameters()
+    anchor = fastft.Anchor.snapshot(named(params), device="cpu")
+    saved = anchor.state_dict()
+    saved["tensors"] = {name: tensor.to(DEVICE) for name, tensor in saved["tensors"].items()}
+    again = fastft.Anchor.snapshot(named(params))
+    again.load_state_dict(saved)
+    assert again.offloaded
+    for name, p in named(params):
+        assert again[name].device.type == "cpu"
+        assert torch.equal(again[name], anchor[name])
+        ready = again.tensor_for(p)
+        assert ready is not None and ready.device.type == "cpu"
+
+
 def test_grad_scaler() -> None:
     results = []
     for cls in (fastft.AdamW, torch.optim.AdamW):

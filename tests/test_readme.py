@@ -24,19 +24,24 @@ def test_the_snippets_run_in_order(
     monkeypatch.chdir(tmp_path)
     # What a reader has: data, and an evaluation.
     batch, labels = torch.randint(50, (4, 7)), torch.tensor([0, 1, 1, 0])
+    rows = [{"input_ids": ids, "labels": label} for ids, label in zip(batch, labels, strict=True)]
 
     def evaluate(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         answers = model(input_ids=batch).logits.argmax(1)
         return {"source": answers == 1, "target": answers == labels}
 
-    names: dict[str, Any] = {"batch": batch, "labels": labels, "evaluate": evaluate}
+    names: dict[str, Any] = {"batch": batch, "labels": labels, "rows": rows, "evaluate": evaluate}
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
+    models = {}
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), names)
+        models[id(names["model"])] = names["model"]
     before = dict(transformers.BertForSequenceClassification.from_pretrained(tmp_path / "my-model").named_parameters())
-    moved = {name for name, p in names["model"].named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    assert len(models) == 2
+    for model in models.values():
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
     printed = capsys.readouterr().out
     assert "encoder.layer.1" in printed
     assert "alpha = 0.5" in printed

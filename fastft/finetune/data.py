@@ -213,19 +213,19 @@ class Data:
 def load(options: Options) -> Data:
     """Read the files of a run, hold rows out if there is no --eval, and check that they can be learned from."""
     train = read(options.train, options.text_column, options.label_column)
-    notes = []
     if options.eval_fraction is None:
         assert options.eval is not None  # it is one or the other
         evaluation = read(options.eval, options.text_column, options.label_column)
+        notes = [f"{len(train):,} rows to train on, {len(evaluation):,} to evaluate on"]
         known = {share(text) for text in train.texts}
         if both := sum(share(text) in known for text in evaluation.texts):
             notes.append(f"{both:,} of the {len(evaluation):,} evaluation texts are in --train too")
     else:
         train, evaluation = held_out(train, options.eval_fraction)
-        notes.append(
-            f"{len(evaluation):,} rows of --train were held out for evaluation: those whose text has a hash in the "
-            f"lowest {options.eval_fraction:g} of all"
-        )
+        notes = [
+            f"{len(train):,} rows to train on; {len(evaluation):,} are held out to evaluate on, those whose text has a "
+            f"hash in the lowest {options.eval_fraction:g}"
+        ]
     if options.task == CLASSIFICATION:
         check_labels(train, evaluation)
     return Data(train, evaluation, notes)

@@ -203,7 +203,7 @@ class Options:
     )
     eval: Path | None = option(DATA, path, None, "the rows to evaluate on; without, a part of --train", "FILE")
     eval_fraction: float | None = option(
-        DATA, number(0, 0.9, above=True), None, "the part of --train to hold out, by a hash of the text (0.1)", "PART"
+        DATA, number(0, 0.9, above=True), None, "the part of --train to hold out, by a hash of the text", "PART"
     )
     task: str = option(DATA, one_of(CLASSIFICATION, CAUSAL_LM), None, f"{CLASSIFICATION} or {CAUSAL_LM}", "TASK")
     text_column: str = option(DATA, text, None, "the column with the texts", "NAME")
@@ -216,7 +216,7 @@ class Options:
         "N",
     )
 
-    epochs: float | None = option(TRAINING, number(0, above=True), None, "how often to go through --train (3)", "N")
+    epochs: float | None = option(TRAINING, number(0, above=True), None, "how often to go through --train", "N")
     steps: int | None = option(TRAINING, count(1), None, "optimizer steps, instead of epochs", "N")
     batch_size: int = option(TRAINING, count(1), 16, "rows in a forward pass", "N")
     gradient_accumulation: int = option(TRAINING, count(1), 1, "forward passes in an optimizer step", "N")
@@ -228,10 +228,14 @@ class Options:
     weight_decay: float = option(TRAINING, number(0), 0.01, "decoupled; not of biases and norms", "X")
     max_grad_norm: float = option(TRAINING, number(0), 1.0, "clip gradients to this norm, in the step; 0: do not", "X")
     discriminative_lr: float | None = option(
-        TRAINING, number(1), None, "divide lr by this from each layer to the one below (ULMFiT: 2.6)", "X"
+        TRAINING, number(1), None, "divide lr by this from each layer to the one below, such as 2.6", "X"
     )
     layer_decay: float | None = option(
-        TRAINING, number(0, 1, above=True), None, "multiply lr by this from each layer to the one below (0.75)", "X"
+        TRAINING,
+        number(0, 1, above=True),
+        None,
+        "multiply lr by this from each layer to the one below, such as 0.75",
+        "X",
     )
     precision: str = option(
         TRAINING, one_of("float32", "bfloat16"), "float32", "float32, or bfloat16 autocast over float32 weights", "NAME"
@@ -309,16 +313,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         about = field.metadata
         group = groups.get(about["section"]) or parser.add_argument_group(about["section"])
         groups[about["section"]] = group
-        shown = "" if field.default in (None, False) else f" (default: {field.default:g})" \
-            if isinstance(field.default, float) else f" (default: {field.default})"  # fmt: skip
-        words: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": about["help"] + shown}
+        words: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": about["help"] + default_of(name)}
         if about["read"] is flag:
-            words["action"] = argparse.BooleanOptionalAction
+            # What a file may turn on, a flag may turn off.
+            words["action"] = "store_true" if about.get("neutral") else argparse.BooleanOptionalAction
         else:
             words["metavar"] = about["metavar"]
             if about["read"] in (patterns, unfreezing):
                 words["nargs"] = "+"
         group.add_argument(flag_of(name), **words)
+
+
+def default_of(name: str) -> str:
+    """An option's default, to be told behind its help."""
+    default = EITHER_OR[name][1] if name in EITHER_OR else FIELDS[name].default
+    if default is None or isinstance(default, bool):
+        return ""
+    return f" (default: {shown(default)})"
 
 
 def given(flags: Mapping[str, Any], config: Path | None) -> dict[str, Any]:

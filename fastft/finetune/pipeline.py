@@ -173,7 +173,7 @@ def get_ready(options: Options) -> Prepared:
         raise InputError(str(error)) from error
 
     ids = {label: i for i, label in enumerate(pretrained.labels)}
-    notes = [f"{len(data.train):,} rows to train on, {len(data.evaluation):,} to evaluate on", *data.notes]
+    notes = list(data.notes)
     train, cut_train = tokenized(data.train, pretrained.tokenizer, limit, options, ids)
     evaluation, cut_evaluation = tokenized(data.evaluation, pretrained.tokenizer, limit, options, ids)
     if cut := cut_train + cut_evaluation:

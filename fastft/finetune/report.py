@@ -224,8 +224,16 @@ def plot_loss(report: Report, axes: Axes) -> None:
     evaluated = [(0, report.before["loss"])]
     evaluated += [(e["step"], math.log(e["eval_perplexity"]) if "eval_perplexity" in e else e["eval_loss"])
                   for e in report.evaluations]  # fmt: skip
-    axes.plot(*zip(*evaluated, strict=True), color=ORANGE, marker="o", markersize=4, linewidth=1.4, label="evaluation")
-    axes.plot([report.kept["step"]], [report.after["loss"]], "o", color=BLUE, markersize=8, label="kept")
+    axes.plot(
+        *zip(*evaluated, strict=True),
+        color=ORANGE,
+        marker="o",
+        markersize=4,
+        linewidth=1.4,
+        label="evaluation",
+        clip_on=False,
+    )
+    axes.plot([report.kept["step"]], [report.after["loss"]], "o", color=BLUE, markersize=8, label="kept", clip_on=False)
     axes.set_ylabel("cross-entropy (nats)")
     axes.set_title("Loss", loc="left", fontweight="bold")
     axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)

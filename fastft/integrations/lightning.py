@@ -58,7 +58,9 @@ class UnfreezeCallback(callback_class()):  # type: ignore[misc]
     """The one of the current or the last ``fit()``; ``print(callback.unfreezer.report())``."""
 
     def __init__(self, policy: Policy, **options: Any) -> None:
-        inspect.signature(Unfreezer).bind(None, None, policy, **options)  # raises for an unknown option, at once
+        inspect.signature(Unfreezer).bind(
+            None, None, policy, wrapped=(), **options
+        )  # raises at once for what it does not take
         self.policy = policy
         self.options = options
         self.unfreezer = None

@@ -87,7 +87,11 @@ def optimizer_cls_and_kwargs(
     if anchor_decay and anchor is None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         factors = {name for name in trained if LORA_FACTOR.search(name)}
-        free = new_parameters(model) if exclude is None else matching(exclude, list(trained))
+        if exclude is not None:
+            free = matching(exclude, list(trained))
+            factors -= free
+        else:
+            free = new_parameters(model) if factors < set(trained) else set()
         anchor = Anchor.snapshot((name, p) for name, p in trained.items() if name not in free | factors)
         if not len(anchor) and not factors:
             raise ValueError(f"anchor_decay: expected 0 where all that is trained is new, got {anchor_decay}")
@@ -156,6 +160,7 @@ class UnfreezeCallback(TrainerCallback):
     optimizer's, so ``resume_from_checkpoint`` goes on in the middle of the schedule.
 
     In several processes (DDP), with ``torch_compile``, and for models that are compiled, ``mode="mask"`` is needed.
+    FSDP and DeepSpeed have not been tried.
 
     Args:
         policy: what is open when, as for :class:`Unfreezer`.
@@ -166,7 +171,9 @@ class UnfreezeCallback(TrainerCallback):
     """The one of the current or the last ``train()``; ``print(callback.unfreezer.report())``."""
 
     def __init__(self, policy: Policy, **options: Any) -> None:
-        inspect.signature(Unfreezer).bind(None, None, policy, **options)  # raises for an unknown option, at once
+        inspect.signature(Unfreezer).bind(
+            None, None, policy, wrapped=(), **options
+        )  # raises at once for what it does not take
         self.policy = policy
         self.options = options
         self.unfreezer = None
@@ -183,13 +190,13 @@ class UnfreezeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Make the unfreezer; the Trainer has loaded its checkpoint by now."""
-        self._close()  # of a run that was interrupted
+        self.close()  # of a run that was interrupted
         assert model is not None
         inner = unwrapped(optimizer)
         self.unfreezer = unfreezer = Unfreezer(model, inner, self.policy, wrapped=around(args), **self.options)
         self._training = True
-        go_on(unfreezer, inner.param_groups[0].pop(STATE_KEY, None), state.global_step, state.epoch)
         self._handle = inner.register_state_dict_post_hook(self._add_state)
+        go_on(unfreezer, inner.param_groups[0].pop(STATE_KEY, None), state.global_step, state.epoch)
         warn_of_clipping(args, unfreezer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -218,9 +225,10 @@ class UnfreezeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it came: everything open."""
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Open everything; only needed where ``train()`` was cut short by an exception, and is not called again."""
         if self._training:
             assert self.unfreezer is not None
             self._training = False

@@ -168,7 +168,10 @@ def test_texts_that_are_in_both_files_are_noted(tmp_path: Path) -> None:
     }
     train, evaluation = (cases.write_rows(tmp_path / f"{i}.csv", part) for i, part in enumerate((rows[:14], rows[10:])))
     found = data.load(options_from(given({**options, "train": train, "eval": evaluation}, None)))
-    assert found.notes == ["4 of the 10 evaluation texts are in --train too"]
+    assert found.notes == [
+        "14 rows to train on, 10 to evaluate on",
+        "4 of the 10 evaluation texts are in --train too",
+    ]
 
 
 # -- tokens --------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def test_bfloat16_and_a_fraction_of_train_held_out(classify: Options) -> None:
     report = report_of(classify["output"])
     held_out = report["data"]["evaluation_rows"]
     assert 4 < held_out < 30 and held_out + report["data"]["train_rows"] == 80
-    assert f"{held_out} rows of --train were held out for evaluation" in done.err
+    assert f"{80 - held_out} rows to train on; {held_out} are held out to evaluate on" in done.err
     assert report["plan"]["total_steps"] == math.ceil(math.ceil((80 - held_out) / 8) / 2)
     tensors = load_file(classify["output"] / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

@@ -223,8 +223,9 @@ def test_a_second_fit_begins_anew(tmp_path: Path) -> None:
 
 
 def test_options_are_checked_at_once_and_optimizers_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="stat_policy"):
-        UnfreezeCallback(GradualUnfreeze(every=2), stat_policy="reset")
+    for option in ("stat_policy", "wrapped"):
+        with pytest.raises(TypeError, match=option):
+            UnfreezeCallback(GradualUnfreeze(every=2), **{option: ()})
 
     class Two(Module):
         automatic_optimization = False

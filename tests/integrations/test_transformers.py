@@ -260,6 +260,22 @@ def test_lora_is_pulled_to_where_the_model_was_pretrained_without_a_copy(tmp_pat
     assert all(not torch.equal(names[name], before[name]) for name in trained)
 
 
+def test_lora_alone_needs_not_know_what_is_new(tmp_path: Path) -> None:
+    base = copy.deepcopy(tiny_gpt2(tmp_path / "gpt2", GPT2LMHeadModel))  # which nobody knows to be loaded
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    args = arguments(tmp_path / "run")
+    for exclude, decays in ((None, {30.1}), ("*lora_A*", {30.1, 0.1}), ("*lora*", None)):
+        if decays is None:
+            with pytest.raises(ValueError, match="expected 0 where all that is trained is new"):
+                optimizer_cls_and_kwargs(args, model, anchor_decay=30.0, exclude=exclude)
+        else:
+            _, kwargs = optimizer_cls_and_kwargs(args, model, anchor_decay=30.0, exclude=exclude)
+            assert {group["weight_decay"] for group in kwargs["params"]} == decays
+            assert {n for g in kwargs["params"] if g["weight_decay"] == 0.1 for n, _ in g["params"]} == {
+                n for n, p in model.named_parameters() if p.requires_grad and "lora_A" in n and exclude
+            }
+
+
 def test_lora_resumes_and_merges(tmp_path: Path) -> None:
     def run(resume: str | None = None) -> tuple[Any, UnfreezeCallback, Recorder]:
         model = lora(tmp_path)
@@ -454,9 +470,22 @@ def test_batch_norm_stays_put_while_closed(tmp_path: Path) -> None:
 # -- what is refused, and what is warned of ------------------------------------------------------------------
 
 
-def test_an_unknown_option_is_refused_at_once() -> None:
-    with pytest.raises(TypeError, match="stat_policy"):
-        UnfreezeCallback(GradualUnfreeze(every=2), stat_policy="reset")
+@pytest.mark.parametrize("option", ["stat_policy", "wrapped"])
+def test_an_option_that_is_not_for_the_user_is_refused_at_once(option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        UnfreezeCallback(GradualUnfreeze(every=2), **{option: ()})
+
+
+def test_a_state_of_other_layers_is_refused_and_leaves_all_open(bert: Any, tmp_path: Path) -> None:
+    args = arguments(tmp_path, num_train_epochs=1)
+    trainer(bert(), args, UnfreezeCallback(GradualUnfreeze(every=2))).train()
+    model = bert()
+    unfreeze = UnfreezeCallback(GradualUnfreeze(every=2), groups=["bert", "classifier"])
+    run = trainer(model, args, unfreeze)
+    with pytest.raises(ValueError, match=r"state_dict: expected the groups \['bert', 'classifier'\], got"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    unfreeze.close()
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_flags_of_a_compiled_model_are_not_flipped(bert: Any, tmp_path: Path) -> None:
