@@ -88,6 +88,9 @@ class Choice:
     name: str
     settings: Settings
     alpha: str
+    target: float = float("nan")
+    """On the validation split."""
+    source: float = float("nan")
 
 
 def best_target(tuned: list[dict[str, Any]]) -> float:
@@ -111,15 +114,15 @@ def choices(name: str, tuned: list[dict[str, Any]]) -> list[Choice]:
 
 def pick(
     runs: list[tuple[Settings, dict[str, Any]]], floor: float, alphas: Sequence[str] | None
-) -> tuple[Settings, str] | None:
-    """The best of the runs, at one of the ``alphas`` (None: any)."""
+) -> tuple[Settings, str, float, float] | None:
+    """The best of the runs, at one of the ``alphas`` (None: any), with its scores on target and source."""
     candidates = [
-        (scores["target"]["mean"], scores["source"]["mean"], settings, alpha)
+        (settings, alpha, scores["target"]["mean"], scores["source"]["mean"])
         for settings, record in runs
         for alpha, scores in record["scores"].items()
         if alphas is None or alpha in alphas
     ]
-    near = [c for c in candidates if c[0] >= floor]
+    near = [c for c in candidates if c[2] >= floor]
     if near:
-        return max(near, key=lambda c: (c[1], c[0]))[2:]
-    return max(candidates, key=lambda c: (c[0], c[1]))[2:] if candidates else None
+        return max(near, key=lambda c: (c[3], c[2]))
+    return max(candidates, key=lambda c: (c[2], c[3])) if candidates else None

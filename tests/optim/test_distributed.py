@@ -110,7 +110,7 @@ FINE_TUNING: dict[str, Any] = {"anchor": "init", "anchor_decay": 3.0, "max_grad_
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("mode", ["decoupled", "l2"])
+@pytest.mark.parametrize("mode", ["decoupled", "l2", "selective"])
 def test_making_state_for_a_checkpoint_moves_nothing(mode: str, tensor_lr: bool) -> None:
     lr: Any = torch.tensor(0.1) if tensor_lr else 0.1
     model = net()
