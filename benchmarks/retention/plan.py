@@ -42,6 +42,7 @@ GRIDS: dict[str, Grid] = {
     "distill + layer decay": grid((2e-4, 3e-4), {"distill": (10,), "layer_decay": (0.8, 0.65, 0.9)}, 32, "mixed"),
     "anchor": grid((2e-4, 3e-4), {"anchor": (30, 100, 300)}),
     "LoRA r8": grid((1e-3, 5e-4, 2e-3, 2e-4, 1e-4, 5e-3), {"lora": (8,)}),
+    "SPD": grid((2e-4, 3e-4), {"spd": (1, 0.3, 3)}),
     "EWC": grid((2e-4, 3e-4), {"ewc": (30, 300, 3000)}),
     "mixout": grid((1e-4, 2e-4), {"mixout": (0.7, 0.9, 0.5)}),
     "L2-SP": grid((1e-4, 2e-4), {"l2sp": (0.1, 1.0, 0.01)}),
@@ -51,6 +52,8 @@ GRIDS: dict[str, Grid] = {
 """In order of value, as are the settings in each."""
 
 PROBES = [Settings.of(rows=TUNING_ROWS), Settings.of().for_test(0)]
+SEE_OLD_TASK = ("replay", "EWC")
+"""Methods that learn from data of the source task itself: an upper bound to the others, and no answer to the goal."""
 CONTENDERS = ("full", "distill, both", "distill, generic text", "distill + anchor", "anchor", "replay", "LoRA r8")
 
 

@@ -131,6 +131,7 @@ def test_command_lines_say_all_of_the_settings(importable: Any, monkeypatch: pyt
     for settings in planned:
         run.main(settings.arguments())
     assert seen == planned
+    assert [settings.key for settings in seen] == [settings.key for settings in planned]
     assert len({settings.key for settings in planned}) == len(planned)
 
 
