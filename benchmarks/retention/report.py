@@ -205,8 +205,8 @@ class Comparison:
         reached = kept.value >= GOAL and lost <= 100 * plan.POINT
         sure = " (the interval's lower end too)" if reached and kept.low >= GOAL else ""
         return (
-            f"Within a point of the best full fine-tuning on the validation split **{best.choice.name}** keeps most, of the "
-            f"methods that see nothing of the source task (not {' and '.join(plan.SEE_OLD_TASK)}). Here it keeps "
+            f"Within a point of the best full fine-tuning on the validation split **{best.choice.name}** keeps most "
+            f"of the methods that see nothing of the source task (not {' and '.join(plan.SEE_OLD_TASK)}). Here it keeps "
             f"{kept.show(100, 1)} % of the source recall, {lost:.1f} points below the accuracy of the best full "
             f"fine-tuning ({best.mean('target'):.3f} against {reference.mean('target'):.3f}; "
             f"{best.seeds} seed{'s' * (best.seeds > 1)}). The goal, {GOAL:.0%} within a point, is "
@@ -308,7 +308,7 @@ def document(tuned: list[dict[str, Any]], tested: list[dict[str, Any]], folder: 
         "",
         "## What was tuned",
         "",
-        "Methods whose grid is not done may still get better; so may the best full fine-tuning that all are held against.",
+        "Methods whose grid is not done may still get better; so may the full fine-tuning they are held against.",
         "",
         *tuning_table(tuned),
         "",
