@@ -206,7 +206,7 @@ class Comparison:
         sure = " (the interval's lower end too)" if reached and kept.low >= GOAL else ""
         return (
             f"Within a point of the best full fine-tuning on the validation split **{best.choice.name}** keeps most "
-            f"of the methods that see nothing of the source task (not {' and '.join(plan.SEE_OLD_TASK)}). Here it keeps "
+            f"of the methods that see nothing of the source task (not {' and '.join(plan.SEE_OLD_TASK)}). It keeps "
             f"{kept.show(100, 1)} % of the source recall, {lost:.1f} points below the accuracy of the best full "
             f"fine-tuning ({best.mean('target'):.3f} against {reference.mean('target'):.3f}; "
             f"{best.seeds} seed{'s' * (best.seeds > 1)}). The goal, {GOAL:.0%} within a point, is "
