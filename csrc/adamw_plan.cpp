@@ -146,7 +146,13 @@ void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
   e.state_dtype = state;
   e.anchor_dtype = slot.anchor ? slot.anchor.view().dtype : DType::f32;
   e.importance_dtype = slot.importance ? slot.importance.view().dtype : DType::f32;
-  e.anchoring = slot.importance ? Anchoring::weighted : slot.anchor ? Anchoring::plain : Anchoring::none;
+  const bool selective = t[13].cast<bool>();
+  check(!selective || (slot.anchor && !slot.importance), who,
+        ": selective: expected False without an anchor and with an importance");
+  e.anchoring = selective         ? Anchoring::selective
+                : slot.importance ? Anchoring::weighted
+                : slot.anchor     ? Anchoring::plain
+                                  : Anchoring::none;
 }
 
 void AdamWPlan::remember_state(PyObject* state) {

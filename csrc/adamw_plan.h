@@ -21,7 +21,7 @@ class AdamWPlan {
   //   (param, group, False)  never stepped here, whatever its gradient
   //   (param, group, True)   no state yet: a gradient makes the plan stale
   //   (param, group, name, stepped, exp_avg, exp_avg_sq, max_exp_avg_sq | None, step, anchor | None,
-  //    importance | None, mask | None, rows | None, counts_on_device)
+  //    importance | None, mask | None, rows | None, counts_on_device, selective)
   // where `stepped` is the plain tensor to step: param itself, or its local part. Throws ArgumentError. The plan keeps
   // neither parameters nor their state alive (what a user takes out of a group or of the state is gone at once),
   // only local parts, anchors, importances, masks and rows.

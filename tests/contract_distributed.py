@@ -190,6 +190,49 @@ def anchor_in_a_file() -> dict[str, Any]:
     return outcome(module, optimizer, train(module, optimizer, range(5)))
 
 
+def importance() -> dict[str, Tensor]:
+    """Whole tensors; with the options' λ some are pulled by more than an unweighted anchor may."""
+    return {name: 100.0 * (37.0 * p.detach()).sin().square() for name, p in build().named_parameters()}
+
+
+def weighted(module: nn.Sequential, anchor: Anchor) -> dict[str, Any]:
+    optimizer = named_optimizer(module, anchor)
+    restrict(module, optimizer)
+    return outcome(module, optimizer, train(module, optimizer, range(5)))
+
+
+def weighted_by_whole_tensors() -> dict[str, Any]:
+    module = sharded()
+    return weighted(module, Anchor.snapshot(module).with_importance(importance()))
+
+
+def weighted_by_distributed_tensors() -> dict[str, Any]:
+    """As squares of a sharded model's gradients are."""
+    module = sharded()
+    params = dict(module.named_parameters())
+    spread = {name: like_param(f, params[name]) for name, f in importance().items()}
+    return weighted(module, Anchor.snapshot(module).with_importance(spread))
+
+
+def selective() -> dict[str, Any]:
+    """Which a tensor that is cut to pieces refuses, before anything moves."""
+    cut = sharded()
+    optimizer = named_optimizer(cut, anchor_mode="selective")
+    before = whole(dict(cut.named_parameters()))
+    try:
+        train(cut, optimizer, [0])
+    except ValueError as error:
+        assert "0.0.weight: anchor_mode: " in str(error) and "whole tensor in one process" in str(error), error
+    else:
+        raise AssertionError("took a sharded parameter")
+    assert all(torch.equal(p, before[name]) for name, p in whole(dict(cut.named_parameters())).items())
+    assert not optimizer.state
+    module = distributed(Replicate())
+    optimizer = named_optimizer(module, anchor_mode="selective")
+    restrict(module, optimizer)
+    return outcome(module, optimizer, train(module, optimizer, range(5)))
+
+
 def resumed_from_a_state_dict() -> dict[str, Any]:
     """Each process saves and loads its own part, as with torch's optimizers."""
     module = sharded()
@@ -289,6 +332,9 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
         gradients_still_to_be_added_up,
         anchor_made_before_sharding,
         anchor_in_a_file,
+        weighted_by_whole_tensors,
+        weighted_by_distributed_tensors,
+        selective,
         resumed_from_a_state_dict,
         resumed_from_a_distributed_checkpoint,
         fsdp_backward,

@@ -294,6 +294,8 @@ class Oracle:
         self.t += 1
         u = self.u
         p, m, v, x = self.p, self.m, self.v, self.x
+        selective = anchor_mode == "selective" and self.anchor is not None
+        anchor = None if selective else self.anchor
         scaled = grad.double() * factor
         after = reference.adamw(
             p.value,
@@ -306,7 +308,7 @@ class Oracle:
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
-            anchor=self.anchor,
+            anchor=anchor,
             importance=self.importance,
             anchor_decay=anchor_decay,
             anchor_mode=anchor_mode,
@@ -315,7 +317,7 @@ class Oracle:
         )
         new_p, new_m, new_v, new_x = after
         l2 = pull = torch.zeros_like(scaled)
-        if self.anchor is not None:
+        if anchor is not None:
             weights = torch.ones_like(scaled) if self.importance is None else self.importance
             rate = lr * anchor_decay * weights
             if anchor_mode == "l2":
@@ -323,7 +325,7 @@ class Oracle:
             else:
                 pull = rate.clamp(max=1.0) if self.importance is None else 1.0 - 1.0 / (1.0 + rate.clamp(min=0.0))
         decay = lr * weight_decay
-        delta = torch.zeros_like(scaled) if self.anchor is None else (p.value - self.anchor).abs()
+        delta = torch.zeros_like(scaled) if anchor is None else (p.value - anchor).abs()
 
         # g = fma(λ·F, p − a, grad · factor); factor, λ and λ·F are rounded, and so may the gradient have been.
         g = scaled.abs() + l2 * delta
@@ -381,10 +383,43 @@ class Oracle:
             return Bounded(torch.where(live, new.value, old.value), torch.where(live, new.error, old.error))
 
         self.p = settle(p, new_p, p_error, self.dtype)
+        if selective:
+            moved = self._projected(p, self.p, -grad.double() if maximize else grad.double(), anchor_decay, mask)
+            self.p = settle(self.p, moved.value, moved.error, self.dtype)
         self.m = settle(m, new_m, m_error, self.state_dtype)
         self.v = settle(v, new_v, v_error, self.state_dtype)
         if x is not None and new_x is not None and x_error is not None:
             self.x = settle(x, new_x, x_error, self.state_dtype)
+
+    def _projected(
+        self, p: Bounded, stepped: Bounded, grad: Tensor, anchor_decay: float, mask: Tensor | None
+    ) -> Bounded:
+        """Selective projection of what was stored, and its bound: from that of how far it goes."""
+        assert self.anchor is not None
+        live: Any = slice(None) if mask is None else mask
+        value = reference.selective_projection(p.value, stepped.value, grad, self.anchor, anchor_decay, mask)
+        sums = 4096 * 2.0**-53  # what the order of additions may change, relative to the terms: lanes are no longer
+        before, after = (p.value - self.anchor)[live], (stepped.value - self.anchor)[live]
+        uphill = float((grad[live] * before).sum())
+        slack = float((grad[live].abs() * (p.error[live] + sums * before.abs())).sum())
+        distances = [float(x.norm()) for x in (before, after)]
+        errors = [float(e[live].norm()) + sums * d for e, d in zip((p.error, stepped.error), distances, strict=True)]
+        lowest = pull_of(uphill - slack, distances[0] + errors[0], distances[1] - errors[1], anchor_decay)
+        pull = pull_of(uphill, *distances, anchor_decay)
+        highest = pull_of(uphill + slack, max(0.0, distances[0] - errors[0]), distances[1] + errors[1], anchor_decay)
+        if highest == 0.0:
+            return stepped
+        farthest = (stepped.value - self.anchor).abs() + stepped.error
+        spread = max(pull - lowest, highest - pull) + 8 * 2.0**-53 * anchor_decay
+        error = stepped.error + spread * farthest + self.u * (3 * highest * farthest + value.abs()) + self.smallest
+        return Bounded(value, error)
+
+
+def pull_of(uphill: float, before: float, after: float, anchor_decay: float) -> float:
+    """How far selective projection goes: 0 where the numbers do not ask for it, or are none."""
+    if not (uphill > 0.0 and after > before):
+        return 0.0
+    return min(1.0, anchor_decay * (1.0 - before / after)) if after < float("inf") else min(1.0, anchor_decay)
 
 
 @dataclass

@@ -938,7 +938,7 @@ def test_a_copy_made_alone_is_found_by_name() -> None:
 def live_entry(p: Tensor, anchor: Tensor | None, importance: Tensor | None = None) -> tuple[Any, ...]:
     """What tells a plan all about a parameter that it steps; the anchor stands at ANCHOR, its importance behind."""
     state = torch.zeros_like(p)
-    return (p, 0, "name", p, state, state.clone(), None, torch.zeros(()), anchor, importance, None, None, False)
+    return (p, 0, "name", p, state, state.clone(), None, torch.zeros(()), anchor, importance, None, None, False, False)
 
 
 ANCHOR, IMPORTANCE = 8, 9

@@ -41,18 +41,16 @@ def ptxas_report(source: Path, arch: str, folder: Path) -> dict[str, dict[str, i
 
 
 def number_of_kernels(source: str) -> int:
-    """Two kernels for each row of the table of dtype combinations, or one for each dtype, and those of no template.
+    """Three kernels for each row of the table of dtype combinations, or one for each dtype, and those of no template.
 
-    The two are for tensors without and with an importance.
+    The three are for the kinds of anchors; what comes after them, as for dropout, is for each dtype.
     """
     text = (ROOT / source).read_text(encoding="utf-8")
     rows = re.findall(r"^\s+\{DType::\w+, DType::\w+, \w+<", text, re.MULTILINE)
-    if not rows:
-        stored = re.findall(r"^template <typename Stored>\n__global__", text, re.MULTILINE)
-        computed = re.findall(r"^template <typename T>\n__global__", text, re.MULTILINE)
-        return 4 * len(stored) + 2 * len(computed)
+    stored = re.findall(r"^template <typename (?:Stored|Param)>\n__global__", text, re.MULTILINE)
+    computed = re.findall(r"^template <typename T>\n__global__", text, re.MULTILINE)
     plain = re.findall(r"(?<!>\n)^__global__", text, re.MULTILINE)
-    return 2 * len(rows) + len(plain)
+    return 3 * len(rows) + 4 * len(stored) + 2 * len(computed) + len(plain)
 
 
 def most_registers(kernel: str, arch: str) -> int:
@@ -60,7 +58,8 @@ def most_registers(kernel: str, arch: str) -> int:
         return 128
     if "norm_grad_kernelINS" in kernel:  # dropout's, in 16 bits: three blocks
         return 80
-    if "adamw_stepIddLb1" in kernel:  # float64 with an importance: three blocks
+    # With an importance in float64, and with the sums of selective projection: three blocks.
+    if re.search(r"adamw_step(Idd.*AnchoringE2|.*AnchoringE3)E", kernel):
         return 80
     return MOST_REGISTERS[arch]
 

@@ -42,6 +42,7 @@ GRIDS: dict[str, Grid] = {
     "distill + layer decay": grid((2e-4, 3e-4), {"distill": (10,), "layer_decay": (0.8, 0.65, 0.9)}, 32, "mixed"),
     "anchor": grid((2e-4, 3e-4), {"anchor": (30, 100, 300)}),
     "LoRA r8": grid((1e-3, 5e-4, 2e-3, 2e-4, 1e-4, 5e-3), {"lora": (8,)}),
+    "SPD": grid((2e-4, 3e-4), {"spd": (1, 0.3, 3)}),
     "EWC": grid((2e-4, 3e-4), {"ewc": (30, 300, 3000)}),
     "mixout": grid((1e-4, 2e-4), {"mixout": (0.7, 0.9, 0.5)}),
     "L2-SP": grid((1e-4, 2e-4), {"l2sp": (0.1, 1.0, 0.01)}),
@@ -51,6 +52,8 @@ GRIDS: dict[str, Grid] = {
 """In order of value, as are the settings in each."""
 
 PROBES = [Settings.of(rows=TUNING_ROWS), Settings.of().for_test(0)]
+SEE_OLD_TASK = ("replay", "EWC")
+"""Methods that learn from data of the source task itself: an upper bound to the others, and no answer to the goal."""
 CONTENDERS = ("full", "distill, both", "distill, generic text", "distill + anchor", "anchor", "replay", "LoRA r8")
 
 
@@ -88,6 +91,9 @@ class Choice:
     name: str
     settings: Settings
     alpha: str
+    target: float = float("nan")
+    """On the validation split."""
+    source: float = float("nan")
 
 
 def best_target(tuned: list[dict[str, Any]]) -> float:
@@ -111,15 +117,15 @@ def choices(name: str, tuned: list[dict[str, Any]]) -> list[Choice]:
 
 def pick(
     runs: list[tuple[Settings, dict[str, Any]]], floor: float, alphas: Sequence[str] | None
-) -> tuple[Settings, str] | None:
-    """The best of the runs, at one of the ``alphas`` (None: any)."""
+) -> tuple[Settings, str, float, float] | None:
+    """The best of the runs, at one of the ``alphas`` (None: any), with its scores on target and source."""
     candidates = [
-        (scores["target"]["mean"], scores["source"]["mean"], settings, alpha)
+        (settings, alpha, scores["target"]["mean"], scores["source"]["mean"])
         for settings, record in runs
         for alpha, scores in record["scores"].items()
         if alphas is None or alpha in alphas
     ]
-    near = [c for c in candidates if c[0] >= floor]
+    near = [c for c in candidates if c[2] >= floor]
     if near:
-        return max(near, key=lambda c: (c[1], c[0]))[2:]
-    return max(candidates, key=lambda c: (c[0], c[1]))[2:] if candidates else None
+        return max(near, key=lambda c: (c[3], c[2]))
+    return max(candidates, key=lambda c: (c[2], c[3])) if candidates else None

@@ -27,6 +27,7 @@ RECIPES: tuple[tuple[float, dict[str, float]], ...] = (
     (LR, {"anchor": 10}),
     (LR, {"l2sp": 0.01}),
     (LR, {"ewc": 30}),
+    (LR, {"spd": 1}),
     (LR, {"mixout": 0.7}),
     (LR, {"lora": 8}),
     (LR, {"gradual": 0.5, "anchor": 10}),

@@ -32,6 +32,7 @@ INGREDIENTS = {
     "anchor": "λ of the decoupled anchor",
     "l2sp": "α of L2-SP, the coupled anchor",
     "ewc": "λ of the decoupled anchor weighted by the Fisher information of what the model knew, mean 1 (EWC)",
+    "spd": "λ of selective projection decay",
     "mixout": "p of mixout on all linear layers of the encoder",
     "lora": "the rank of LoRA on all linear layers of the encoder, α = 2 · rank",
     "gradual": "the part of the steps after which the last layer is open",
@@ -41,8 +42,8 @@ INGREDIENTS = {
     "distill": "the weight of 1 − cos between a text's vector and its pre-trained one, on unlabelled texts",
     "relation": "the weight of the squared error of the texts' pairwise cosines, on unlabelled texts",
 }
-ANCHORS = ("anchor", "l2sp", "ewc")
-"""Of these a recipe takes one."""
+ANCHORS = {"anchor": "decoupled", "l2sp": "l2", "ewc": "decoupled", "spd": "selective"}
+"""Anchor modes; of these ingredients a recipe takes one."""
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 WARMUP = 0.1
@@ -102,7 +103,7 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
         max_grad_norm=MAX_GRAD_NORM,
         anchor=anchor if pull else None,
         anchor_decay=pull,
-        anchor_mode="l2" if recipe.strength("l2sp") else "decoupled",
+        anchor_mode=next((mode for name, mode in ANCHORS.items() if recipe.strength(name)), "decoupled"),
     )
     schedule = LambdaLR(optimizer, warm_up_then_decay(len(batches), WARMUP))
     unfreezer = None

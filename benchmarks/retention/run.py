@@ -22,7 +22,7 @@ from .recipes import INGREDIENTS, Recipe, blended, fine_tune
 
 EPOCHS = 2
 TUNING_ROWS = 6070
-"""All that are neither for testing nor for validation. With 4,096 full fine-tuning forgets nothing yet."""
+"""All that are neither for testing nor for validation."""
 ALPHAS = (1.0, 0.8, 0.6)
 """Of WiSE-FT. Any run is tested at all of them, as that needs no training."""
 TEXT_USERS = ("distill", "relation")
@@ -54,11 +54,12 @@ class Settings:
         **rest: Any,
     ) -> Settings:
         """Settings whose method is named by their ingredients; texts count only where something uses them."""
-        mixture = dict(sorted((ingredients or {}).items()))
+        # As numbers of one kind: the key of 10 and of 10.0 must be the same.
+        mixture = {name: float(strength) for name, strength in sorted((ingredients or {}).items())}
         method = "+".join(sorted(mixture, key=list(INGREDIENTS).index)) or ("full" if lr else "probe")
         if not any(name in mixture for name in TEXT_USERS):
             texts, text_kind = 0, ""
-        return cls(method, lr, mixture, texts, text_kind, **rest)
+        return cls(method, float(lr), mixture, texts, text_kind, **rest)
 
     @property
     def key(self) -> str:
@@ -95,6 +96,8 @@ class Settings:
 def run(settings: Settings, problem: Problem, alphas: Sequence[float]) -> dict[str, Any]:
     """Train, test at each α, and return the record."""
     wall, cpu = time.perf_counter(), time.process_time()
+    # Before the work: by its end another commit may be checked out.
+    where = environment(torch.device("cpu"))
     scores, training = {}, {}
     if settings.method == "probe":
         model, alphas = problem.start().eval(), (0.0,)
@@ -120,7 +123,7 @@ def run(settings: Settings, problem: Problem, alphas: Sequence[float]) -> dict[s
         "wall_seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
         "environment": {
-            **environment(torch.device("cpu")),
+            **where,
             **{package: metadata.version(package) for package in ("transformers", "peft")},
         },
     }

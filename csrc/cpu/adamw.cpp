@@ -37,11 +37,38 @@ void for_each_chunk(const std::vector<Chunk>& chunks, const Work& work) {
   parallel_for(count, kChunk / average, work);
 }
 
+bool is_selective(const AdamWEntry& e) {
+  return e.anchoring == Anchoring::selective;
+}
+
 const AdamWKernels& kernels() {
 #if defined(__x86_64__)
   if (has_v3()) return adamw_v3;
 #endif
   return adamw_baseline;
+}
+
+// Moves those selectively anchored tensors to their anchor whose sums, one of each chunk, ask for it.
+void project(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGroup>& groups,
+             const std::vector<Chunk>& chunks, const std::vector<SelectiveSums>& sums) {
+  std::vector<SelectiveSums> totals(entries.size());
+  for (size_t i = 0; i < chunks.size(); ++i) {  // in the order of the chunks, whoever summed them
+    SelectiveSums& total = totals[chunks[i].entry];
+    total.uphill += sums[i].uphill;
+    total.before += sums[i].before;
+    total.after += sums[i].after;
+  }
+  std::vector<double> pulls(entries.size());
+  for (size_t i = 0; i < entries.size(); ++i)
+    if (is_selective(entries[i])) pulls[i] = selective_pull(totals[i], groups[entries[i].group].options);
+  std::vector<Chunk> moved;
+  for (const Chunk& c : chunks)
+    if (pulls[c.entry] > 0.0) moved.push_back(c);
+  const AdamWKernels& k = kernels();
+  for_each_chunk(moved, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      k.project(entries[moved[i].entry], moved[i].begin, moved[i].end, pulls[moved[i].entry]);
+  });
 }
 
 }  // namespace
@@ -72,13 +99,17 @@ bool adamw(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGroup>
   }
   const std::vector<Chunk> chunks = chunks_of(entries);
   const AdamWKernels& k = kernels();
+  const bool selective = std::any_of(entries.begin(), entries.end(), is_selective);
+  std::vector<SelectiveSums> sums(selective ? chunks.size() : 0);
   for_each_chunk(chunks, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const AdamWEntry& e = entries[chunks[i].entry];
       const AdamWOptions& o = groups[e.group].options;
-      k.update(e, chunks[i].begin, chunks[i].end, o, adamw_grad_factor(scale, norm, control.max_grad_norm, o.maximize));
+      k.update(e, chunks[i].begin, chunks[i].end, o, adamw_grad_factor(scale, norm, control.max_grad_norm, o.maximize),
+               selective ? &sums[i] : nullptr);
     }
   });
+  if (selective) project(entries, groups, chunks, sums);
   return false;
 }
 

@@ -68,18 +68,68 @@ UpdateElements<T> choose(Anchoring anchoring, bool amsgrad, bool masked) {
   }
 }
 
+// Independent sums, so that the additions neither wait for each other nor depend on the vector width.
+constexpr int64_t kLanes = 16;
+
+// sums[i % kLanes] = add(i, sums[i % kLanes]) for i in [0, n), where live.
+template <typename Add>
+inline void add_to_lanes(double (&sums)[kLanes], int64_t n, const uint8_t* mask, const Add& add) {
+  double lanes[kLanes];  // which nothing else can point to
+  for (int64_t j = 0; j < kLanes; ++j) lanes[j] = sums[j];
+  int64_t i = 0;
+  if (mask == nullptr)
+    for (; i + kLanes <= n; i += kLanes)
+      for (int64_t j = 0; j < kLanes; ++j) lanes[j] = add(i + j, lanes[j]);
+  for (; i < n; ++i)
+    if (mask == nullptr || mask[i]) lanes[i % kLanes] = add(i, lanes[i % kLanes]);
+  for (int64_t j = 0; j < kLanes; ++j) sums[j] = lanes[j];
+}
+
+inline double total(const double (&sums)[kLanes]) {
+  double total = 0.0;
+  for (double s : sums) total += s;
+  return total;
+}
+
+struct SelectiveLanes {
+  double uphill[kLanes] = {}, before[kLanes] = {}, after[kLanes] = {};
+
+  template <typename T>
+  void add_before(const T* p, const T* g, const T* a, int64_t n, const uint8_t* mask) {
+    add_to_lanes(uphill, n, mask, [&](int64_t i, double sum) {
+      return madd(static_cast<double>(g[i]), static_cast<double>(p[i]) - static_cast<double>(a[i]), sum);
+    });
+    add_distance(before, p, a, n, mask);
+  }
+
+  template <typename T>
+  void add_after(const T* p, const T* a, int64_t n, const uint8_t* mask) {
+    add_distance(after, p, a, n, mask);
+  }
+
+ private:
+  template <typename T>
+  static void add_distance(double (&sums)[kLanes], const T* p, const T* a, int64_t n, const uint8_t* mask) {
+    add_to_lanes(sums, n, mask, [&](int64_t i, double sum) {
+      const double delta = static_cast<double>(p[i]) - static_cast<double>(a[i]);
+      return madd(delta, delta, sum);
+    });
+  }
+};
+
 template <typename T>
-void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor) {
+void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
+               SelectiveLanes* lanes) {
   const AdamWScalars<T> scalars = adamw_scalars<T>(options, e.bias1, e.bias2, e.anchoring);
   const UpdateElements<T> elements = choose<T>(e.anchoring, options.amsgrad, e.mask != nullptr);
   const T factor = static_cast<T>(grad_factor);
   alignas(64) T p_[kBlock], g_[kBlock], m_[kBlock], v_[kBlock], x_[kBlock], a_[kBlock], f_[kBlock];
   for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
-    // Nothing to widen: the whole run at once.
+    // Nothing to widen: the whole run at once, unless it is looked at again while it is in the cache.
     const bool in_place = e.dtype == native<T> && e.state_dtype == native<T> && e.grad_dtype == native<T> &&
                           (e.anchor == nullptr || e.anchor_dtype == native<T>) &&
                           (e.importance == nullptr || e.importance_dtype == native<T>);
-    const int64_t step = in_place ? length : kBlock;
+    const int64_t step = in_place && lanes == nullptr ? length : kBlock;
     for (int64_t at = offset, stop = offset + length; at < stop; at += step) {
       const int64_t n = smaller(step, stop - at);
       const uint8_t* mask = e.mask ? e.mask + at : nullptr;
@@ -90,24 +140,51 @@ void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptio
       T* x = options.amsgrad ? load(e.max_exp_avg_sq, e.state_dtype, at, n, x_) : nullptr;
       T* a = load(e.anchor, e.anchor_dtype, at, n, a_);
       T* f = load(e.importance, e.importance_dtype, at, n, f_);
+      if (lanes) lanes->add_before(p, g, a, n, mask);
       elements(p, g, m, v, x, a, f, mask, n, factor, scalars);
       store(p, e.param, e.dtype, at, n, mask);
       store(m, e.exp_avg, e.state_dtype, at, n, mask);
       store(v, e.exp_avg_sq, e.state_dtype, at, n, mask);
       if (x) store(x, e.max_exp_avg_sq, e.state_dtype, at, n, mask);
+      if (lanes) lanes->add_after(load(e.param, e.dtype, at, n, p_), a, n, mask);
     }
   });
 }
 
-void update(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor) {
-  if (e.dtype == DType::f64)
-    update_as<double>(e, begin, end, options, grad_factor);
-  else
-    update_as<float>(e, begin, end, options, grad_factor);
+void update(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
+            SelectiveSums* sums) {
+  const auto update = e.dtype == DType::f64 ? update_as<double> : update_as<float>;
+  if (e.anchoring != Anchoring::selective) return update(e, begin, end, options, grad_factor, nullptr);
+  SelectiveLanes lanes;
+  update(e, begin, end, options, grad_factor, &lanes);
+  *sums = {total(lanes.uphill), total(lanes.before), total(lanes.after)};
 }
 
-// Independent sums, so that the additions neither wait for each other nor depend on the vector width.
-constexpr int64_t kLanes = 16;
+template <typename T>
+void project_as(const AdamWEntry& e, int64_t begin, int64_t end, T pull) {
+  alignas(64) T p_[kBlock], a_[kBlock];
+  for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
+    for (int64_t at = offset, stop = offset + length; at < stop; at += kBlock) {
+      const int64_t n = smaller(kBlock, stop - at);
+      const uint8_t* mask = e.mask ? e.mask + at : nullptr;
+      T* __restrict p = load(e.param, e.dtype, at, n, p_);
+      const T* __restrict a = load(e.anchor, e.anchor_dtype, at, n, a_);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        const T moved = selective_element(p[i], a[i], pull);
+        p[i] = mask == nullptr || mask[i] ? moved : p[i];
+      }
+      store(p, e.param, e.dtype, at, n, mask);
+    }
+  });
+}
+
+void project(const AdamWEntry& e, int64_t begin, int64_t end, double pull) {
+  if (e.dtype == DType::f64)
+    project_as<double>(e, begin, end, pull);
+  else
+    project_as<float>(e, begin, end, static_cast<float>(pull));
+}
 
 template <typename T>
 double sum_of_squares_as(const AdamWEntry& e, int64_t begin, int64_t end) {
@@ -121,21 +198,13 @@ double sum_of_squares_as(const AdamWEntry& e, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < n; ++i) g_[i] = e.mask[at + i] ? g[i] : T(0);
         g = g_;
       }
-      int64_t i = 0;
-      for (; i + kLanes <= n; i += kLanes)
-        for (int64_t j = 0; j < kLanes; ++j) {
-          const double x = g[i + j];
-          sums[j] = madd(x, x, sums[j]);
-        }
-      for (; i < n; ++i) {
+      add_to_lanes(sums, n, nullptr, [&](int64_t i, double sum) {
         const double x = g[i];
-        sums[i % kLanes] = madd(x, x, sums[i % kLanes]);
-      }
+        return madd(x, x, sum);
+      });
     }
   });
-  double total = 0.0;
-  for (double s : sums) total += s;
-  return total;
+  return total(sums);
 }
 
 double sum_of_squares(const AdamWEntry& e, int64_t begin, int64_t end) {
@@ -145,6 +214,6 @@ double sum_of_squares(const AdamWEntry& e, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const AdamWKernels FASTFT_KERNELS = {FASTFT_INSTRUCTION_SET, sum_of_squares, update};
+extern const AdamWKernels FASTFT_KERNELS = {FASTFT_INSTRUCTION_SET, sum_of_squares, update, project};
 
 }  // namespace fastft::cpu

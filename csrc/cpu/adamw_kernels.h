@@ -9,8 +9,12 @@ struct AdamWKernels {
   const char* instruction_set;
   // Σ grad² over live elements [begin, end) of the entry, in double.
   double (*sum_of_squares)(const AdamWEntry& entry, int64_t begin, int64_t end);
-  // The step over live elements [begin, end); grad_factor carries unscaling, clipping and the sign.
-  void (*update)(const AdamWEntry& entry, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor);
+  // The step over live elements [begin, end); grad_factor carries unscaling, clipping and the sign. Where the entry is
+  // anchored selectively, their sums too.
+  void (*update)(const AdamWEntry& entry, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
+                 SelectiveSums* sums);
+  // Moves live elements [begin, end) to the anchor.
+  void (*project)(const AdamWEntry& entry, int64_t begin, int64_t end, double pull);
 };
 
 extern const AdamWKernels adamw_baseline;

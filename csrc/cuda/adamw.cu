@@ -43,7 +43,8 @@ struct Args {
   const DeviceEntry* entries;
   const uint32_t* chunk_entry;
   uint32_t* tickets;
-  double* partial;
+  double* partial;  // three to a chunk
+  double* pulls;    // of each entry, in selective projection
   double* out;
   AdamWControl control;
   uint32_t first_entry, count, first_chunk, row_count, total_chunks;
@@ -143,11 +144,12 @@ struct Shared {
   bool skip;
 };
 
-// kWeighted: also for tensors with an importance. Others are stepped by code that knows nothing of it.
-template <typename Param, typename State, bool kWeighted>
+// For tensors anchored as kMost says: selectively; or by pulling, no more elaborately than that, or not at all.
+template <typename Param, typename State, Anchoring kMost>
 struct Update {
   using T = compute_t<Param>;
   const Shared<T>& shared;
+  SelectiveSums sums;
 
   template <int N>
   __device__ __forceinline__ void run(int64_t offset) {
@@ -157,9 +159,13 @@ struct Update {
     constexpr int kPart = sizeof(T) == sizeof(double) ? 1 : kStatePart < 4 ? kStatePart : 4;
     const DeviceEntry& e = shared.entry;
     const bool amsgrad = e.max_exp_avg_sq != nullptr;
+    constexpr bool kSelective = kMost == Anchoring::selective;
     const bool anchored = e.anchor != nullptr;
-    const bool weighted = kWeighted && e.anchoring == Anchoring::weighted;
-    const Anchoring anchoring = weighted ? Anchoring::weighted : anchored ? Anchoring::plain : Anchoring::none;
+    const bool weighted = kMost == Anchoring::weighted && e.anchoring == Anchoring::weighted;
+    const Anchoring anchoring = kSelective ? Anchoring::selective
+                                : weighted ? Anchoring::weighted
+                                : anchored ? Anchoring::plain
+                                           : Anchoring::none;
     Param p[N];
     read(e.param, offset, p);
 #pragma unroll
@@ -182,10 +188,19 @@ struct Update {
           asm volatile("" ::: "memory");  // scalars stay in shared memory: held in registers they would not fit
           const int k = part + j, i = first + k;
           if (e.mask && !live[j]) continue;  // its bits stay as they were read
+          if constexpr (kSelective) {
+            const double delta = static_cast<double>(widen(p[i])) - static_cast<double>(a[j]);
+            sums.uphill = madd(static_cast<double>(g[j]), delta, sums.uphill);
+            sums.before = madd(delta, delta, sums.before);
+          }
           T pi = widen(p[i]), mi = widen(m[k]), vi = widen(v[k]), xi = amsgrad ? widen(x[j]) : T(0);
           adamw_element(pi, g[j], mi, vi, xi, anchored ? a[j] : T(0), weighted ? f[j] : T(0), anchoring, amsgrad,
                         shared.grad_factor, shared.scalars);
           narrow(pi, &p[i]);
+          if constexpr (kSelective) {
+            const double delta = static_cast<double>(widen(p[i])) - static_cast<double>(a[j]);
+            sums.after = madd(delta, delta, sums.after);
+          }
           narrow(mi, &m[k]);
           narrow(vi, &v[k]);
           if (amsgrad) narrow(xi, &x[j]);
@@ -230,17 +245,51 @@ __device__ __noinline__ void prepare(const Args& args, uint32_t index, Shared<T>
 }
 
 // Blocks to a multiprocessor: four hold a thread to 64 registers; what ptxas makes for Blackwell needs a few more, and
-// three still keep more loads in flight than its memory can serve at once. So does an importance in double.
+// three still keep more loads in flight than its memory can serve at once. So do an importance in double and the sums
+// of selective projection.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-template <typename Param, bool kWeighted>
+template <typename Param, Anchoring kMost>
 constexpr int kBlocks = 3;
 #else
-template <typename Param, bool kWeighted>
-constexpr int kBlocks = kWeighted && sizeof(Param) == sizeof(double) ? 3 : 4;
+template <typename Param, Anchoring kMost>
+constexpr int kBlocks =
+    kMost == Anchoring::selective || (kMost == Anchoring::weighted && sizeof(Param) == sizeof(double)) ? 3 : 4;
 #endif
 
-template <typename Param, typename State, bool kWeighted>
-__global__ void __launch_bounds__(kThreads, kBlocks<Param, kWeighted>) adamw_step(const __grid_constant__ Args args) {
+// Adds up what all blocks of a tensor have found, always in the same order, in the last of them to finish; that one
+// also counts the step, which by then every block has read.
+__device__ __forceinline__ void finish_sums(const Args& args, uint32_t chunk, uint32_t index, const DeviceEntry& e,
+                                            const SelectiveSums& of_thread) {
+  const SelectiveSums sums = {block_sum(of_thread.uphill), block_sum(of_thread.before), block_sum(of_thread.after)};
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    double* partial = args.partial + 3 * static_cast<uint64_t>(chunk);
+    partial[0] = sums.uphill;
+    partial[1] = sums.before;
+    partial[2] = sums.after;
+    __threadfence();
+    last = atomicAdd(&args.tickets[1 + index], 1u) == e.chunks - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  SelectiveSums total = {};
+  const volatile double* partial = args.partial + 3 * static_cast<uint64_t>(e.first_chunk);
+  for (uint32_t i = threadIdx.x; i < e.chunks; i += kThreads) {
+    total.uphill += partial[3 * static_cast<uint64_t>(i)];
+    total.before += partial[3 * static_cast<uint64_t>(i) + 1];
+    total.after += partial[3 * static_cast<uint64_t>(i) + 2];
+  }
+  total = {block_sum(total.uphill), block_sum(total.before), block_sum(total.after)};
+  if (threadIdx.x == 0) {
+    args.pulls[index] = selective_pull(total, args.row(*args.row_index(index - args.first_entry))->options);
+    args.tickets[1 + index] = 0;
+    if (e.step) *e.step += 1.0f;
+  }
+}
+
+template <typename Param, typename State, Anchoring kMost>
+__global__ void __launch_bounds__(kThreads, kBlocks<Param, kMost>) adamw_step(const __grid_constant__ Args args) {
   using T = compute_t<Param>;
   const uint32_t chunk = args.first_chunk + blockIdx.x;
   const uint32_t index = args.chunk_entry[chunk];
@@ -248,14 +297,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Param, kWeighted>) adamw_ste
   __shared__ Shared<T> shared;
   if (threadIdx.x == 0) prepare(args, index, &shared);
   __syncthreads();
-  if (shared.skip) return;
-
   const DeviceEntry& e = shared.entry;
+  if (shared.skip) {
+    if (kMost == Anchoring::selective && threadIdx.x == 0 && chunk == e.first_chunk) args.pulls[index] = 0.0;
+    return;
+  }
+
   constexpr int kVector = 16 / sizeof(Param);
   const int64_t begin = static_cast<int64_t>(chunk - e.first_chunk) * kChunk;
   const int64_t end = begin + kChunk < e.live_numel ? begin + kChunk : e.live_numel;
-  Update<Param, State, kWeighted> work{shared};
+  Update<Param, State, kMost> work{shared, {}};
   for_each_live<kVector>(e, begin, end, work);
+  if constexpr (kMost == Anchoring::selective) return finish_sums(args, chunk, index, e, work.sums);
 
   // The tensor's last block counts the step: by then every block of it has read the old count.
   if (e.step && threadIdx.x == 0) {
@@ -267,24 +320,65 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Param, kWeighted>) adamw_ste
   }
 }
 
+template <typename Param>
+struct Projection {
+  using T = compute_t<Param>;
+  const DeviceEntry& e;
+  T pull;
+
+  template <int N>
+  __device__ __forceinline__ void run(int64_t offset) {
+    Param p[N];
+    T a[N];
+    uint8_t live[N];
+    read(e.param, offset, p);
+    read_any(e.anchor, e.anchor_dtype, offset, a);
+    if (e.mask) read(e.mask, offset, live);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (e.mask == nullptr || live[i]) narrow(selective_element(static_cast<T>(widen(p[i])), a[i], pull), &p[i]);
+    write(e.param, offset, p);
+  }
+};
+
+// Moves stepped tensors to their anchor, as far as the step found that they must go.
+template <typename Param>
+__global__ void __launch_bounds__(kThreads) selective_project(const __grid_constant__ Args args) {
+  const uint32_t chunk = args.first_chunk + blockIdx.x;
+  const uint32_t index = args.chunk_entry[chunk];
+  const double pull = args.pulls[index];
+  if (pull == 0.0) return;
+  const DeviceEntry& e = args.entries[index];
+  const int64_t begin = static_cast<int64_t>(chunk - e.first_chunk) * kChunk;
+  const int64_t end = begin + kChunk < e.live_numel ? begin + kChunk : e.live_numel;
+  Projection<Param> work{e, static_cast<compute_t<Param>>(pull)};
+  for_each_live<16 / sizeof(Param)>(e, begin, end, work);
+}
+
 using Kernel = void (*)(Args);
 
 template <typename Param, typename State>
-constexpr Kernel kSteps[2] = {adamw_step<Param, State, false>, adamw_step<Param, State, true>};
+constexpr Kernel kSteps[] = {
+    adamw_step<Param, State, Anchoring::plain>,
+    adamw_step<Param, State, Anchoring::weighted>,
+    adamw_step<Param, State, Anchoring::selective>,
+};
 
 struct Combination {
   DType param, state;
-  const Kernel* steps;  // without and with tensors that have an importance
+  const Kernel* steps;  // for plain, weighted and selective anchors
+  Kernel project;
   const char* name;
 };
 
 const Combination kCombinations[] = {
-    {DType::f32, DType::f32, kSteps<float, float>, "adamw_step<float, float>"},
-    {DType::bf16, DType::bf16, kSteps<bfloat16, bfloat16>, "adamw_step<bfloat16, bfloat16>"},
-    {DType::bf16, DType::f32, kSteps<bfloat16, float>, "adamw_step<bfloat16, float>"},
-    {DType::f16, DType::f16, kSteps<float16, float16>, "adamw_step<float16, float16>"},
-    {DType::f16, DType::f32, kSteps<float16, float>, "adamw_step<float16, float>"},
-    {DType::f64, DType::f64, kSteps<double, double>, "adamw_step<double, double>"},
+    {DType::f32, DType::f32, kSteps<float, float>, selective_project<float>, "adamw_step<float, float>"},
+    {DType::bf16, DType::bf16, kSteps<bfloat16, bfloat16>, selective_project<bfloat16>,
+     "adamw_step<bfloat16, bfloat16>"},
+    {DType::bf16, DType::f32, kSteps<bfloat16, float>, selective_project<bfloat16>, "adamw_step<bfloat16, float>"},
+    {DType::f16, DType::f16, kSteps<float16, float16>, selective_project<float16>, "adamw_step<float16, float16>"},
+    {DType::f16, DType::f32, kSteps<float16, float>, selective_project<float16>, "adamw_step<float16, float>"},
+    {DType::f64, DType::f64, kSteps<double, double>, selective_project<double>, "adamw_step<double, double>"},
 };
 
 const Combination& combination_of(const AdamWEntry& e) {
@@ -304,15 +398,25 @@ int64_t aligned16(int64_t bytes) {
 
 // Where the parts of the workspace begin, for n entries of `chunks` chunks in all.
 struct Layout {
-  int64_t entries = 0, chunk_entry, image_end, tickets, partial, end;
+  int64_t entries = 0, chunk_entry, image_end, tickets, partial, pulls, end;
   Layout(int64_t n, int64_t chunks) {
     chunk_entry = aligned16(n * sizeof(DeviceEntry));
     image_end = aligned16(chunk_entry + chunks * sizeof(uint32_t));
     tickets = image_end;
     partial = aligned16(tickets + (1 + n) * sizeof(uint32_t));
-    end = partial + chunks * sizeof(double);
+    pulls = partial + 3 * chunks * sizeof(double);
+    end = pulls + n * sizeof(double);
   }
 };
+
+bool is_selective(const AdamWEntry& e) {
+  return e.anchoring == Anchoring::selective;
+}
+
+// Entries that agree in this are stepped by one launch.
+auto launch_of(const AdamWEntry& e) {
+  return std::make_tuple(e.dtype, e.state_dtype, is_selective(e));
+}
 
 bool is_vectorised(const AdamWEntry& e) {
   const void* arrays[] = {e.param, e.grad, e.exp_avg, e.exp_avg_sq, e.max_exp_avg_sq, e.anchor, e.importance, e.mask};
@@ -331,9 +435,8 @@ int64_t AdamWTable::workspace_bytes(const std::vector<AdamWEntry>& entries) {
 
 void AdamWTable::set_entries(const std::vector<AdamWEntry>& entries, void* stream) {
   entries_ = entries;
-  std::stable_sort(entries_.begin(), entries_.end(), [](const AdamWEntry& a, const AdamWEntry& b) {
-    return std::tie(a.dtype, a.state_dtype) < std::tie(b.dtype, b.state_dtype);
-  });
+  std::stable_sort(entries_.begin(), entries_.end(),
+                   [](const AdamWEntry& a, const AdamWEntry& b) { return launch_of(a) < launch_of(b); });
   first_chunk_.assign(1, 0);
   for (const AdamWEntry& e : entries_) first_chunk_.push_back(first_chunk_.back() + chunks_of(e));
 
@@ -438,6 +541,8 @@ void AdamWTable::adamw(const std::vector<AdamWGroup>& groups, const AdamWControl
   args.entries = reinterpret_cast<const DeviceEntry*>(base);
   args.chunk_entry = reinterpret_cast<const uint32_t*>(base + layout.chunk_entry);
   args.tickets = reinterpret_cast<uint32_t*>(base + layout.tickets);
+  args.partial = reinterpret_cast<double*>(base + layout.partial);
+  args.pulls = reinterpret_cast<double*>(base + layout.pulls);
   args.control = control;
   const auto row_of = [&](const AdamWEntry& e) {
     const AdamWGroup& g = groups[e.group];
@@ -445,16 +550,21 @@ void AdamWTable::adamw(const std::vector<AdamWGroup>& groups, const AdamWControl
   };
   for (uint32_t first = 0; first < n;) {
     const Combination& combination = combination_of(entries_[first]);
+    Anchoring most = Anchoring::plain;
     uint32_t stop = first;
-    bool weighted = false;
-    for (; stop < n && entries_[stop].dtype == combination.param && entries_[stop].state_dtype == combination.state;
-         ++stop)
-      weighted |= entries_[stop].anchoring == Anchoring::weighted;
+    for (; stop < n && launch_of(entries_[stop]) == launch_of(entries_[first]); ++stop)
+      most = std::max(most, entries_[stop].anchoring);
     const uint32_t count = fill(args, entries_, first, stop, row_of);
     args.first_chunk = first_chunk_[first];
     args.counts_skips = first == 0;
-    launch(combination.steps[weighted], combination.name, first_chunk_[first + count] - args.first_chunk, stream, args);
+    const uint32_t blocks = first_chunk_[first + count] - args.first_chunk;
+    const Kernel step = combination.steps[static_cast<int>(most) - static_cast<int>(Anchoring::plain)];
+    launch(step, combination.name, blocks, stream, args);
     ++launches_;
+    if (most == Anchoring::selective) {
+      launch(combination.project, "selective_project", blocks, stream, args);
+      ++launches_;
+    }
     first += count;
   }
 }

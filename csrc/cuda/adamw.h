@@ -24,7 +24,8 @@ class AdamWTable {
   // *out = Σ grad² over the live elements, in double, always in the same order: one launch per 3,000 tensors.
   void sum_of_squares(double* out, void* stream);
 
-  // The step: one launch per combination of parameter and state dtype (and 3,000 tensors).
+  // The step: one launch per combination of parameter and state dtype (and 3,000 tensors); with selectively anchored
+  // tensors, two of their own.
   void adamw(const std::vector<AdamWGroup>& groups, const AdamWControl& control, void* stream);
 
   // How many kernels this table has launched since it was made.

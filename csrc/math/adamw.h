@@ -7,6 +7,10 @@
 //   v  = β₂·v + (1−β₂)·g²                        (v̂ = running maximum of v with amsgrad)
 //   p  = p − lr/(1−β₁ᵗ) · m / (√v̂/√(1−β₂ᵗ) + ε)
 //
+// or, selectively, in place of any pull: once all of a tensor has been stepped from p to p̃ (which is stored),
+//
+//   if ⟨g, p − a⟩ > 0:   p = p̃ − min(1, λ·r)·(p̃ − a)      r = (‖p̃ − a‖₂ − ‖p − a‖₂) / ‖p̃ − a‖₂, 0 if negative
+//
 // With an importance the anchor's penalty is λ/2·F·(p − a)² (elastic weight consolidation), and its pull an implicit
 // (proximal) step on it: p − a is divided by 1 + lr·λ·F. Fisher informations lie many orders of magnitude apart, so no
 // one lr·λ suits an explicit step: min(1, lr·λ·F) would throw every heavy element back to the anchor at each step and
@@ -15,8 +19,9 @@
 // decoupled decay expect.
 //
 // Loshchilov & Hutter 2019 (arXiv 1711.05101); Reddi et al. 2018 (arXiv 1904.09237) for amsgrad; Li et al. 2018
-// (arXiv 1802.01483) for the anchor; Kirkpatrick et al. 2017 (arXiv 1612.00796) for the importance. Everything is
-// computed in float (double for double parameters).
+// (arXiv 1802.01483) for the anchor; Kirkpatrick et al. 2017 (arXiv 1612.00796) for the importance; Tian et al. 2024
+// (arXiv 2411.01713) for selective projection, whose bound at the anchor is ours. Everything is computed in float
+// (double for double parameters).
 #pragma once
 
 #include <math.h>
@@ -26,8 +31,8 @@
 
 namespace fastft {
 
-// How a tensor is anchored; weighted: with an importance for each element.
-enum class Anchoring : uint8_t { none, plain, weighted };
+// How a tensor is anchored. weighted: with an importance for each element; selective: by projection after the step.
+enum class Anchoring : uint8_t { none, plain, weighted, selective };
 
 // What the user chose for one parameter group; doubles as in Python.
 struct AdamWOptions {
@@ -91,14 +96,14 @@ FASTFT_HD bool adamw_skips(bool skip_nonfinite, double norm, const float* found_
   return (found_inf != nullptr && *found_inf != 0.0f) || (skip_nonfinite && !(norm - norm == 0.0));
 }
 
-// One element, in place. Reads a only if anchored, the importance f only if weighted, vmax only if amsgrad.
+// One element, in place. Reads a only if plain or weighted, the importance f only if weighted, vmax only if amsgrad.
 template <typename T>
 FASTFT_HD void adamw_element(T& p, T grad, T& m, T& v, T& vmax, T a, T f, Anchoring anchoring, bool amsgrad,
                              T grad_factor, const AdamWScalars<T>& s) {
   T g = grad * grad_factor;
   const T before = p;
   p = madd(-s.decay, before, before);
-  if (anchoring != Anchoring::none) {
+  if (anchoring == Anchoring::plain || anchoring == Anchoring::weighted) {
     const T delta = before - a;
     T pull = s.pull, l2 = s.l2;
     if (anchoring == Anchoring::weighted) {
@@ -118,6 +123,29 @@ FASTFT_HD void adamw_element(T& p, T grad, T& m, T& v, T& vmax, T a, T f, Anchor
     second = vmax;
   }
   p = madd(-s.step_size, m / madd(square_root(second), s.rsqrt_bias2, s.eps), p);
+}
+
+// What selective projection must know of a tensor, summed over its live elements.
+struct SelectiveSums {
+  double uphill;         // ⟨grad, p − a⟩, the gradient as it is stored: neither clipping nor unscaling turns it
+  double before, after;  // ‖p − a‖² and ‖p̃ − a‖²
+};
+
+// How far the stepped tensor is moved to its anchor: min(1, λ·r), or 0 where it is left as it is. Nothing that is not
+// a number projects.
+FASTFT_HD double selective_pull(const SelectiveSums& sums, const AdamWOptions& o) {
+  const double uphill = o.maximize ? -sums.uphill : sums.uphill;
+  const double distance = square_root(sums.after);
+  const double ratio = (distance - square_root(sums.before)) / distance;
+  if (!(uphill > 0.0) || !(ratio > 0.0)) return 0.0;
+  const double pull = o.anchor_decay * ratio;
+  return pull < 1.0 ? pull : 1.0;
+}
+
+// One element of a stepped tensor, moved to its anchor.
+template <typename T>
+FASTFT_HD T selective_element(T p, T a, T pull) {
+  return madd(-pull, p - a, p);
 }
 
 }  // namespace fastft

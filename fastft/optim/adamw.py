@@ -89,8 +89,19 @@ class AdamW(torch.optim.AdamW):
             Without an importance, ``lr·anchor_decay`` above 1 would overshoot and raises a ``ValueError``; with an
             lr that lies on a GPU it counts as 1 instead.
         anchor_mode: ``"decoupled"`` as above, or ``"l2"``: ``anchor_decay·F·(p − anchor)`` is added to g instead
-            and so preconditioned by Adam (F = 1: L2-SP; Li et al. 2018, https://arxiv.org/abs/1802.01483). In
-            groups: the key ``anchor_mode``.
+            and so preconditioned by Adam (F = 1: L2-SP; Li et al. 2018, https://arxiv.org/abs/1802.01483). Or
+            ``"selective"``, selective projection decay (Tian et al. 2024, https://arxiv.org/abs/2411.01713): no pull,
+            but once a tensor has been stepped from p to p̃, in a second pass, and only if ``⟨g, p − anchor⟩ > 0``
+            (the gradient would have it come back) and it moved away,
+
+            .. code-block:: text
+
+                p = p̃ − min(1, anchor_decay·r)·(p̃ − anchor)      r = 1 − ‖p − anchor‖₂ / ‖p̃ − anchor‖₂
+
+            so that 1 puts it back to the distance it had, and more brings it nearer. Here ``anchor_decay`` is not
+            scaled by lr. Each tensor is judged by itself, by what is not masked; an importance raises a
+            ``ValueError``, and so does a DTensor that lies spread over several processes. In groups: the key
+            ``anchor_mode``.
         max_grad_norm: clip to this global 2-norm over all groups and devices, or None. What is frozen or
             masked does not count.
         skip_nonfinite: leave everything as it is in a step whose gradients' norm is inf or NaN.
@@ -130,7 +141,7 @@ class AdamW(torch.optim.AdamW):
         fused: bool | None = None,
         anchor: Anchor | Literal["init"] | None = None,
         anchor_decay: float = 0.0,
-        anchor_mode: Literal["decoupled", "l2"] = "decoupled",
+        anchor_mode: Literal["decoupled", "l2", "selective"] = "decoupled",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -246,7 +257,11 @@ class AdamW(torch.optim.AdamW):
             self._anchor,
             self._anchor.changes if self._anchor is not None else 0,
             [
-                (g["anchor_decay"] != 0.0, g["amsgrad"], g["capturable"], g["fused"], g["differentiable"])
+                (
+                    g["anchor_decay"] != 0.0,
+                    g["anchor_mode"] == "selective",
+                    *(g[key] for key in ("amsgrad", "capturable", "fused", "differentiable")),
+                )
                 for g in self.param_groups
             ],
         )
@@ -320,6 +335,14 @@ class AdamW(torch.optim.AdamW):
                 importance = self._anchor.importance_for(p, known)
                 if importance is not None:
                     importance = local(like(importance, p))
+        selective = anchor is not None and group["anchor_mode"] == "selective"
+        if selective:
+            check_selective(importance, name)
+            if process_groups_of(p):
+                raise ValueError(
+                    f'{name}: anchor_mode: "selective" needs the whole tensor in one process, and this DTensor is '
+                    f"placed {list(p.placements)}"  # type: ignore[attr-defined]
+                )
         mask, rows = self._masks[p].for_core(p) if p in self._masks else (None, None)
         return (
             p,
@@ -335,6 +358,7 @@ class AdamW(torch.optim.AdamW):
             mask,
             rows,
             on_device,
+            selective,
         )
 
     def _prepare_state(self, p: Tensor, group: dict[str, Any], name: str, counts_on_device: bool) -> bool:
@@ -676,6 +700,12 @@ def check_scalar(value: Tensor | None, name: str) -> None:
     if value is not None and value.numel() != 1:
         dtype = str(value.dtype).removeprefix("torch.")
         raise ValueError(f"{name}: expected one {dtype} on {value.device}, got {value.numel()} {dtype}")
+
+
+def check_selective(importance: Tensor | None, name: str) -> None:
+    """Raise if there is an importance, with which selective projection can do nothing."""
+    if importance is not None:
+        raise ValueError(f'{name}: anchor_mode: expected "decoupled" or "l2" with an importance, got "selective"')
 
 
 def check_pull(lr: float | Tensor, anchor_decay: float, anchor_mode: str, where: str) -> None:

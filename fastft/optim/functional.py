@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fastft import _C
 
-from .adamw import check_anchor_options, check_max_grad_norm, check_pull, is_dense, is_wrapper, refuse_unusable
+from .adamw import (
+    check_anchor_options,
+    check_max_grad_norm,
+    check_pull,
+    check_selective,
+    is_dense,
+    is_wrapper,
+    refuse_unusable,
+)
 from .masks import UpdateMask
 from .step import KERNEL_DTYPES, Part, fit_grad, laid_out_like, runs_kernels, take_step
 
@@ -33,7 +41,7 @@ def adamw_(
     weight_decay: float = 1e-2,
     maximize: bool = False,
     anchor_decay: float = 0.0,
-    anchor_mode: Literal["decoupled", "l2"] = "decoupled",
+    anchor_mode: Literal["decoupled", "l2", "selective"] = "decoupled",
     max_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
     grad_scale: Tensor | None = None,
@@ -100,6 +108,9 @@ def adamw_(
             if tensor is not None and tensor.shape != p.shape:
                 raise ValueError(f"{key}[{i}]: expected shape {list(p.shape)}, got {list(tensor.shape)}")
             anchored.append(None if tensor is None or anchor_decay == 0.0 else laid_out_like(tensor, p))
+        selective = anchored[0] is not None and anchor_mode == "selective"
+        if selective:
+            check_selective(anchored[1], name)
         if importances is not None and importances[i] is not None and (anchors is None or anchors[i] is None):
             raise ValueError(f"importances[{i}]: expected None without an anchor, got a tensor")
         mask = update_masks[i] if update_masks is not None else None
@@ -108,7 +119,9 @@ def adamw_(
         maximum = None if max_exp_avg_sqs is None else max_exp_avg_sqs[i]
         if max_exp_avg_sqs is not None and maximum is None:
             raise ValueError(f"max_exp_avg_sqs[{i}]: expected a tensor like {name}, got None")
-        entries.append((p, 0, name, p, exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], *anchored, *chosen, on_device))
+        entries.append(
+            (p, 0, name, p, exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], *anchored, *chosen, on_device, selective)
+        )
     live = [i for i, entry in enumerate(entries) if len(entry) > 3]
     shared = _C.overlapping([params[i] for i in live])
     if shared:

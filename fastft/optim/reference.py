@@ -6,11 +6,16 @@
     v  = β₂·v + (1−β₂)·g²                          (amsgrad: v̂ = max(v̂, v), else v̂ = v)
     p  = p − lr/(1−β₁ᵗ) · m / (√v̂/√(1−β₂ᵗ) + ε)
 
+with anchor_mode="selective" no pull, but last of all, for the tensor as a whole (see :func:`selective_projection`)
+
+    p  = p̃ − min(1, λ·r)·(p̃ − a)                   r = 1 − ‖p − a‖₂ / ‖p̃ − a‖₂, if ⟨g, p − a⟩ > 0 and r > 0
+
 where pull = min(1, lr·λ), or lr·λ·F / (1 + lr·λ·F) for elements with an importance F: an implicit step on
 λ/2·F·(p − a)², which divides p − a by 1 + lr·λ·F (why: csrc/math/adamw.h).
 
 Decay is Loshchilov & Hutter's (arXiv 1711.05101), the l2 anchor Li et al.'s (L2-SP, arXiv 1802.01483), the importance
-Kirkpatrick et al.'s (EWC, arXiv 1612.00796), amsgrad Reddi et al.'s (arXiv 1904.09237).
+Kirkpatrick et al.'s (EWC, arXiv 1612.00796), selective projection Tian et al.'s (SPD, arXiv 2411.01713), amsgrad Reddi
+et al.'s (arXiv 1904.09237).
 """
 
 from __future__ import annotations
@@ -51,7 +56,8 @@ def adamw(
     if maximize:
         g = -g
     new_p = p - lr * weight_decay * p
-    if anchor is not None:
+    raw = g
+    if anchor is not None and anchor_mode != "selective":
         delta = p - anchor.double()
         f = None if importance is None else importance.double()
         if anchor_mode == "l2":
@@ -67,6 +73,8 @@ def adamw(
     if v_max is not None:
         second = v_max = torch.maximum(v_max.double(), v)
     new_p = new_p - lr / (1 - betas[0] ** t) * m / (second.sqrt() / (1 - betas[1] ** t) ** 0.5 + eps)
+    if anchor is not None and anchor_mode == "selective":
+        new_p = selective_projection(p, new_p, raw, anchor, anchor_decay, update_mask)
     after = (new_p, m, v, v_max)
     if update_mask is None:
         return after
@@ -76,6 +84,24 @@ def adamw(
     ]
     assert new[0] is not None and new[1] is not None and new[2] is not None
     return new[0], new[1], new[2], new[3]
+
+
+def selective_projection(
+    p: Tensor, stepped: Tensor, grad: Tensor, anchor: Tensor, anchor_decay: float, update_mask: Tensor | None = None
+) -> Tensor:
+    """``stepped``, what a step made of ``p``, moved to the anchor if ``p`` had gone too far: float64.
+
+    ``grad`` is the loss's, to be descended along. What is masked out does not count, and what is returned for it means
+    nothing.
+    """
+    p, stepped, anchor = p.double(), stepped.double(), anchor.double()
+    live = slice(None) if update_mask is None else update_mask
+    before, after = (p - anchor)[live], (stepped - anchor)[live]
+    uphill = (grad.double()[live] * before).sum()
+    ratio = (after.norm() - before.norm()) / after.norm()
+    if not (uphill > 0 and ratio > 0):
+        return stepped
+    return stepped - min(1.0, anchor_decay * float(ratio)) * (stepped - anchor)
 
 
 def grad_norm(

@@ -14,7 +14,7 @@ from fastft import _C
 from .staging import Staging
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ANCHOR_MODES = ("decoupled", "l2")
+ANCHOR_MODES = ("decoupled", "l2", "selective")
 
 DLPACK_CPU = 1  # DLDeviceType of the DLPack specification; CUDA is 2
 DeviceKey = tuple[int, int]

@@ -175,6 +175,10 @@ def host_counted(device: str) -> dict[str, Callable[[], Outcome]]:
             )
         )
         for (dtype, state), mode, weighted in itertools.product(COMBINATIONS, ("decoupled", "l2"), (False, True))
+    } | {
+        f"{short(dtype)}-{short(state)}-selective": lambda d=dtype, s=state: projected(d, s, device=device)  # type: ignore[misc]
+        for dtype, state in COMBINATIONS
+        if dtype != torch.float64
     }
 
 
@@ -183,6 +187,50 @@ def as_grad(p: Tensor, grad: Tensor) -> Tensor:
     p.grad = None
     p.grad_dtype = grad.dtype
     return grad
+
+
+def projected(
+    dtype: torch.dtype,
+    state_dtype: torch.dtype | None,
+    anchor_decay: float = 0.7,
+    capturable: bool = False,
+    scaler: bool = False,
+    device: str = "cpu",
+) -> Outcome:
+    """Selective projection of every shape, beside tensors that are free and a group that is pulled.
+
+    Gradients lead away from the anchor and then back a little, so that momentum takes most tensors on and they are
+    projected. Their sums depend on the order of additions, but what becomes of them in float32 nearly never does.
+    """
+    random = Random(1)
+    params = parameters(random, dtype, device)
+    named = [(f"p{i}", p) for i, p in enumerate(params)]
+    groups = [
+        {
+            "params": named[:-1],
+            "lr": 1e-2,
+            "weight_decay": 0.1,
+            "anchor_mode": "selective",
+            "anchor_decay": anchor_decay,
+        },
+        {"params": named[-1:], "lr": 1e-2, "anchor_decay": 3.0},
+    ]
+    homes = [(name, p.detach() + random.values(*p.shape, dtype=dtype).to(device)) for name, p in named]
+    anchor = fastft.Anchor.snapshot(homes, exclude=["p4"])
+    optimizer = fastft.AdamW(groups, anchor=anchor, state_dtype=state_dtype, capturable=capturable)
+    for i, p in enumerate(params):
+        if i % 3 == 1 and p.dim() > 0:
+            optimizer.set_update_mask(p, random.mask(p.shape[0]))
+        elif i % 3 == 2:
+            optimizer.set_update_mask(p, random.mask(*p.shape))
+    for step in range(6):
+        for i, (p, (_, home)) in enumerate(zip(params, homes, strict=True)):
+            p.grad = None if i == 3 and step == 2 else (p.detach() - home) * (-1.0 if step % 3 < 2 else 0.125)
+        if scaler:
+            optimizer.grad_scale = torch.tensor(4.0, device=device)
+            optimizer.found_inf = torch.tensor(1.0 if step == 3 else 0.0, device=device)
+        optimizer.step()
+    return outcome(optimizer)
 
 
 def many_groups() -> Outcome:
@@ -256,6 +304,12 @@ def cases() -> Iterator[tuple[str, Callable[[], Outcome]]]:
                 d, s, anchor_mode=m, importance_dtype=o or d, amsgrad=m == "l2", capturable=o is None
             ),
         )
+    for (dtype, state), on_device in itertools.product(COMBINATIONS, (False, True)):
+        if dtype != torch.float64:  # which shows every rounding of the sums
+            yield (
+                f"projected-{short(dtype)}-{short(state)}-{'device' if on_device else 'host'}",
+                lambda d=dtype, s=state, o=on_device: projected(d, s, capturable=o, scaler=o),  # type: ignore[misc]
+            )
     yield "many-groups", many_groups
     yield "mixed-dtypes", mixed_dtypes
     yield "special-values", special_values

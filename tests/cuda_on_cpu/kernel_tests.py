@@ -23,6 +23,7 @@ from cuda_on_cpu.kernel_cases import (
     differing,
     misaligned,
     outcome,
+    projected,
     short,
 )
 from cuda_on_cpu.plugin import counters
@@ -100,6 +101,39 @@ def test_one_launch_for_all_groups_and_two_with_a_norm(
         assert done["launches"] == (2 if needs_norm else 1)
         # A block for each chunk, and one for a tensor of nothing, whose step is counted too.
         assert done["blocks"] == done["launches"] * (1 + 1 + 4 + 1 + 1 + 1)
+
+
+@pytest.mark.parametrize("needs_norm", [False, True])
+def test_selective_anchors_take_two_launches_of_their_own(needs_norm: bool) -> None:
+    """And they alone: what is free, and what other groups pull, goes with the others in one."""
+    random = Random(18)
+    params = [nn.Parameter(random.values(n)) for n in (1, CHUNK, 3 * CHUNK + 1, 5, 0, 40)]
+    named = [(f"p{i}", p) for i, p in enumerate(params)]
+    groups = [{"params": named[:4], "anchor_mode": "selective"}, {"params": named[4:]}]
+    anchor = fastft.Anchor.snapshot(named, exclude="p0")
+    optimizer = fastft.AdamW(groups, anchor=anchor, anchor_decay=0.1, max_grad_norm=1.0 if needs_norm else None)
+    for step in range(1, 4):
+        before = counters()
+        stepped(optimizer, [random.values(*p.shape) for p in params])
+        assert launches(optimizer) == step * (4 if needs_norm else 3)
+        done = counters() - before
+        assert done["blocks"] == 2 * (1 + 4 + 1) + (1 + 1 + 1) + (9 if needs_norm else 0)
+        assert done["uploads"] == (step == 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_projection_repeats_bit_for_bit_in_any_order_of_blocks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = projected(dtype, None, capturable=True, scaler=True)
+    for order in ORDERS:
+        for _ in range(2):  # a shuffle is another one each time
+            monkeypatch.setenv("FASTFT_BLOCK_ORDER", order)
+            assert differing(projected(dtype, None, capturable=True, scaler=True), first) == []
+    # And it is projection: most tensors end elsewhere without.
+    free = projected(dtype, None, anchor_decay=0.0, capturable=True, scaler=True)
+    moved = [name for name in differing(free, first) if name.isdigit()]
+    assert len(moved) >= 12 and "4" not in moved and "17" not in moved
 
 
 @pytest.mark.parametrize("needs_norm", [False, True])
@@ -342,9 +376,10 @@ def test_the_last_block_adds_up_all_chunks(count: int) -> None:
 BAD = {"inf": (-1, "inf"), "-inf": (0, "-inf"), "nan": (CHUNK, "nan"), "found": (None, 1.0), "found twice": (None, 2.0)}
 
 
+@pytest.mark.parametrize("mode", ["decoupled", "selective"])
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_skipped_step_changes_nothing(bad: str, capturable: bool, block_order: str) -> None:
+def test_a_skipped_step_changes_nothing(bad: str, capturable: bool, block_order: str, mode: str) -> None:
     random = Random(15)
     position, value = BAD[bad]
     params = [nn.Parameter(random.values(2 * CHUNK + 3, dtype=dtype)) for dtype in DTYPES]
@@ -354,6 +389,7 @@ def test_a_skipped_step_changes_nothing(bad: str, capturable: bool, block_order:
         weight_decay=0.5,
         anchor="init",
         anchor_decay=1.0,
+        anchor_mode=mode,
         amsgrad=True,
         capturable=capturable,
         max_grad_norm=1.0,

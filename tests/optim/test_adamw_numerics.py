@@ -105,7 +105,7 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
         "eps": draw(st.sampled_from([1e-8, 1e-3])),
         "weight_decay": draw(st.sampled_from([0.0, 0.01, 0.3])),
         "anchor_decay": draw(st.sampled_from([0.0, 0.5, 30.0])),
-        "anchor_mode": draw(st.sampled_from(["decoupled", "l2"])),
+        "anchor_mode": draw(st.sampled_from(["decoupled", "l2", "selective"])),
         "amsgrad": draw(st.booleans()),
         "maximize": draw(st.booleans()),
         "tensors": draw(st.lists(tensors(), min_size=1, max_size=2)),
@@ -138,6 +138,8 @@ def watched(case: dict[str, Any]) -> tuple[Watch, dict[str, dict[str, Any]]]:
             options["lr"] = torch.tensor(g["lr"], dtype=g["lr_is"])
         if not anchored:
             options["anchor_decay"] = 0.0
+        if case["weighted"] and options["anchor_mode"] == "selective":  # which go together nowhere
+            options["anchor_mode"] = "decoupled"
         named = []
         for t in g["tensors"]:
             name = f"p{len(described)}"

@@ -278,7 +278,10 @@ CONSTRUCTION: list[tuple[dict[str, Any], str]] = [
         for bad in (-1.0, NAN, INF, "1", None)
     ],
     *[
-        ({"anchor_mode": bad}, rf"^param_groups\[0\]: anchor_mode: expected one of .*'decoupled', 'l2'.*, got {bad!r}$")
+        (
+            {"anchor_mode": bad},
+            rf"^param_groups\[0\]: anchor_mode: expected one of .*'decoupled', 'l2', 'selective'.*, got {bad!r}$",
+        )
         for bad in ("l1", None, 2)
     ],
     ({"anchor_decay": 0.5}, "^anchor_decay: expected 0 without an anchor, got 0.5; pass anchor="),

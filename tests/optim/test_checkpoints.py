@@ -123,6 +123,8 @@ class Run:
         groups = [{"params": named[:2], "lr": 0.03}, {"params": named[2:], "anchor_mode": "l2"}]
         if anchor is not None:
             groups[0]["anchor_decay"], groups[1]["anchor_decay"] = 4.0, 0.5
+        if options.get("anchor_mode") == "selective":  # 4 would put small tensors right back where they were
+            groups[0]["anchor_decay"] = 0.5
         self.optimizer = fastft.AdamW(
             groups,
             lr=1e-2,
@@ -182,7 +184,7 @@ def weighted(model: nn.Module) -> Anchor:
 
 @pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["none", "init", "snapshot_bf16", "file", "weighted"])
+@pytest.mark.parametrize("kind", ["none", "init", "snapshot_bf16", "file", "weighted", "selective"])
 def test_a_run_cut_in_two_ends_with_the_same_bits(
     kind: str, dtype: torch.dtype, state_dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
@@ -192,8 +194,11 @@ def test_a_run_cut_in_two_ends_with_the_same_bits(
         "snapshot_bf16": in_bfloat16,
         "file": from_file(tmp_path / "base.safetensors"),
         "weighted": weighted,
+        "selective": "init",
     }
     options: dict[str, Any] = {"anchor": anchors[kind], "dtype": dtype, "state_dtype": state_dtype}
+    if kind == "selective":
+        options["anchor_mode"] = kind
     whole, resumed = Run(**options), Run(**options)
     whole.restrict()
     whole.train(range(5))

@@ -56,7 +56,9 @@ def in_one_process(name: str) -> dict[str, Any]:
         optimizer = scenarios.named_optimizer(module, max_grad_norm=None)
         scenarios.train(module, optimizer, [0, 1, 3, 4])
         return {"parameters": dict(module.named_parameters())}
-    optimizer = scenarios.named_optimizer(module)
+    if name.startswith("weighted"):
+        return scenarios.weighted(module, fastft.Anchor.snapshot(module).with_importance(scenarios.importance()))
+    optimizer = scenarios.named_optimizer(module, anchor_mode="selective" if name == "selective" else "decoupled")
     if name.endswith("_backward"):
         return scenarios.backward_run(module, module, optimizer)
     if name == "resumed_from_a_distributed_checkpoint":
@@ -110,7 +112,7 @@ FINE_TUNING: dict[str, Any] = {"anchor": "init", "anchor_decay": 3.0, "max_grad_
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("mode", ["decoupled", "l2"])
+@pytest.mark.parametrize("mode", ["decoupled", "l2", "selective"])
 def test_making_state_for_a_checkpoint_moves_nothing(mode: str, tensor_lr: bool) -> None:
     lr: Any = torch.tensor(0.1) if tensor_lr else 0.1
     model = net()

@@ -96,6 +96,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "amsgrad": {"amsgrad": True},
     "anchored": {"anchor_decay": 5.0},
     "anchored_l2": {"anchor_decay": 0.5, "anchor_mode": "l2"},
+    "selective": {"anchor_decay": 0.7, "anchor_mode": "selective"},
     "weighted": {"anchor_decay": 500.0, "weighted": True},
     "weighted_l2": {"anchor_decay": 0.5, "anchor_mode": "l2", "weighted": True},
     "clipped": {"max_grad_norm": 2.0},

@@ -130,7 +130,7 @@ def test_masked_elements_keep_their_bits_and_live_ones_step_as_if_alone(
     assert float(masked.optimizer.state[p]["step"]) == 13
 
 
-@pytest.mark.parametrize("mode", ["decoupled", "l2", "weighted"])
+@pytest.mark.parametrize("mode", ["decoupled", "l2", "selective", "weighted"])
 @pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=short)
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
 @pytest.mark.parametrize("kind", ["rows", "elements"])

@@ -72,7 +72,7 @@ void run(DeviceEntry entry, Tensor& t, int64_t first, int64_t chunk, double expe
   fill(args, {host}, 0, 1, [&](const AdamWEntry& e) { return Row{options, e.bias1, e.bias2, nullptr, DType::f32}; });
   launch(grad_sum_of_squares, "grad_sum_of_squares", 1, nullptr, args);
   expect(*partial == expected_sum, what);
-  launch(adamw_step<float, float, false>, "adamw_step", 1, nullptr, args);
+  launch(adamw_step<float, float, Anchoring::plain>, "adamw_step", 1, nullptr, args);
 }
 
 // 2^34 elements and 40 more, all live: the last chunk has the 40.
