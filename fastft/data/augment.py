@@ -147,7 +147,7 @@ class SeededTransform:
         python, numpy = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
             try:
-                torch.random.default_generator.manual_seed(key)
+                torch.default_generator.manual_seed(key)
                 np.random.seed(key % 2**32)
                 random.seed(key)
                 return self.transform(value)

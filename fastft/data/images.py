@@ -53,10 +53,10 @@ class BatchAugment(nn.Module):
         self.calls = int(state["calls"])
 
 
-class Sequence(nn.Sequential):
-    """Several, one after the other: ``Sequence(RandomFlip(), RandomCrop(4), MixUp(10))``."""
+class Compose(nn.Sequential):
+    """Several, one after the other: ``Compose(RandomFlip(), RandomCrop(4), MixUp(10))``."""
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         for step in self:
             images, labels = step(images, labels)
         return images, labels
@@ -164,6 +164,6 @@ class CutMix(Mixing):
 
 
 def stretch(size: int, share: float, random: np.random.Generator) -> tuple[int, int]:
-    """Where a stretch of about ``share`` of 0 ... size begins and ends; its middle is anywhere, its ends are cut off."""
+    """Where a stretch of about ``share`` of ``size`` begins and ends: its middle is anywhere, the rest is cut off."""
     middle, half = random.integers(size), size * share / 2
     return max(0, round(middle - half)), min(size, round(middle + half))

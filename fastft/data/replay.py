@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import count, islice, pairwise
+from itertools import chain, count, islice, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -53,7 +53,7 @@ class ReplayMixer(Dataset[Any]):
     number of workers. About 5 % of old data do where the new data are close to it, 25 % where they are far (Ibrahim et
     al. 2024, arXiv 2403.08763).
 
-    **Two map-style datasets** (``len`` and ``[i]``; HF ``Dataset``) give a map-style dataset that is *already shuffled*:
+    **Two map-style datasets** (``len`` and ``[i]``; HF ``Dataset``) give a map-style one that is *already shuffled*:
     item i is the i-th example of the epoch. Give it to a ``DataLoader`` without ``shuffle``; what would reorder it
     (``shuffle=True``, a ``DistributedSampler``) is refused when the first batch is fetched. :meth:`sampler` divides it
     among ranks, and starts in the middle. ``set_epoch`` reshuffles; workers follow it, persistent ones too.
@@ -89,7 +89,7 @@ class ReplayMixer(Dataset[Any]):
     def __new__(cls, target: Any = None, source: Any = None, *args: Any, **kwargs: Any) -> ReplayMixer:
         if cls is ReplayMixer:
             cls = StreamReplayMixer if is_stream(target, "target") | is_stream(source, "source") else MapReplayMixer
-        return cast(ReplayMixer, object.__new__(cls))
+        return object.__new__(cls)
 
     def __init__(
         self,
@@ -283,7 +283,9 @@ class StreamReplayMixer(ReplayMixer, IterableDataset[Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.fresh:
-            raise ValueError("ReplayMixer: fresh: expected False, since an iterable-style dataset is read from its start")
+            raise ValueError(
+                "ReplayMixer: fresh: expected False, since an iterable-style dataset is read from its start"
+            )
         self._given = self._skip = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -311,17 +313,15 @@ class StreamReplayMixer(ReplayMixer, IterableDataset[Any]):
         shard = Shard(rank, world_size, worker_id, workers)
         pattern = Pattern(self.ratio, shard.index, shard.count)
         sources = self._sources(shard)
-        checked = False
-        targets = sources_given = 0
-        for target in self._pass(self.target, shard, TARGET, 0):
-            if not checked:
+        sources_given = 0
+        for targets, target in enumerate(self._pass(self.target, shard, TARGET, 0)):
+            if not targets:
                 first = next(sources)
                 check_examples_alike(target, first)
-                sources, checked = chain_first(first, sources), True
+                sources = chain([first], sources)
             while pattern.sources_before(targets + sources_given + 1) > sources_given:
                 sources_given += 1
                 yield next(sources)
-            targets += 1
             yield target
 
     def _sources(self, shard: Shard) -> Iterator[Any]:
@@ -370,11 +370,6 @@ class Shard:
 
     def __str__(self) -> str:
         return f"worker {self.worker} of {self.workers} of rank {self.rank} of {self.world_size}"
-
-
-def chain_first(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def fetch(dataset: Any, indices: list[int]) -> list[Any]:

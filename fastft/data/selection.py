@@ -189,5 +189,5 @@ def blocks(points: Floats, columns: int) -> Iterator[Floats]:
 
 def squared_distances(a: Floats, b: Floats) -> Floats:
     """Squared Euclidean distances [len(a), len(b)]."""
-    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * (a @ b.T)
-    return np.maximum(squares, 0)
+    squares: Floats = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * (a @ b.T)
+    return np.maximum(squares, 0, out=squares)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +70,9 @@ class TextAugment:
         candidates = (mask_id, tokenizer.mask_token_id, tokenizer.unk_token_id)
         found = [candidate for candidate in candidates if candidate is not None]
         if not found:
-            raise ValueError("TextAugment: mask_id: expected a token id, since the tokenizer has no mask token, got None")
+            raise ValueError(
+                "TextAugment: mask_id: expected a token id, since the tokenizer has no mask token, got None"
+            )
         self.steps, self.mask_id, self.pad_id = steps, int(found[0]), tokenizer.pad_token_id
         special = [*tokenizer.all_special_ids, self.mask_id]
         self._is_special = np.zeros(max(len(tokenizer), max(special) + 1), bool)
@@ -82,7 +84,9 @@ class TextAugment:
         rows = [np.asarray(example["input_ids"], np.int64) for example in examples]
         lengths = np.array([len(row) for row in rows])
         marked = [example.get("special_tokens_mask") for example in examples]
-        protected = None if any(row is None for row in marked) else np.concatenate([np.asarray(row, bool) for row in marked])
+        protected = (
+            None if any(row is None for row in marked) else np.concatenate([np.asarray(row, bool) for row in marked])
+        )
         changed = self._changed(np.concatenate(rows), positions(lengths), lengths, keys, protected)
         parts = np.split(changed, np.cumsum(lengths)[:-1])
         return [
@@ -158,9 +162,10 @@ def positions(lengths: Ids) -> Ids:
 def contents(ids: Ids, places: Ids, lengths: Ids) -> Keys:
     """A hash of each row's ids and their order."""
     hashes = mix(ids.astype(np.uint64) + (places + 1).astype(np.uint64) * GOLDEN)
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes)])
+    sums: Keys = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes)])
     ends = np.cumsum(lengths)
-    return sums[ends] - sums[ends - lengths]  # modulo 2⁶⁴, as the sums
+    differences: Keys = sums[ends] - sums[ends - lengths]  # modulo 2⁶⁴, as the sums
+    return differences
 
 
 def like(before: Any, after: NDArray[Any]) -> Any:
@@ -248,16 +253,14 @@ class SynonymReplacement:
     def __init__(self, p: float, table: Mapping[str, Sequence[str]], tokenizer: Any) -> None:
         check_probability("SynonymReplacement", p)
         self.p = p
-        found: dict[int, dict[int, None]] = {}
+        pairs = [(word, synonym) for word, synonyms in table.items() for synonym in synonyms]
+        found: dict[int, dict[int, None]] = {}  # a dict of None: each synonym once, in order
         for form in (str, str.capitalize):
             for before in ("", " "):
-                texts = [before + form(word) for entry in table.items() for word in (entry[0], *entry[1])]
-                ids = iter(single_ids(tokenizer, texts))
-                for synonyms in table.values():
-                    word = next(ids)
-                    others = [other for other in (next(ids) for _ in synonyms) if other not in (None, word)]
-                    if word is not None and others:
-                        found.setdefault(word, {}).update(dict.fromkeys(others))
+                words, synonyms = (single_ids(tokenizer, [before + form(pair[i]) for pair in pairs]) for i in (0, 1))
+                for word, synonym in zip(words, synonyms, strict=True):
+                    if word is not None and synonym is not None and word != synonym:
+                        found.setdefault(word, {})[synonym] = None
         if not found:
             raise ValueError(
                 "SynonymReplacement: table: expected a word and a synonym that are one token each, got none among "
@@ -268,9 +271,9 @@ class SynonymReplacement:
         self._count = np.zeros(len(self._continues), np.uint64)
         self._first = np.zeros(len(self._continues), np.int64)
         flat: list[int] = []
-        for word, others in found.items():
-            self._first[word], self._count[word] = len(flat), len(others)
-            flat.extend(others)
+        for word, replacements in found.items():
+            self._first[word], self._count[word] = len(flat), len(replacements)
+            flat.extend(replacements)
         self._synonyms = np.array(flat, np.int64)
 
     def __call__(self, tokens: Tokens) -> Ids:
@@ -288,19 +291,22 @@ class SynonymReplacement:
         return np.where(chosen, self._synonyms[places], tokens.ids)
 
 
-def single_ids(tokenizer: Any, texts: list[str]) -> Iterable[int | None]:
+def single_ids(tokenizer: Any, texts: list[str]) -> list[int | None]:
     """The id of each text that is a single token, None for others."""
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        yield ids[0] if len(ids) == 1 else None
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return [ids[0] if len(ids) == 1 else None for ids in rows]
 
 
 def continuing(tokenizer: Any) -> Flags:
-    """For each id, whether its token goes on with a word: ``##ing`` of WordPiece, ``ing`` where ``Ġ`` or ``▁`` begin one."""
+    """For each id, whether its token goes on with a word: ``##ing``; or ``ing`` where ``Ġ`` or ``▁`` begin words."""
     words = [word or "" for word in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     marks = ("Ġ", "▁")
     marked = any(word.startswith(marks) for word in words)
     return np.array(
-        [w.startswith("##") or (marked and not w.startswith(marks) and (w[:1].isalnum() or w[:1] in "'’")) for w in words]
+        [
+            w.startswith("##") or (marked and not w.startswith(marks) and (w[:1].isalnum() or w[:1] in "'’"))
+            for w in words
+        ]
     )
 
 
