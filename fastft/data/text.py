@@ -292,9 +292,10 @@ class SynonymReplacement:
 
 
 def single_ids(tokenizer: Any, texts: list[str]) -> list[int | None]:
-    """The id of each text that is a single token, None for others."""
+    """The id of each text that is a single token, and none that stands for others; None for other texts."""
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    return [ids[0] if len(ids) == 1 else None for ids in rows]
+    special = set(tokenizer.all_special_ids)
+    return [ids[0] if len(ids) == 1 and ids[0] not in special else None for ids in rows]
 
 
 def continuing(tokenizer: Any) -> Flags:
