@@ -31,14 +31,10 @@ def texts(name: str) -> list[str]:
 
 def edited(text: str, draw: random.Random, others: list[str]) -> str:
     """``text`` with one word changed, left out or added."""
-    words = text.split()
-    place, kind = draw.randrange(len(words)), draw.randrange(3)
-    if kind == 0:
-        words[place] = draw.choice(others)
-    elif kind == 1:
-        del words[place]
-    else:
-        words.insert(place, draw.choice(others))
+    words, new = text.split(), draw.choice(others)
+    place = draw.randrange(len(words))
+    removed, added = draw.choice([(1, [new]), (1, []), (0, [new])])
+    words[place : place + removed] = added
     return " ".join(words)
 
 
