@@ -1,9 +1,9 @@
 """Fine-tune large pre-trained models without losing what they know."""
 
 from fastft import _core as _core  # connects the compiled core to torch, or says why it cannot
-from fastft import nn, optim, retention, unfreeze
+from fastft import data, nn, optim, retention, unfreeze
 from fastft._core import __version__
 from fastft.anchor import Anchor
 from fastft.optim import AdamW
 
-__all__ = ["AdamW", "Anchor", "__version__", "nn", "optim", "retention", "unfreeze"]
+__all__ = ["AdamW", "Anchor", "__version__", "data", "nn", "optim", "retention", "unfreeze"]

@@ -1,8 +1,9 @@
-"""The command ``fastft``: ``fastft finetune``, ``fastft demo`` and ``fastft info``."""
+"""The command ``fastft``: ``finetune``, ``data-report``, ``demo`` and ``info``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastft.demo import run
 
         return run(options.output, options.quick, options.seed, options.overwrite)
+    if options.command == "data-report":
+        return report_on_data(options)
     print(info())
     return 0
 
@@ -70,6 +73,25 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=seed, default=0, help="of the order of batches and of dropout (default: 0)")
     demo.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
 
+    data = commands.add_parser(
+        "data-report",
+        help="look at a data set before training on it: repetitions, leakage, balance, lengths",
+        description="Reads a csv, tsv, jsonl or parquet file (text formats also gzipped) and writes a page on what is "
+        "wrong with it and what to do about that: report.md with plot.png, and report.json.",
+    )
+    data.add_argument("file", type=Path, metavar="FILE", help="the training data")
+    data.add_argument("--eval", type=Path, metavar="FILE", help="the evaluation data, looked for in the training data")
+    data.add_argument("--text-column", metavar="NAME", help="default: one with a usual name, else the longest texts")
+    data.add_argument("--label-column", metavar="NAME", help="default: one with a usual name, or none")
+    data.add_argument(
+        "--output",
+        type=Path,
+        default=Path("fastft-data-report"),
+        metavar="FOLDER",
+        help="where the page goes (default: ./%(default)s)",
+    )
+    data.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+
     commands.add_parser(
         "info",
         help="print versions, devices, and whether CUDA can be used",
@@ -87,6 +109,42 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**63 - 1, got {text!r}")
     return value
+
+
+def report_on_data(options: argparse.Namespace) -> int:
+    """``fastft data-report``: 0 done, 1 the files could not be written, 2 wrong usage, 130 interrupted."""
+    from fastft.data import FileError, data_report, read_table
+    from fastft.output import OutputError, staged
+
+    def fail(message: object, status: int) -> int:
+        print(f"fastft data-report: {message}", file=sys.stderr)
+        return status
+
+    missing = [name for name in ("datasets", "datasketch", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        return fail(f'missing {", ".join(missing)}; install what it needs with: pip install "fastft[data]"', 2)
+    eval_name = ""
+    if options.eval is not None:
+        eval_name = options.eval.name if options.eval.name != options.file.name else str(options.eval)
+    try:
+        with staged(options.output, options.overwrite) as folder:
+            report = data_report(
+                read_table(options.file),
+                read_table(options.eval) if options.eval is not None else None,
+                text_column=options.text_column,
+                label_column=options.label_column,
+                name=options.file.name,
+                eval_name=eval_name,
+            )
+            report.write(folder)
+    except (OutputError, FileError, ValueError) as error:
+        return fail(error, 2)
+    except OSError as error:
+        return fail(f"could not finish: {error}", 1)
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing was written", 130)
+    print(f"{report.summary()}\nWritten to {options.output}: report.md, plot.png, report.json")
+    return 0
 
 
 def info() -> str:

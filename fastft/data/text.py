@@ -1,0 +1,355 @@
+"""Augment tokenised text: drop tokens, mask spans, put synonyms for words. Lengths, labels and special tokens stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastft.anchor import closest
+
+from .augment import Keys, Switch, mix, mixed
+
+Ids = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2⁶⁴ over the golden ratio: SplitMix64's step from one key to the next."""
+
+DRAWS = np.array([mixed(1), mixed(2)], np.uint64)
+
+
+class Tokens(NamedTuple):
+    """The tokens of some rows, one row after the other, [tokens] each."""
+
+    ids: Ids
+    free: Flags
+    """Whether it may be changed: it is neither special nor protected."""
+    special: Flags
+    first: Flags
+    """Whether it is the first of its row."""
+    keys: Keys
+    mask_id: int
+    """What stands for a token that is not shown."""
+
+    def random(self, draw: int) -> Keys:
+        """64 random bits for each token; other ones for another ``draw``, 0 or 1."""
+        return mix(self.keys + DRAWS[draw])
+
+
+Step = Callable[[Tokens], Ids]
+"""One way to change tokens: gives the new ids; changes only those that are free."""
+
+
+class TextAugment:
+    """Steps that change the ``input_ids`` of examples, one after the other.
+
+    Only ``input_ids`` change, and of them no special token of the tokenizer, no padding and nothing that a
+    ``special_tokens_mask`` marks; lengths stay, so labels, also those of single tokens, keep their places. Empty rows
+    are fine. Use it with :class:`AugmentingCollator` or :class:`~fastft.data.Augmented`.
+
+    Args:
+        tokenizer: of transformers.
+        steps: :class:`TokenDropout`, :class:`SpanMasking`, :class:`SynonymReplacement` or a function of
+            :class:`Tokens`.
+        mask_id: what is put for a token that is dropped or masked; by default the tokenizer's mask token, else its
+            unknown token.
+
+    Raises:
+        ValueError: there is no step, or the tokenizer has neither token and ``mask_id`` is not given.
+    """
+
+    def __init__(self, tokenizer: Any, *steps: Step, mask_id: int | None = None) -> None:
+        if not steps:
+            raise ValueError("TextAugment: steps: expected at least one")
+        candidates = (mask_id, tokenizer.mask_token_id, tokenizer.unk_token_id)
+        found = [candidate for candidate in candidates if candidate is not None]
+        if not found:
+            raise ValueError(
+                "TextAugment: mask_id: expected a token id, since the tokenizer has no mask token, got None"
+            )
+        self.steps, self.mask_id, self.pad_id = steps, int(found[0]), tokenizer.pad_token_id
+        special = [*tokenizer.all_special_ids, self.mask_id]
+        self._is_special = np.zeros(max(len(tokenizer), max(special) + 1), bool)
+        self._is_special[special] = True
+        self._salts = np.array([mixed(3, number) for number in range(len(steps))], np.uint64)
+
+    def __call__(self, examples: list[Any], keys: Keys) -> list[Any]:
+        """Copies of examples (dicts with ``input_ids`` as a list, array or tensor) with a random key for each."""
+        rows = [np.asarray(example["input_ids"], np.int64) for example in examples]
+        lengths = np.array([len(row) for row in rows])
+        marked = [example.get("special_tokens_mask") for example in examples]
+        protected = (
+            None if any(row is None for row in marked) else np.concatenate([np.asarray(row, bool) for row in marked])
+        )
+        changed = self._changed(np.concatenate(rows), positions(lengths), lengths, keys, protected)
+        parts = np.split(changed, np.cumsum(lengths)[:-1])
+        return [
+            {**example, "input_ids": like(example["input_ids"], part)}
+            for example, part in zip(examples, parts, strict=True)
+        ]
+
+    def batch(self, batch: MutableMapping[str, Any], keys: Callable[[Keys], Keys]) -> None:
+        """Change the ``input_ids`` [rows, tokens] of a batch.
+
+        Args:
+            batch: gets new ``input_ids``, of the same kind.
+            keys: makes a random key for each row out of one for its content; padding does not count as such.
+        """
+        ids = np.asarray(batch["input_ids"])
+        shown = batch.get("attention_mask")
+        if shown is not None and tuple(shown.shape) == ids.shape:
+            present = np.asarray(shown, bool)
+        else:
+            present = np.ones(ids.shape, bool) if self.pad_id is None else ids != self.pad_id
+        marked = batch.get("special_tokens_mask")
+        protected = None if marked is None else np.asarray(marked, bool)[present]
+        lengths, tokens = present.sum(1), ids[present].astype(np.int64, copy=False)
+        places = positions(lengths)
+        row_keys = keys(contents(tokens, places, lengths))
+        changed = ids.copy()
+        changed[present] = self._changed(tokens, places, lengths, row_keys, protected)
+        batch["input_ids"] = like(batch["input_ids"], changed)
+
+    def _changed(self, ids: Ids, places: Ids, lengths: Ids, row_keys: Keys, protected: Flags | None) -> Ids:
+        """What becomes of the ``ids`` [tokens] at their ``places`` in rows of these ``lengths``."""
+        special = self._is_special[ids]
+        free = ~special if protected is None else ~(special | protected)
+        keys = np.repeat(row_keys, lengths) + places.astype(np.uint64) * GOLDEN
+        for step, salt in zip(self.steps, self._salts, strict=True):
+            ids = step(Tokens(ids, free, special, places == 0, keys + salt, self.mask_id))
+        return ids
+
+
+class AugmentingCollator(Switch):
+    """A ``collate_fn`` that augments what another one made.
+
+    The change of a row depends on (seed, epoch, the row's tokens) alone: not on the rest of the batch, its padding,
+    the number of workers, or on who else draws random numbers; so equal rows change alike in one epoch. Labels that
+    the inner collator makes from the tokens are those of the text as it was.
+
+    It augments until :meth:`eval`. transformers' ``Trainer`` gives evaluation data to the same collator and tells it
+    no epoch: wrap its training data in :class:`~fastft.data.Augmented` instead.
+
+    Args:
+        collate: makes a dict with ``input_ids`` out of examples, such as ``DataCollatorWithPadding(tokenizer)``.
+        augment: what to change.
+        seed: of all changes.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], augment: TextAugment, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.collate, self.augment = collate, augment
+
+    def __call__(self, examples: list[Any]) -> Any:
+        batch = self.collate(examples)
+        if self.training:
+            self.augment.batch(batch, self.keys)
+        return batch
+
+
+def positions(lengths: Ids) -> Ids:
+    """0, 1, ... for each row."""
+    ends = np.cumsum(lengths)
+    return np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+
+
+def contents(ids: Ids, places: Ids, lengths: Ids) -> Keys:
+    """A hash of each row's ids and their order."""
+    hashes = mix(ids.astype(np.uint64) + (places + 1).astype(np.uint64) * GOLDEN)
+    sums: Keys = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes)])
+    ends = np.cumsum(lengths)
+    differences: Keys = sums[ends] - sums[ends - lengths]  # modulo 2⁶⁴, as the sums
+    return differences
+
+
+def like(before: Any, after: NDArray[Any]) -> Any:
+    """``after`` as the kind of thing that ``before`` is."""
+    if isinstance(before, torch.Tensor):
+        return torch.from_numpy(after).to(before.dtype)
+    return after.astype(before.dtype) if isinstance(before, np.ndarray) else after.tolist()
+
+
+# -- steps ---------------------------------------------------------------------------------------------------
+
+
+def below(p: float) -> np.uint64:
+    """64 random bits are below it with probability p."""
+    return np.uint64(min(int(p * 2.0**64), 2**64 - 1))
+
+
+def check_probability(where: str, p: float) -> None:
+    if not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise ValueError(f"{where}: p: expected a number from 0 to below 1, got {p!r}")
+
+
+@dataclass(frozen=True)
+class TokenDropout:
+    """Each token is masked with probability p, by itself."""
+
+    p: float
+
+    def __post_init__(self) -> None:
+        check_probability("TokenDropout", self.p)
+
+    def __call__(self, tokens: Tokens) -> Ids:
+        return np.where(tokens.free & (tokens.random(0) < below(self.p)), tokens.mask_id, tokens.ids)
+
+
+@dataclass(frozen=True)
+class SpanMasking:
+    """Runs of tokens are masked; their lengths are geometric, as SpanBERT's (arXiv 1907.10529).
+
+    Args:
+        p: the probability of a token to be masked; the same for each, at the ends of a row and in short rows too.
+        mean_length: of a run, in tokens; at least 1/(1 − p), where tokens are masked one by one.
+    """
+
+    p: float
+    mean_length: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_probability("SpanMasking", self.p)
+        if not self.mean_length >= 1 / (1 - self.p):
+            raise ValueError(
+                f"SpanMasking: mean_length: expected at least 1/(1 - p) = {1 / (1 - self.p):.3g}, "
+                f"got {self.mean_length!r}"
+            )
+
+    def __call__(self, tokens: Tokens) -> Ids:
+        if not len(tokens.ids):
+            return tokens.ids
+        # A two-state chain that starts as it goes on: masked with probability p, it stays so with 1 − 1/mean_length.
+        # A random number below ``begin`` makes the state masked, one from ``stay`` on makes it shown, and one between
+        # them leaves it; so a token is as the last one before it that was not left.
+        begin, stay = self.p / ((1 - self.p) * self.mean_length), 1 - 1 / self.mean_length
+        bits = tokens.random(0)
+        masked = bits < np.where(tokens.first, below(self.p), below(begin))
+        decided = masked | (bits >= below(max(begin, stay))) | tokens.first
+        last = np.maximum.accumulate(np.where(decided, np.arange(len(bits)), 0))
+        return np.where(tokens.free & masked[last], tokens.mask_id, tokens.ids)
+
+
+class SynonymReplacement:
+    """Words of a table are replaced, each with probability p, by one of their synonyms.
+
+    Only words that are one token, by synonyms that are one token, so that lengths stay; both as written and
+    capitalised, at the beginning of a text and within.
+
+    Args:
+        p: the probability of a word of the table to be replaced.
+        table: from words to their synonyms.
+        tokenizer: of transformers, the one that made the tokens.
+
+    Raises:
+        ValueError: p is no probability below 1, or no word of the table can be replaced.
+    """
+
+    def __init__(self, p: float, table: Mapping[str, Sequence[str]], tokenizer: Any) -> None:
+        check_probability("SynonymReplacement", p)
+        self.p = p
+        pairs = [(word, synonym) for word, synonyms in table.items() for synonym in synonyms]
+        found: dict[int, dict[int, None]] = {}  # a dict of None: each synonym once, in order
+        for form in (str, str.capitalize):
+            for before in ("", " "):
+                words, synonyms = (single_ids(tokenizer, [before + form(pair[i]) for pair in pairs]) for i in (0, 1))
+                for word, synonym in zip(words, synonyms, strict=True):
+                    if word is not None and synonym is not None and word != synonym:
+                        found.setdefault(word, {})[synonym] = None
+        if not found:
+            raise ValueError(
+                "SynonymReplacement: table: expected a word and a synonym that are one token each, got none among "
+                f"{len(table)} words"
+            )
+        self.words = len(found)
+        self._continues = continuing(tokenizer)
+        self._count = np.zeros(len(self._continues), np.uint64)
+        self._first = np.zeros(len(self._continues), np.int64)
+        flat: list[int] = []
+        for word, replacements in found.items():
+            self._first[word], self._count[word] = len(flat), len(replacements)
+            flat.extend(replacements)
+        self._synonyms = np.array(flat, np.int64)
+
+    def __call__(self, tokens: Tokens) -> Ids:
+        if not len(tokens.ids):
+            return tokens.ids
+        # A token goes on with the word before it unless there is none: at the beginning, or behind a special token.
+        joined = self._continues[tokens.ids] & ~tokens.first
+        joined[1:] &= ~tokens.special[:-1]
+        whole = ~joined
+        whole[:-1] &= ~joined[1:]
+        count = self._count[tokens.ids]
+        chosen = tokens.free & whole & (count > 0) & (tokens.random(0) < below(self.p))
+        which = (tokens.random(1) >> np.uint64(32)) * count >> np.uint64(32)
+        places = np.minimum(self._first[tokens.ids] + which.astype(np.int64), len(self._synonyms) - 1)
+        return np.where(chosen, self._synonyms[places], tokens.ids)
+
+
+def single_ids(tokenizer: Any, texts: list[str]) -> list[int | None]:
+    """The id of each text that is a single token, and none that stands for others; None for other texts."""
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    special = set(tokenizer.all_special_ids)
+    return [ids[0] if len(ids) == 1 and ids[0] not in special else None for ids in rows]
+
+
+def continuing(tokenizer: Any) -> Flags:
+    """For each id, whether its token goes on with a word: ``##ing``; or ``ing`` where ``Ġ`` or ``▁`` begin words."""
+    words = [word or "" for word in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    marks = ("Ġ", "▁")
+    marked = any(word.startswith(marks) for word in words)
+    return np.array(
+        [
+            w.startswith("##") or (marked and not w.startswith(marks) and (w[:1].isalnum() or w[:1] in "'’"))
+            for w in words
+        ]
+    )
+
+
+def read_synonyms(path: str | Path) -> dict[str, list[str]]:
+    """A table of synonyms from a UTF-8 file: a word and its synonyms on each line, with tabs between them.
+
+    Raises:
+        ValueError: a line has no synonym.
+    """
+    table: dict[str, list[str]] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        word, *synonyms = (part.strip() for part in line.split("\t"))
+        synonyms = [synonym for synonym in synonyms if synonym]
+        if not word or not synonyms:
+            raise ValueError(f"{path}, line {number}: expected a word, a tab and a synonym, got {line!r:.80}")
+        table.setdefault(word, []).extend(synonyms)
+    return table
+
+
+def augment_from_spec(spec: str, tokenizer: Any) -> TextAugment:
+    """The augmentation that a text such as ``"token_dropout=0.1,span_masking=0.15,synonyms=0.2:words.tsv"`` names.
+
+    ``span_masking=P:LENGTH`` sets the mean length; ``synonyms=P:FILE`` reads :func:`read_synonyms`'s format.
+
+    Raises:
+        ValueError: with the part of ``spec`` that is wrong.
+    """
+    makers: dict[str, Callable[..., Step]] = {
+        "token_dropout": TokenDropout,
+        "span_masking": lambda p, length="3": SpanMasking(p, float(length)),
+        "synonyms": lambda p, path: SynonymReplacement(p, read_synonyms(path), tokenizer),
+    }
+    steps = []
+    for part in spec.split(","):
+        name, _, values = (text.strip() for text in part.partition("="))
+        if name not in makers:
+            raise ValueError(f"augment: expected one of {', '.join(makers)}, got {name!r}{closest(name, list(makers))}")
+        p, *rest = values.split(":", 1)
+        try:
+            steps.append(makers[name](float(p), *rest))
+        except (TypeError, ValueError, OSError) as error:
+            raise ValueError(f"augment: {part.strip()!r}: {error}") from error
+    return TextAugment(tokenizer, *steps)
