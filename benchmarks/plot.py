@@ -65,8 +65,8 @@ def main() -> int:
     options.generated.mkdir(parents=True, exist_ok=True)
     for path, text in wanted.items():
         path.write_text(text, encoding="utf-8")
-    plot(next(iter(measured.values())), RESULTS / "adamw.png")
     for stem, result in measured.items():
+        plot(result, options.generated / f"{stem}-headlines.png")
         for name, (_, draw) in plots_of(result).items():
             draw(result, options.generated / f"{stem}-{name}.png")
     return 0

@@ -10,7 +10,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastft.bench.cases import FASTFT, Case
-from fastft.bench.run import CASES, measure, result_of, why_not
+from fastft.bench.command import CASES, measure, result_of, why_not
 
 ROUNDS = 15
 

@@ -343,8 +343,8 @@ STEP = (
 PEER = tuple(
     case(name, "peers", title, Steps(shapes, {FASTFT: ours, FUSED: IN_FUSED, **others}, dtype), nbytes)
     for name, title, shapes, others, dtype, nbytes in (
-        ("peers", "plain step, 32M float32, all peers", BIG, OTHERS, FLOAT32, 28),
-        ("peers_bf16", "plain step, 32M bfloat16, all peers", BIG, OTHERS, BFLOAT16, 14),
+        ("peers", "plain step, 8M float32 in 2 tensors, all peers", BIG[:2], OTHERS, FLOAT32, 28),
+        ("peers_bf16", "plain step, 8M bfloat16 in 2 tensors, all peers", BIG[:2], OTHERS, BFLOAT16, 14),
         ("peers_small", "plain step, 64 tensors of 4 float32, all peers", (SMALL,) * 64, LIBRARIES, FLOAT32, None),
     )
 )

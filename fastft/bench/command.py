@@ -1,4 +1,4 @@
-"""Choosing cases, printing the table and writing the JSON."""
+"""The command ``fastft bench``: choosing cases, printing the table and writing the JSON."""
 
 from __future__ import annotations
 
