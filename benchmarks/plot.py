@@ -1,6 +1,7 @@
-"""``python benchmarks/plot.py``: draws the plot and fills in README's tables, both from the files in ``results/``.
+"""``python benchmarks/plot.py``: plots and tables from the files in ``results/``.
 
-With ``--check`` it writes nothing and fails if README says anything else than the results do.
+README gets the headline cases and the demo's table, docs/_generated/benchmarks.md everything, with plots beside it.
+With ``--check`` nothing is written, and it fails if a table says anything else than the results do.
 """
 
 from __future__ import annotations
@@ -8,31 +9,66 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-GREY, BLUE = "#8a8a8a", "#0072b2"
+SPEED = RESULTS / "speed"
+"""What ``fastft bench --json`` wrote, a file for each device; nothing else lies there."""
+GENERATED = ROOT / "docs" / "_generated"
+GREY, BLUE, ORANGE, GREEN = "#8a8a8a", "#0072b2", "#d55e00", "#009e73"
+HEADLINES = (
+    "plain",
+    "clip_anchor_decoupled",
+    "clip_anchor_l2",
+    "bf16",
+    "small",
+    "groups_100",
+    "frozen_tensors_90",
+    "masked_rows_90",
+    "dropout_16m_float32",
+    "dropout_add_layer_norm_16m_float32",
+    "training_minilm",
+)
+"""README's cases: where fastft claims something, each against what it is measured against first."""
+SWEEPS = {"frozen_tensors": "whole tensors frozen", "masked_rows": "rows masked"}
+Result = dict[str, Any]
 
 
 def main() -> int:
-    """Exit status 1 if ``--check`` finds README stale."""
+    """Exit status 1 if ``--check`` finds a table stale."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    arguments.add_argument("--check", action="store_true", help="write nothing; fail if README is stale")
+    arguments.add_argument("--generated", type=Path, default=GENERATED, metavar="FOLDER")
+    arguments.add_argument("--speed", type=Path, default=SPEED, metavar="FOLDER", help="of fastft bench's JSON files")
+    arguments.add_argument("--check", action="store_true", help="write nothing; fail if a table is stale")
     options = arguments.parse_args()
-    measured = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    measured = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.speed.glob("*.json"))
+    }
+    if not measured:
+        raise SystemExit(f"expected files of fastft bench --json in {options.speed}, found none")
     demo = json.loads((RESULTS / "demo" / "report.json").read_text(encoding="utf-8"))
-    before = options.readme.read_text(encoding="utf-8")
-    after = filled_in(before, "benchmarks", "\n\n".join(benchmark_table(result) for result in measured))
-    after = filled_in(after, "demo", demo_table(demo))
+    readme = options.readme.read_text(encoding="utf-8")
+    readme = filled_in(readme, "benchmarks", "\n\n".join(headline_table(result) for result in measured.values()))
+    wanted = {
+        options.readme: filled_in(readme, "demo", demo_table(demo)),
+        options.generated / "benchmarks.md": document(measured),
+    }
     if options.check:
-        if before != after:
-            print(f"{options.readme} is stale: run python benchmarks/plot.py", file=sys.stderr)
-        return int(before != after)
-    options.readme.write_text(after, encoding="utf-8")
-    plot(measured[0], RESULTS / "adamw.png")
+        stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+        for path in stale:
+            print(f"{path} is stale: run python benchmarks/plot.py", file=sys.stderr)
+        return int(bool(stale))
+    options.generated.mkdir(parents=True, exist_ok=True)
+    for path, text in wanted.items():
+        path.write_text(text, encoding="utf-8")
+    for stem, result in measured.items():
+        plot(result, options.generated / f"{stem}-headlines.png")
+        for name, (_, draw) in plots_of(result).items():
+            draw(result, options.generated / f"{stem}-{name}.png")
     return 0
 
 
@@ -46,25 +82,113 @@ def filled_in(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
-def benchmark_table(result: dict[str, Any]) -> str:
-    """One device's figures as a Markdown table."""
+def circumstances(result: Result) -> str:
+    """What was measured, on what, and how."""
     known = result["environment"]
-    lines = [
+    return (
         f"{known['device']}, {known['threads']} threads, torch {known['torch']}, fastft {known['fastft']} at "
-        f"{known['commit']}; medians of {result['rounds']} rounds, alternating in one process; a copy runs at "
-        f"{result['copy_gb_per_s']:.0f} GB/s. The ratio is fastft's time over the other's.",
-        "",
-        "| step | against | fastft | other | ratio | quartiles |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        f"{known['commit']}; medians of at most {result['rounds']} rounds, alternating in one process; a copy runs at "
+        f"{result['copy_gb_per_s']:.0f} GB/s. The ratio is fastft's time over the other's."
+    )
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.3g} ms"
+
+
+def headline_table(result: Result) -> str:
+    """One device's headline cases as a Markdown table, and what is slower than the other."""
+    lines = [circumstances(result), "", "| | against | fastft | other | ratio |", "| --- | --- | ---: | ---: | ---: |"]
+    for case in (result["cases"][name] for name in HEADLINES if name in result["cases"]):
+        name, other = next(iter(case["against"].items()))
+        lines.append(
+            f"| {case['title']} | {name} | {milliseconds(case['median_ms'])} | {milliseconds(other['median_ms'])} "
+            f"| {other['ratio_of_medians']:.2f} |"
+        )
+    return "\n".join([*lines, "", lost_to(result)])
+
+
+def lost_to(result: Result) -> str:
+    """Where another is faster: the lower quartile of the ratio is above 1."""
+    lost = [
+        f"{case['title']} ({name}: {other['ratio_of_medians']:.2f})"
+        for case in result["cases"].values()
+        for name, other in case["against"].items()
+        if other["ratio_quartiles"][0] > 1.0
+    ]
+    return f"Where another was faster: {'; '.join(lost) if lost else 'nowhere'}."
+
+
+def document(measured: dict[str, Result]) -> str:
+    """All results of all devices."""
+    parts = ["<!-- Made by benchmarks/plot.py; do not edit. -->", "# Benchmarks"]
+    for stem, result in measured.items():
+        parts += [f"## {result['environment']['device']}", circumstances(result), lost_to(result)]
+        parts += [fit_sentence(result, family) for family in SWEEPS if sweep(result, family)]
+        parts += [f"![{caption}]({stem}-{name}.png)" for name, (caption, _) in plots_of(result).items()]
+        parts.append(full_table(result))
+        absent = {name: reason for case in result["cases"].values() for name, reason in case["absent"].items()}
+        reasons = {**{name: f"not measured: {reason}" for name, reason in absent.items()}, **result["skipped"]}
+        if reasons:
+            parts.append("\n".join(f"- {name}: {reason}" for name, reason in reasons.items()))
+        if result["peers"]:
+            parts.append(
+                "Packages: " + ", ".join(f"{name} {version}" for name, version in result["peers"].items()) + "."
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def full_table(result: Result) -> str:
+    """One device's cases as a Markdown table; of the copy: the share of its bandwidth that fastft's bytes take."""
+    lines = [
+        "| | against | fastft | of the copy | other | ratio | quartiles | rounds |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for case in result["cases"].values():
+        share = share_of_copy(result, case)
         for name, other in case["against"].items():
             lower, upper = other["ratio_quartiles"]
             lines.append(
-                f"| {case['title']} | {name} | {case['median_ms']:.3g} ms | {other['median_ms']:.3g} ms "
-                f"| {other['ratio_of_medians']:.3f} | {lower:.3f}–{upper:.3f} |"
+                f"| {case['title']} | {name} | {milliseconds(case['median_ms'])} "
+                f"| {'' if share is None else f'{100 * share:.0f} %'} | {milliseconds(other['median_ms'])} "
+                f"| {other['ratio_of_medians']:.3f} | {lower:.3f}–{upper:.3f} | {case['rounds']} |"
             )
     return "\n".join(lines)
+
+
+def share_of_copy(result: Result, case: Result) -> float | None:
+    return None if case["gb_per_s"] is None else case["gb_per_s"] / result["copy_gb_per_s"]
+
+
+def sweep(result: Result, family: str) -> list[Result]:
+    """The cases of a family, in the order of what they differ in; [] where there are too few to make a line."""
+    cases = [case for case in result["cases"].values() if case["family"] == family and case["axis"]]
+    cases.sort(key=lambda case: next(iter(case["axis"].values())))
+    return cases if len(cases) > 2 else []
+
+
+def costs(result: Result, family: str) -> tuple[list[float], list[float]]:
+    """Live shares, and the time of each as a part of the whole step's in the same rounds."""
+    cases = sweep(result, family)
+    return (
+        [case["axis"]["live"] for case in cases],
+        [case["against"]["fastft, whole step"]["ratio_of_medians"] for case in cases],
+    )
+
+
+def slope_through_origin(x: list[float], y: list[float]) -> float:
+    """Of the line through the origin with the least squared errors."""
+    return sum(a * b for a, b in zip(x, y, strict=True)) / sum(a * a for a in x)
+
+
+def fit_sentence(result: Result, family: str) -> str:
+    live, cost = costs(result, family)
+    slope = slope_through_origin(live, cost)
+    off = max(abs(c - slope * share) for share, c in zip(live, cost, strict=True))
+    return (
+        f"Cost against live share, {SWEEPS[family]}: least squares give {slope:.3f} · share of a whole step's time; "
+        f"the farthest point is {100 * off:.1f} % of a whole step off the line."
+    )
 
 
 def demo_table(report: dict[str, Any]) -> str:
@@ -95,13 +219,89 @@ def demo_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """A bar for each case: our time as a share of the other's."""
+def figure_and_axes(result: Result, title: str, height: float = 4.2) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    known = result["environment"]
+    where = f"{known['device']}, {known['threads']} threads, torch {known['torch']}"
+    axes.set_title(f"{title}\n{where}", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plot_bandwidth(result: Result, path: Path) -> None:
+    cases = bandwidths(result)
+    figure, axes = figure_and_axes(result, "Bandwidth as a share of a copy's", 0.3 * len(cases) + 1.4)
+    shares = [100 * (share_of_copy(result, case) or 0.0) for case in cases]
+    axes.barh([case["title"] for case in cases], shares, color=BLUE)
+    axes.axvline(100, color=GREY, linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("bytes that must move / time, in % of what a copy in the same run reaches")
+    figure.savefig(path)
+
+
+def plot_frozen(result: Result, path: Path) -> None:
+    figure, axes = figure_and_axes(result, "Time of a step against the frozen share")
+    for color, (family, label) in zip((BLUE, ORANGE), SWEEPS.items(), strict=True):
+        if not sweep(result, family):
+            continue
+        live, cost = costs(result, family)
+        slope = slope_through_origin(live, cost)
+        axes.plot([100 * (1 - x) for x in live], cost, "o", color=color, label=label)
+        axes.plot([0, 100], [slope, 0], color=color, linewidth=1)
+    axes.set_xlabel("frozen, %")
+    axes.set_ylabel("time / time of a whole step")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def plot_tensors(result: Result, path: Path) -> None:
+    cases = sweep(result, "tensors")
+    figure, axes = figure_and_axes(result, "Host time of a step against the number of tensors")
+    x = [case["axis"]["tensors"] for case in cases]
+    axes.loglog(
+        x, [1e3 * case["median_ms"] / n for case, n in zip(cases, x, strict=True)], "o-", color=BLUE, label="fastft"
+    )
+    for color, name in zip((ORANGE, GREEN), cases[0]["against"], strict=False):
+        y = [1e3 * case["against"][name]["median_ms"] / n for case, n in zip(cases, x, strict=True)]
+        axes.loglog(x, y, "o-", color=color, label=name)
+    axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
+    axes.set_xlabel("tensors of 4 float32")
+    axes.set_ylabel("µs a tensor")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def bandwidths(result: Result) -> list[Result]:
+    families = ("step", "size", "dropout")
+    return [case for case in result["cases"].values() if case["family"] in families and case["gb_per_s"]]
+
+
+def plots_of(result: Result) -> dict[str, tuple[str, Callable[[Result, Path], None]]]:
+    """{name: (caption, function)} of what the results hold enough points for."""
+    found: dict[str, tuple[str, Callable[[Result, Path], None]]] = {}
+    if bandwidths(result):
+        found["bandwidth"] = ("Bandwidth as a share of a copy's", plot_bandwidth)
+    if any(sweep(result, family) for family in SWEEPS):
+        found["frozen"] = ("Time against the frozen share", plot_frozen)
+    if sweep(result, "tensors"):
+        found["tensors"] = ("Host time against the number of tensors", plot_tensors)
+    return found
+
+
+def plot(result: Result, path: Path) -> None:
+    """A bar for each headline case: our time as a share of the other's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = []
-    for case in result["cases"].values():
+    for case in (result["cases"][name] for name in HEADLINES if name in result["cases"]):
         name, other = next(iter(case["against"].items()))
         rows.append((f"{case['title']}\nagainst {name}", other["ratio_of_medians"], other["ratio_quartiles"]))
     figure = Figure(figsize=(10, 0.62 * len(rows) + 1.5), dpi=130, layout="constrained")
@@ -117,7 +317,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("time relative to the other (1 = as long; shorter bars are faster)")
     known = result["environment"]
     axes.set_title(
-        f"fastft.AdamW on {known['device']}, {known['threads']} threads, torch {known['torch']}",
+        f"fastft on {known['device']}, {known['threads']} threads, torch {known['torch']}",
         loc="left",
         fontweight="bold",
         fontsize=11,

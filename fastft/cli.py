@@ -1,4 +1,4 @@
-"""The command ``fastft``: ``finetune``, ``data-report``, ``demo`` and ``info``."""
+"""The command ``fastft``: ``finetune``, ``data-report``, ``bench``, ``demo`` and ``info``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(options.output, options.quick, options.seed, options.overwrite)
     if options.command == "data-report":
         return report_on_data(options)
+    if options.command == "bench":
+        from fastft.bench import run as bench
+
+        return bench(options.case, device=options.device, quick=options.quick, json_file=options.json)
     print(info())
     return 0
 
@@ -91,6 +95,23 @@ def parser() -> argparse.ArgumentParser:
         help="where the page goes (default: ./%(default)s)",
     )
     data.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure fastft next to torch and other libraries, on this machine",
+        description="Measures fastft's AdamW and dropout alternately with torch's and, where they are installed, other "
+        "libraries' in one process, compares their results, and prints a table. All of it takes some minutes.",
+    )
+    bench.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a case, a family of cases (dropout, step, size, ...) or a pattern; may be repeated (default: all)",
+    )
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    bench.add_argument("--quick", action="store_true", help="few rounds, and without what takes longest to prepare")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 
     commands.add_parser(
         "info",

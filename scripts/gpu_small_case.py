@@ -1,15 +1,39 @@
-"""A few small steps with everything on, for compute-sanitizer to watch (scripts/gpu_check.sh)."""
+"""A few small steps with everything on, and the dropout family: what compute-sanitizer watches (gpu_check.sh)."""
 
 from __future__ import annotations
 
 import torch
 
 import fastft
+from fastft.nn.functional import bias_dropout_add, dropout, dropout_add_layer_norm, dropout_add_rms_norm
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def main() -> None:
+    steps()
+    dropouts()
+
+
+def dropouts() -> None:
+    """Forward and backward over rows that are short, odd, and longer than a block takes at once."""
+    for dtype in DTYPES:
+        for shape in ((3, 5), (33, 768), (7, 4099)):
+            x, residual = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+            weight, bias = (torch.randn(shape[-1], device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+            for y in (
+                dropout(x, 0.3),
+                bias_dropout_add(x, bias, residual, 0.3),
+                dropout_add_layer_norm(x, residual, shape[-1:], weight, bias, 0.3),
+                dropout_add_rms_norm(x, residual, shape[-1:], weight, 0.3),
+            ):
+                y.sum().backward()
+            assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, residual, weight, bias))
+
+
+def steps() -> None:
     """Three steps over odd sizes, views, masks, several dtypes and groups."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for dtype in DTYPES:
         buffer = torch.randn(20_003, device="cuda", dtype=dtype)
         params = [
             torch.nn.Parameter(torch.randn(37, 129, device="cuda", dtype=dtype)),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import environment
+from fastft.bench.harness import environment
 from fastft.demo.train import Classifier
 
 from . import records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -17,10 +18,12 @@ import torch
 import fastft
 from fastft import _C
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 Work = Callable[[], object]
 
 WARM_UP = 3
+FEWEST_ROUNDS = 5
+MADE_FROM_RESULTS = (":!benchmarks/results", ":!README.md", ":!docs/_generated")
 SHORTEST = 5e-4
 """Seconds: quicker work is repeated until one timing on the CPU takes about this long."""
 
@@ -42,6 +45,10 @@ class Measurement:
     seconds: dict[str, list[float]]
     calls: dict[str, int]
     """How many calls in a row each of these seconds is the mean of."""
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.seconds.values())))
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
@@ -89,21 +96,45 @@ class CudaClock:
         return milliseconds / 1e3 / calls
 
 
-def clock_for(device: torch.device) -> CpuClock | CudaClock:
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+class HostClock:
+    """Seconds until a call returns, whatever it has left to an idle GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, work: Work, calls: int) -> float:
+        seconds = 0.0
+        for _ in range(calls):
+            torch.cuda.synchronize(self.device)
+            begin = time.perf_counter()
+            work()
+            seconds += time.perf_counter() - begin
+        torch.cuda.synchronize(self.device)
+        return seconds / calls
 
 
-def alternate(works: Mapping[str, Work], device: torch.device, rounds: int, warm_up: int = WARM_UP) -> Measurement:
+def clock_for(device: torch.device, host: bool) -> CpuClock | CudaClock | HostClock:
+    if device.type == "cpu":
+        return CpuClock()
+    return HostClock(device) if host else CudaClock(device)
+
+
+def alternate(
+    works: Mapping[str, Work], device: torch.device, rounds: int, *, seconds_at_most: float, host: bool = False
+) -> Measurement:
     """Time each piece of work once a round, the first of one round being the last of the next.
 
     What disturbs the machine for longer than a round so disturbs all alike, and none always follows the same other.
+    Where ``rounds`` rounds would take longer than ``seconds_at_most``, there are fewer, at least ``FEWEST_ROUNDS``.
     """
-    clock = clock_for(device)
+    clock = clock_for(device, host)
     names = list(works)
-    calls = {}
+    calls, one_round = {}, 0.0
     for name in names:
-        once = min(clock(works[name], 1) for _ in range(max(1, warm_up)))
+        once = min(clock(works[name], 1) for _ in range(WARM_UP))
         calls[name] = 1 if device.type == "cuda" else max(1, math.ceil(SHORTEST / once))
+        one_round += once * calls[name]
+    rounds = min(rounds, max(FEWEST_ROUNDS, int(seconds_at_most / one_round)))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
@@ -122,7 +153,7 @@ def copy_bandwidth(device: torch.device, rounds: int) -> float:
     """Bytes that a large copy reads and writes each second: what memory-bound work is judged by."""
     source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copied = alternate({"copy": lambda: target.copy_(source)}, device, rounds)
+    copied = alternate({"copy": lambda: target.copy_(source)}, device, rounds, seconds_at_most=10.0)
     return 2 * source.nbytes / copied.median("copy")
 
 
@@ -152,11 +183,14 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, "-dirty" behind it if files differ; what benchmarks write does not count."""
-    head = git("rev-parse", "--short=12", "HEAD")
+    """The commit that is checked out, "-dirty" behind it if files differ; for an installed package $FASTFT_COMMIT.
+
+    What benchmarks write does not count.
+    """
+    head = git("rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else None
     if head is None:
-        return "unknown"
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+        return os.environ.get("FASTFT_COMMIT", "unknown")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *MADE_FROM_RESULTS)
     return head + ("-dirty" if changed else "")
 
 
@@ -166,3 +200,14 @@ def git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be had."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return math.inf
+    return 1024.0 * int(text.split("MemAvailable:")[1].split()[0])
