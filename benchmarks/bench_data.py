@@ -1,4 +1,4 @@
-"""``python benchmarks/bench_data.py``: what mixing and augmenting cost a DataLoader, and how many near copies are found.
+"""``python benchmarks/bench_data.py``: what mixing and augmenting cost a DataLoader, and which near copies are found.
 
 Loaders over the same examples take turns in one process, without workers, so that all of their work is timed. The data
 are those of the demo: movie reviews as the target, product reviews as the source, MiniLM's tokenizer.
