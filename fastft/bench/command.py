@@ -16,7 +16,7 @@ from .harness import Measurement, alternate, copy_bandwidth, environment, free_m
 
 CASES = (*steps.CASES, *dropout.CASES, *training.CASES)
 ROUNDS, QUICK_ROUNDS = 41, 5
-SECONDS_A_CASE = 3.0
+SECONDS_A_CASE = 2.0
 """Measuring one takes about this long at most: slow ones have fewer rounds."""
 SHARE_OF_MEMORY = 0.8
 """Of what is free, that a case may take."""
@@ -51,27 +51,27 @@ def run(
         f"{known['threads']} threads, at most {rounds} rounds; a copy runs at {bandwidth / 1e9:.0f} GB/s"
     )
     print(TABLE.format("what", "against", "fastft", "other", "ratio", "quartiles", "GB/s", "target"))
-    results: dict[str, Any] = {}
-    skipped: dict[str, str] = {}
+    result: dict[str, Any] = {
+        "environment": known,
+        "rounds": rounds,
+        "copy_gb_per_s": significant(bandwidth / 1e9),
+        "peers": peers.versions(),
+        "cases": {},
+        "skipped": {},
+    }
     for case in cases:
         reason = why_not(case, chosen_device, quick and not patterns)
         if reason:
-            skipped[case.name] = reason
-            continue
-        results[case.name] = result_of(case, *measure(case, chosen_device, rounds), chosen_device)
-        print("\n".join(table_rows(results[case.name])), flush=True)
-    for name, reason in skipped.items():
+            result["skipped"][case.name] = reason
+        else:
+            measured = result_of(case, *measure(case, chosen_device, rounds), chosen_device)
+            result["cases"][case.name] = measured
+            print("\n".join(table_rows(measured)), flush=True)
+        if json_file is not None:  # after each: a run that is cut short has told what it found
+            json_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, reason in result["skipped"].items():
         print(f"{name}: not measured: {reason}")
     if json_file is not None:
-        result = {
-            "environment": known,
-            "rounds": rounds,
-            "copy_gb_per_s": significant(bandwidth / 1e9),
-            "peers": peers.versions(),
-            "cases": results,
-            "skipped": skipped,
-        }
-        json_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written to {json_file}")
     return 0
 
