@@ -30,9 +30,9 @@ def test_the_snippets_run_in_order(
         answers = model(input_ids=batch).logits.argmax(1)
         return {"source": answers == 1, "target": answers == labels}
 
-    names: dict[str, Any] = {"batch": batch, "labels": labels, "rows": rows, "evaluate": evaluate}
+    names: dict[str, Any] = {"batch": batch, "labels": labels, "rows": rows, "old_rows": rows, "evaluate": evaluate}
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     models = {}
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), names)
@@ -46,3 +46,4 @@ def test_the_snippets_run_in_order(
     assert "encoder.layer.1" in printed
     assert "alpha = 0.5" in printed
     assert (tmp_path / "trade-off.png").exists()
+    assert sum(len(batch["labels"]) for batch in names["loader"]) == len(names["mixed"]) >= len(rows)
