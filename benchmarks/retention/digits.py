@@ -52,8 +52,21 @@ class Net(nn.Module):
         return logits
 
 
+class Greys:
+    """What a tokenizer says of its tokens. The pixels' 17 shades are the tokens; a masked one is black."""
+
+    mask_token_id = 0
+    unk_token_id = pad_token_id = None
+    all_special_ids: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return 17
+
+
 class Digits:
     """0–4 is what the network knows, under a head that is kept aside; 5–9 is what it learns."""
+
+    tokenizer = Greys()
 
     def __init__(self) -> None:
         images, labels = load_digits(return_X_y=True)
@@ -95,6 +108,12 @@ class Digits:
 
     def batches(self, epochs: int, seed: int) -> list[Batch]:
         return list(self.shuffled(self.new & ~self.test, epochs, BATCH, seed))
+
+    def as_tokens(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": (16 * inputs.flatten(1)).long()}
+
+    def from_tokens(self, tokens: dict[str, Tensor]) -> Tensor:
+        return tokens["input_ids"].view(-1, 1, 8, 8) / 16
 
     def unlabelled(self, kind: str, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``kind`` "target": the new digits; any other: images of noise, as smooth as digits are."""

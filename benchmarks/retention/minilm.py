@@ -106,6 +106,12 @@ class MiniLM:
             for rows in shuffled(sizes, BATCH, generator, SPAN)
         ]
 
+    def as_tokens(self, inputs: Inputs) -> dict[str, Tensor]:
+        return dict(inputs)
+
+    def from_tokens(self, tokens: dict[str, Tensor]) -> Inputs:
+        return tokens
+
     def unlabelled(self, kind: str, count: int, seed: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Texts that have nothing to do with WordNet, and their vectors.
 

@@ -129,3 +129,35 @@ def pick(
     if near:
         return max(near, key=lambda c: (c[3], c[2]))
     return max(candidates, key=lambda c: (c[2], c[3])) if candidates else None
+
+
+# -- fastft.data ---------------------------------------------------------------------------------------------
+
+PLAIN = "neither"
+DATA: dict[str, dict[str, float]] = {
+    PLAIN: {},
+    "replay, 1 %": {"replay_mixer": 0.01},
+    "replay, 5 %": {"replay_mixer": 0.05},
+    "replay, 25 %": {"replay_mixer": 0.25},
+    "token dropout": {"token_dropout": 0.1},
+    "span masking": {"span_masking": 0.15},
+    "NEFTune": {"neftune": 5.0},
+}
+"""Replay and augmentation at one strength each, chosen beforehand; no part of the tuning."""
+DATA_LR = 3e-4
+"""Where even a short run forgets plainly."""
+DATA_ROWS, DATA_EPOCHS = 2048, 1
+
+
+def data_settings(name: str | None, seed: int = 0) -> Settings:
+    """The run of that name in ``DATA``; None: the pre-trained model."""
+    if name is None:
+        return Settings.of(rows=DATA_ROWS, epochs=DATA_EPOCHS, split="test")
+    return Settings.of(DATA_LR, DATA[name], seed=seed, rows=DATA_ROWS, epochs=DATA_EPOCHS, split="test")
+
+
+def data_runs(seeds: Iterable[int] = SEEDS) -> Iterator[Settings]:
+    """All of ``DATA`` with one seed, then with the next."""
+    yield data_settings(None)
+    for seed in seeds:
+        yield from (data_settings(name, seed) for name in DATA)

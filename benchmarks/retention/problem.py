@@ -33,11 +33,20 @@ class Scores:
 class Problem(Protocol):
     """A pre-trained model, a task to learn, and a test of what it knew."""
 
+    tokenizer: Any
+    """Of what :meth:`as_tokens` makes; says which tokens are not to be augmented."""
+
     def start(self) -> Any:
         """A fresh copy of the pre-trained model, under a head fitted by a linear probe."""
 
     def batches(self, epochs: int, seed: int) -> list[Batch]:
         """All batches of a run, the same for every recipe."""
+
+    def as_tokens(self, inputs: Any) -> dict[str, Any]:
+        """A batch's inputs with ``input_ids`` [rows, tokens], in a dict that may be changed."""
+
+    def from_tokens(self, tokens: dict[str, Any]) -> Any:
+        """The inputs back from that dict."""
 
     def unlabelled(self, kind: str, count: int, seed: int) -> Iterator[tuple[Any, Tensor]]:
         """Without end: inputs that belong to no task, and the vectors that the pre-trained model gives them."""

@@ -37,6 +37,10 @@ RECIPES: tuple[tuple[float, dict[str, float]], ...] = (
     (LR, {"distill": 10}),
     (LR, {"relation": 10}),
     (LR, {"distill": 10, "anchor": 3}),
+    (LR, {"replay_mixer": 0.1}),
+    (LR, {"token_dropout": 0.1}),
+    (LR, {"span_masking": 0.15}),
+    (LR, {"neftune": 1}),
 )
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import peft
@@ -17,15 +19,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, normalize
 from torch.nn.utils import parametrize
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import IterableDataset
 
 import fastft
+from fastft.data import AugmentingCollator, ReplayMixer, SpanMasking, TextAugment, TokenDropout, neftune
 from fastft.demo.train import warm_up_then_decay
 from fastft.nn import Mixout, fuse_dropout_
 from fastft.optim import layer_decay
 from fastft.retention import distillation_loss, interpolate_
 from fastft.unfreeze import GradualUnfreeze, Unfreezer, layer_groups
 
-from .problem import Problem
+from .problem import Batch, Problem
 
 INGREDIENTS = {
     "fresh_head": "1: the head starts at random, not from the linear probe",
@@ -38,10 +42,15 @@ INGREDIENTS = {
     "gradual": "the part of the steps after which the last layer is open",
     "layer_decay": "the factor on lr from a layer to the one below",
     "frozen_embeddings": "1: the embeddings stay as they are",
-    "replay": "the part of the batches that are old data",
+    "replay": "the part of the batches in whose place come old data",
     "distill": "the weight of 1 − cos between a text's vector and its pre-trained one, on unlabelled texts",
     "relation": "the weight of the squared error of the texts' pairwise cosines, on unlabelled texts",
+    "replay_mixer": "the share of old batches that ReplayMixer puts between the new ones, all of which stay",
+    "token_dropout": "the probability of a token of a new batch to be masked, each by itself",
+    "span_masking": "the probability of a token of a new batch to be masked, in runs of 3 on average",
+    "neftune": "α of NEFTune's noise on the encoder's input embeddings",
 }
+AUGMENTATIONS = {"token_dropout": TokenDropout, "span_masking": SpanMasking}
 ANCHORS = {"anchor": "decoupled", "l2sp": "l2", "ewc": "decoupled", "spd": "selective"}
 """Anchor modes; of these ingredients a recipe takes one."""
 WEIGHT_DECAY = 0.01
@@ -75,6 +84,20 @@ class Recipe:
         return self.ingredients.get(ingredient, 0.0)
 
 
+Loss = tuple[Callable[[Any], Tensor], bool]
+"""The loss on one batch, of a model; and whether that batch is old data."""
+
+
+class InOrder(IterableDataset[Loss]):
+    """Losses as a dataset that is read in its own order."""
+
+    def __init__(self, losses: Iterable[Loss]) -> None:
+        self.losses = losses
+
+    def __iter__(self) -> Iterator[Loss]:
+        return iter(self.losses)
+
+
 @dataclass
 class Trained:
     """A model after training, in its original form, and what that took."""
@@ -105,39 +128,59 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
         anchor_decay=pull,
         anchor_mode=next((mode for name, mode in ANCHORS.items() if recipe.strength(name)), "decoupled"),
     )
-    schedule = LambdaLR(optimizer, warm_up_then_decay(len(batches), WARMUP))
+    old = problem.replay(seed + 3)
+    steps = new_losses(problem, recipe, batches, epochs, seed + 5)
+    if ratio := recipe.strength("replay_mixer"):
+        steps = list(ReplayMixer(InOrder(steps), InOrder((loss, True) for loss in old), ratio))
+    schedule = LambdaLR(optimizer, warm_up_then_decay(len(steps), WARMUP))
     unfreezer = None
     if recipe.strength("gradual"):
-        unfreezer = Unfreezer(model, optimizer, opening(model, recipe, len(batches)))
+        unfreezer = Unfreezer(model, optimizer, opening(model, recipe, len(steps)))
     extra = extra_losses(problem, recipe, seed + 1)
+    noise = neftune(model.encoder, alpha) if (alpha := recipe.strength("neftune")) else nullcontext()
 
     losses = []
     wall, cpu = time.perf_counter(), time.process_time()
     model.train()
     # Drawn before each step, so that the target batches and their order are the same whatever is mixed in.
     random = torch.Generator().manual_seed(seed + 2)
-    old = problem.replay(seed + 3)
-    for inputs, labels in batches:
-        # Old batches come in the place of new ones: a run is no longer for having them.
-        if torch.rand((), generator=random) < recipe.strength("replay"):
-            loss = next(old)(model)
-        else:
-            loss = cross_entropy(model(inputs), labels)
-            losses.append(loss.item())
-        for term in extra:
-            loss = loss + term(model)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if unfreezer is not None:
-            unfreezer.step()
+    with noise:
+        for loss_of, is_old in steps:
+            # Old batches come in the place of new ones: a run is no longer for having them.
+            if not is_old and torch.rand((), generator=random) < recipe.strength("replay"):
+                loss_of, is_old = next(old), True
+            loss = loss_of(model)
+            if not is_old:
+                losses.append(loss.item())
+            for term in extra:
+                loss = loss + term(model)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if unfreezer is not None:
+                unfreezer.step()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     if unfreezer is not None:
         unfreezer.close()
     few = max(1, len(losses) // 10)
     restored = restore(problem, model, recipe)
-    return Trained(restored, mean(losses[:few]), mean(losses[-few:]), len(batches), wall, cpu)
+    return Trained(restored, mean(losses[:few]), mean(losses[-few:]), len(steps), wall, cpu)
+
+
+def new_losses(problem: Problem, recipe: Recipe, batches: list[Batch], epochs: int, seed: int) -> list[Loss]:
+    """The loss on each batch of the target, whose inputs are augmented when it is called for."""
+    steps = [make(p) for name, make in AUGMENTATIONS.items() if (p := recipe.strength(name))]
+    if not steps:
+        return [(lambda model, x=x, y=y: cross_entropy(model(x), y), False) for x, y in batches]
+    collator = AugmentingCollator(problem.as_tokens, TextAugment(problem.tokenizer, *steps), seed)
+
+    def loss(model: Any, number: int) -> Tensor:
+        collator.set_epoch(number * epochs // len(batches))
+        inputs, labels = batches[number]
+        return cross_entropy(model(problem.from_tokens(collator(inputs))), labels)
+
+    return [(partial(loss, number=number), False) for number in range(len(batches))]
 
 
 def mean(values: list[float]) -> float:

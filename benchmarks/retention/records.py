@@ -16,6 +16,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "retention"
+DATA_RESULTS = RESULTS.with_name("data")
 WORK = ROOT / "build" / "retention"
 """Claims on runs, and vectors of the base model: nothing that could not be made again."""
 

@@ -129,7 +129,7 @@ def run(settings: Settings, problem: Problem, alphas: Sequence[float]) -> dict[s
     }
 
 
-def run_once(settings: Settings, results: Path) -> dict[str, Any] | None:
+def run_once(settings: Settings, results: Path, alphas: Sequence[float]) -> dict[str, Any] | None:
     """Run and append the record, unless it is there already or another process is at it; None then."""
     with records.claim(settings.key) as mine:
         if not mine or any(r["key"] == settings.key for r in records.load(results / settings.file)):
@@ -137,7 +137,7 @@ def run_once(settings: Settings, results: Path) -> dict[str, Any] | None:
         # Here, as it takes seconds to import.
         from .minilm import MiniLM
 
-        record = run(settings, MiniLM(settings.rows, settings.split), ALPHAS)
+        record = run(settings, MiniLM(settings.rows, settings.split), alphas)
         records.append(results / settings.file, record)
         return record
 
@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, help="training rows; all by default, but for validation those for it")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
+    parser.add_argument("--alphas", type=float, nargs="+", default=ALPHAS, help="of WiSE-FT; 1 is as trained")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="the folder of the JSON lines")
     parsed = parser.parse_args(arguments)
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epochs=parsed.epochs,
         split=parsed.split,
     )
-    record = run_once(settings, parsed.results)
+    record = run_once(settings, parsed.results, parsed.alphas)
     print(settings.title if record else f"there already, or under way: {settings.title}")
     if record:
         print(summary(record))

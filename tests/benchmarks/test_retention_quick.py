@@ -125,9 +125,10 @@ def test_command_lines_say_all_of_the_settings(importable: Any, monkeypatch: pyt
     from benchmarks.retention import plan, run
 
     seen = []
-    monkeypatch.setattr(run, "run_once", lambda settings, results: seen.append(settings))
+    monkeypatch.setattr(run, "run_once", lambda settings, results, alphas: seen.append(settings))
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     planned = list(plan.tuning()) + [settings.for_test(2) for settings in plan.GRIDS["distill + anchor"]]
+    planned += plan.data_runs()
     for settings in planned:
         run.main(settings.arguments())
     assert seen == planned
