@@ -33,6 +33,10 @@ def instruction_sets() -> dict[str, list[str]]:
     sets: dict[str, list[str]] = {"baseline": []}
     if platform.machine() in ("x86_64", "AMD64"):
         sets["v3"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt"]
+        # GCC 12 takes what its own AVX-512 header leaves undefined on purpose for a mistake.
+        quiet = ["-Wno-maybe-uninitialized"]
+        wide = ["-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+        sets["v4"] = [*sets["v3"], *wide, *quiet]
     return sets
 
 

@@ -75,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetString(PyExc_ValueError, error.what());
     }
   });
+  cpu::instruction_set();  // a FASTFT_CPU_CAPABILITY that is none fails here, not in a step
   m.attr("version") = FASTFT_VERSION;
   m.attr("cuda_archs") = FASTFT_CUDA_ARCHS;  // "" without CUDA code
   // Device types whose tensors go to the CUDA kernels.

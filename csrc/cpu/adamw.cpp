@@ -43,7 +43,8 @@ bool is_selective(const AdamWEntry& e) {
 
 const AdamWKernels& kernels() {
 #if defined(__x86_64__)
-  if (has_v3()) return adamw_v3;
+  if (best_set() == InstructionSet::v4) return adamw_v4;
+  if (best_set() == InstructionSet::v3) return adamw_v3;
 #endif
   return adamw_baseline;
 }

@@ -20,6 +20,7 @@ struct AdamWKernels {
 extern const AdamWKernels adamw_baseline;
 #if defined(__x86_64__)
 extern const AdamWKernels adamw_v3;  // x86-64-v3: AVX2, FMA, F16C
+extern const AdamWKernels adamw_v4;  // x86-64-v4: AVX-512
 #endif
 
 }  // namespace fastft::cpu

@@ -19,7 +19,8 @@ constexpr int64_t kMostParts = 64;
 
 const DropoutKernels& kernels() {
 #if defined(__x86_64__)
-  if (has_v3()) return dropout_v3;
+  if (best_set() == InstructionSet::v4) return dropout_v4;
+  if (best_set() == InstructionSet::v3) return dropout_v3;
 #endif
   return dropout_baseline;
 }

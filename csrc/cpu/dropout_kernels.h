@@ -19,6 +19,7 @@ struct DropoutKernels {
 extern const DropoutKernels dropout_baseline;
 #if defined(__x86_64__)
 extern const DropoutKernels dropout_v3;  // x86-64-v3: AVX2, FMA, F16C
+extern const DropoutKernels dropout_v4;  // x86-64-v4: AVX-512
 #endif
 
 }  // namespace fastft::cpu

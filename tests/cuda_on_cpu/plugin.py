@@ -38,8 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
     expected = ("cpu",) if KIND == "cuda-on-cpu" else ()
     if _C.kernel_devices != expected:
         raise pytest.UsageError(f"expected kernel_devices {expected}, got {_C.kernel_devices}")
-    if KIND == "cpu-baseline" and _C.cpu_instruction_set() != "baseline":
-        raise pytest.UsageError(f"expected the baseline loops, got {_C.cpu_instruction_set()}")
+    loops, wanted = _C.cpu_instruction_set(), os.environ.get("FASTFT_CPU_CAPABILITY")
+    if wanted and loops != wanted:
+        raise pytest.UsageError(f"expected the {wanted} loops, got {loops}")
     if KIND == "cuda-on-cpu":
         config.pluginmanager.register(LaunchCount(), "launch-count")
 

@@ -1,9 +1,8 @@
 """Builds fastft's compiled module with AddressSanitizer and UBSan, and runs Python over it.
 
-``cpu`` is the module as setup.py builds it without CUDA, ``cpu-baseline`` the same but told that this CPU knows none
-of the instruction sets it has loops for. ``cuda-on-cpu`` sends CPU tensors through the CUDA kernels, compiled as host
-code over the shim beside this file. Each lies in a tree of its own under build/, beside links to the Python sources;
-the module that is installed is never touched.
+``cpu`` is the module as setup.py builds it without CUDA; FASTFT_CPU_CAPABILITY chooses its loops. ``cuda-on-cpu``
+sends CPU tensors through the CUDA kernels, compiled as host code over the shim beside this file. Each lies in a tree of
+its own under build/, beside links to the Python sources; the module that is installed is never touched.
 
     python tests/cuda_on_cpu/sanitized.py cpu tests/optim/test_masks.py -x
 """
@@ -25,13 +24,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILDS = ROOT / "build" / "sanitized"
 CXX = os.environ.get("CXX", "c++")
-KINDS = ("cpu", "cpu-baseline", "cuda-on-cpu")
+KINDS = ("cpu", "cuda-on-cpu")
 LIBRARY = "libfastft_kernels.so"
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 # Behind setup.py's own flags, so these count; with pybind11's assertions.
 FLAGS = [*SANITIZE, "-O1", "-g1", "-UNDEBUG", "-U_FORTIFY_SOURCE", "-fno-lto"]
-BASELINE = ["-D__builtin_cpu_supports(name)=0"]
 ON_CPU = ["-UFASTFT_WITH_CUDA", "-DFASTFT_WITH_CUDA=1", "-DFASTFT_CUDA_ON_CPU=1"]
 # The host code's allocations go through operator_new.cpp, and only the host code's.
 ON_CPU_LINKS = ["-Lkernels", "-lfastft_kernels", "kernels/operator_new.o", "-Wl,-Bsymbolic", "'-Wl,-rpath,$$ORIGIN'"]
@@ -99,7 +97,7 @@ def build(kind: str) -> Path:
         if not stamp.exists() or stamp.read_text() != wanted:
             stamp.unlink(missing_ok=True)
             temp = tree / "objects"
-            flags, links = FLAGS + BASELINE * (kind == "cpu-baseline"), list(SANITIZE)
+            flags, links = list(FLAGS), list(SANITIZE)
             if kind == "cuda-on-cpu":
                 build_kernels(temp / "kernels")
                 flags += ON_CPU

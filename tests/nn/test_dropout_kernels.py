@@ -526,3 +526,17 @@ def test_more_elements_than_32_bits_count() -> None:
         assert torch.equal(piece != 0, expected_mask(piece.shape, 0.5, SEED, OFFSET, first))
     kept = sum(int(torch.count_nonzero(part)) for part in x.split(1 << 28))
     assert abs(kept - HUGE / 2) < 5 * (HUGE / 4) ** 0.5
+
+
+# -- half precision ----------------------------------------------------------------------------------------
+
+
+def test_every_half_is_read_and_sums_of_halves_are_rounded_to_nearest_even() -> None:
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    same = add(halves, (0.0, 1, 0))
+    other = halves[torch.randperm(halves.numel(), generator=torch.Generator().manual_seed(0))].contiguous()
+    total = add(halves, (0.0, 1, 0), residual=other)
+    for got, expected in ((same, halves), (total, (other.float() + halves.float()).half())):
+        nan = expected.isnan()
+        assert torch.equal(got.view(torch.int16)[~nan], expected.view(torch.int16)[~nan])
+        assert bool((got.view(torch.int16)[nan] & 0x7FFF == 0x7FFF).all())
