@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from sklearn.datasets import load_digits
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
 
 from fastft.demo.train import fit_linear_probe
 from fastft.retention import Fisher, estimate_fisher
@@ -17,6 +20,7 @@ from .problem import Batch, Scores
 
 BATCH = 32
 WIDTH = 48
+SHADES = 17
 FISHER_EXAMPLES = 64
 TEST_PART = 3
 """One image of so many is for testing."""
@@ -52,25 +56,20 @@ class Net(nn.Module):
         return logits
 
 
-class Greys:
-    """What a tokenizer says of its tokens. The pixels' 17 shades are the tokens; a masked one is black."""
-
-    mask_token_id = 0
-    unk_token_id = pad_token_id = None
-    all_special_ids: tuple[int, ...] = ()
-
-    def __len__(self) -> int:
-        return 17
+def shades_tokenizer() -> PreTrainedTokenizerFast:
+    """The 17 shades of a pixel as words, 0 (black) being what stands for a pixel that is not shown."""
+    words = Tokenizer(WordLevel({str(shade): shade for shade in range(SHADES)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, mask_token="0")
 
 
 class Digits:
     """0–4 is what the network knows, under a head that is kept aside; 5–9 is what it learns."""
 
-    tokenizer = Greys()
-
     def __init__(self) -> None:
+        self.tokenizer = shades_tokenizer()
+        self.synonyms = {str(shade): [str(shade - 1), str(shade + 1)] for shade in range(2, SHADES - 1)}
         images, labels = load_digits(return_X_y=True)
-        x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+        x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / (SHADES - 1)
         y = torch.tensor(labels)
         test = torch.arange(len(y)) % TEST_PART == 0
         self.old, self.new = y < 5, y >= 5
@@ -110,10 +109,10 @@ class Digits:
         return list(self.shuffled(self.new & ~self.test, epochs, BATCH, seed))
 
     def as_tokens(self, inputs: Tensor) -> dict[str, Tensor]:
-        return {"input_ids": (16 * inputs.flatten(1)).long()}
+        return {"input_ids": ((SHADES - 1) * inputs.flatten(1)).long()}
 
     def from_tokens(self, tokens: dict[str, Tensor]) -> Tensor:
-        return tokens["input_ids"].view(-1, 1, 8, 8) / 16
+        return tokens["input_ids"].view(-1, 1, 8, 8) / (SHADES - 1)
 
     def unlabelled(self, kind: str, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``kind`` "target": the new digits; any other: images of noise, as smooth as digits are."""

@@ -8,12 +8,14 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import chain
 from itertools import count as forever
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from fastft.data import read_synonyms
 from fastft.demo import corpus
 from fastft.demo.corpus import Review
 from fastft.demo.evaluate import embed, own_rank
@@ -60,6 +62,7 @@ class MiniLM:
         with quiet_transformers():
             model, tokenize = load_base(Config())
             self.tokenizer = load_tokenizer()
+        self.synonyms = read_synonyms(Path(__file__).with_name("synonyms.tsv"))
         self.is_pretrained = base is None
         self.base = model if base is None else copy.deepcopy(base)
         self.lengths: dict[str, int] = {}

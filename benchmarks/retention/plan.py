@@ -138,6 +138,7 @@ DATA: dict[str, dict[str, float]] = {
     "replay, 25 %": {"replay_mixer": 0.25},
     "token dropout": {"token_dropout": 0.1},
     "span masking": {"span_masking": 0.15},
+    "synonyms": {"synonyms": 0.5},
     "NEFTune": {"neftune": 5.0},
 }
 """Replay and augmentation at one strength each, chosen beforehand; no part of the tuning."""

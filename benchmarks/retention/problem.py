@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,7 +34,9 @@ class Problem(Protocol):
     """A pre-trained model, a task to learn, and a test of what it knew."""
 
     tokenizer: Any
-    """Of what :meth:`as_tokens` makes; says which tokens are not to be augmented."""
+    """Of transformers, for what :meth:`as_tokens` gives."""
+    synonyms: Mapping[str, Sequence[str]]
+    """Words of the target task that may be replaced, and by which."""
 
     def start(self) -> Any:
         """A fresh copy of the pre-trained model, under a head fitted by a linear probe."""
@@ -46,7 +48,7 @@ class Problem(Protocol):
         """A batch's inputs with ``input_ids`` [rows, tokens], in a dict that may be changed."""
 
     def from_tokens(self, tokens: dict[str, Any]) -> Any:
-        """The inputs back from that dict."""
+        """Inputs again."""
 
     def unlabelled(self, kind: str, count: int, seed: int) -> Iterator[tuple[Any, Tensor]]:
         """Without end: inputs that belong to no task, and the vectors that the pre-trained model gives them."""

@@ -40,6 +40,7 @@ RECIPES: tuple[tuple[float, dict[str, float]], ...] = (
     (LR, {"replay_mixer": 0.1}),
     (LR, {"token_dropout": 0.1}),
     (LR, {"span_masking": 0.15}),
+    (LR, {"synonyms": 0.5}),
     (LR, {"neftune": 1}),
 )
 

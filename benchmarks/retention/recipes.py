@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import peft
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, normalize
@@ -22,7 +21,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 
 import fastft
-from fastft.data import AugmentingCollator, ReplayMixer, SpanMasking, TextAugment, TokenDropout, neftune
+from fastft.data import (
+    AugmentingCollator,
+    ReplayMixer,
+    SpanMasking,
+    SynonymReplacement,
+    TextAugment,
+    TokenDropout,
+    neftune,
+)
 from fastft.demo.train import warm_up_then_decay
 from fastft.nn import Mixout, fuse_dropout_
 from fastft.optim import layer_decay
@@ -48,9 +55,15 @@ INGREDIENTS = {
     "replay_mixer": "the share of old batches that ReplayMixer puts between the new ones, all of which stay",
     "token_dropout": "the probability of a token of a new batch to be masked, each by itself",
     "span_masking": "the probability of a token of a new batch to be masked, in runs of 3 on average",
+    "synonyms": "the probability of a word of a new batch to be replaced by a synonym, if it is in the problem's table",
     "neftune": "α of NEFTune's noise on the encoder's input embeddings",
 }
-AUGMENTATIONS = {"token_dropout": TokenDropout, "span_masking": SpanMasking}
+AUGMENTATIONS: dict[str, Callable[[float, Problem], Any]] = {
+    "token_dropout": lambda p, problem: TokenDropout(p),
+    "span_masking": lambda p, problem: SpanMasking(p),
+    "synonyms": lambda p, problem: SynonymReplacement(p, problem.synonyms, problem.tokenizer),
+}
+"""Those of ``INGREDIENTS`` that change a new batch's tokens, with what makes a step of ``TextAugment``."""
 ANCHORS = {"anchor": "decoupled", "l2sp": "l2", "ewc": "decoupled", "spd": "selective"}
 """Anchor modes; of these ingredients a recipe takes one."""
 WEIGHT_DECAY = 0.01
@@ -84,18 +97,23 @@ class Recipe:
         return self.ingredients.get(ingredient, 0.0)
 
 
-Loss = tuple[Callable[[Any], Tensor], bool]
-"""The loss on one batch, of a model; and whether that batch is old data."""
+class Step(NamedTuple):
+    """What one step of training is taken on."""
+
+    loss: Callable[[Any], Tensor]
+    """Of a model, on one batch."""
+    is_old: bool
+    """Whether that batch is old data."""
 
 
-class InOrder(IterableDataset[Loss]):
-    """Losses as a dataset that is read in its own order."""
+class InOrder(IterableDataset[Step]):
+    """Steps as a dataset that is not shuffled, as lists would be."""
 
-    def __init__(self, losses: Iterable[Loss]) -> None:
-        self.losses = losses
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self.steps = steps
 
-    def __iter__(self) -> Iterator[Loss]:
-        return iter(self.losses)
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
 
 
 @dataclass
@@ -128,10 +146,10 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
         anchor_decay=pull,
         anchor_mode=next((mode for name, mode in ANCHORS.items() if recipe.strength(name)), "decoupled"),
     )
-    old = problem.replay(seed + 3)
-    steps = new_losses(problem, recipe, batches, epochs, seed + 5)
+    old = (Step(loss, True) for loss in problem.replay(seed + 3))
+    steps = new_steps(problem, recipe, batches, epochs, seed + 5)
     if ratio := recipe.strength("replay_mixer"):
-        steps = list(ReplayMixer(InOrder(steps), InOrder((loss, True) for loss in old), ratio))
+        steps = list(ReplayMixer(InOrder(steps), InOrder(old), ratio))
     schedule = LambdaLR(optimizer, warm_up_then_decay(len(steps), WARMUP))
     unfreezer = None
     if recipe.strength("gradual"):
@@ -145,12 +163,12 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
     # Drawn before each step, so that the target batches and their order are the same whatever is mixed in.
     random = torch.Generator().manual_seed(seed + 2)
     with noise:
-        for loss_of, is_old in steps:
-            # Old batches come in the place of new ones: a run is no longer for having them.
-            if not is_old and torch.rand((), generator=random) < recipe.strength("replay"):
-                loss_of, is_old = next(old), True
-            loss = loss_of(model)
-            if not is_old:
+        for step in steps:
+            # Here old batches come in the place of new ones: a run is no longer for having them.
+            if torch.rand((), generator=random) < recipe.strength("replay"):
+                step = next(old)
+            loss = step.loss(model)
+            if not step.is_old:
                 losses.append(loss.item())
             for term in extra:
                 loss = loss + term(model)
@@ -168,19 +186,29 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
     return Trained(restored, mean(losses[:few]), mean(losses[-few:]), len(steps), wall, cpu)
 
 
-def new_losses(problem: Problem, recipe: Recipe, batches: list[Batch], epochs: int, seed: int) -> list[Loss]:
-    """The loss on each batch of the target, whose inputs are augmented when it is called for."""
-    steps = [make(p) for name, make in AUGMENTATIONS.items() if (p := recipe.strength(name))]
+def new_steps(problem: Problem, recipe: Recipe, batches: list[Batch], epochs: int, seed: int) -> list[Step]:
+    """Those on the target's batches, whose inputs are augmented only when their loss is asked for."""
+    augment = augmentation(problem, recipe, seed)
+
+    def loss(number: int, model: Any) -> Tensor:
+        inputs, labels = batches[number]
+        return cross_entropy(model(augment(inputs, number * epochs // len(batches))), labels)
+
+    return [Step(partial(loss, number), False) for number in range(len(batches))]
+
+
+def augmentation(problem: Problem, recipe: Recipe, seed: int) -> Callable[[Any, int], Any]:
+    """A function of a batch's inputs and the epoch."""
+    steps = [make(p, problem) for name, make in AUGMENTATIONS.items() if (p := recipe.strength(name))]
     if not steps:
-        return [(lambda model, x=x, y=y: cross_entropy(model(x), y), False) for x, y in batches]
+        return lambda inputs, epoch: inputs
     collator = AugmentingCollator(problem.as_tokens, TextAugment(problem.tokenizer, *steps), seed)
 
-    def loss(model: Any, number: int) -> Tensor:
-        collator.set_epoch(number * epochs // len(batches))
-        inputs, labels = batches[number]
-        return cross_entropy(model(problem.from_tokens(collator(inputs))), labels)
+    def augmented(inputs: Any, epoch: int) -> Any:
+        collator.set_epoch(epoch)
+        return problem.from_tokens(collator(inputs))
 
-    return [(partial(loss, number=number), False) for number in range(len(batches))]
+    return augmented
 
 
 def mean(values: list[float]) -> float:
@@ -194,6 +222,9 @@ def prepare(model: Any, recipe: Recipe, anchor: fastft.Anchor) -> None:
     if recipe.strength("frozen_embeddings"):
         layer_groups(model)[0].parameters[0].requires_grad_(False)
     if rank := recipe.strength("lora"):
+        # Here, so that what only reads results does without it.
+        import peft
+
         config = peft.LoraConfig(r=int(rank), lora_alpha=2 * int(rank), lora_dropout=0.0, target_modules="all-linear")
         model.encoder = peft.get_peft_model(model.encoder, config)
     else:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from . import plan, records
@@ -20,7 +21,7 @@ def to_do(what: str, results: Path) -> Iterator[Settings]:
     """The runs of the plan that have no record yet."""
     tuned = records.load(results / "validation.jsonl")
     done = {record["key"] for record in tuned + records.load(results / "test.jsonl")}
-    wanted = {"tuning": plan.tuning, "full": lambda: plan.full_runs(tuned), "data": plan.data_runs}[what]()
+    wanted = {"tuning": plan.tuning, "full": partial(plan.full_runs, tuned), "data": plan.data_runs}[what]()
     return (settings for settings in wanted if settings.key not in done)
 
 
