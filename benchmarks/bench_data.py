@@ -39,6 +39,7 @@ PLAIN = "plain DataLoader"
 TARGET = 1.05
 """What the ratio to the plain loader ought not to exceed."""
 ROUNDS, QUICK_ROUNDS = 31, 5
+SECONDS_A_CASE = 600.0
 TARGETS, SOURCES, RATIO = 3000, 600, 1 / 6
 """The mixture then holds each example once, as the plain loader does."""
 BATCH = 32
@@ -54,7 +55,8 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment(device), "rounds": options.rounds, "batch_size": BATCH}
     result["loaders"] = {}
     for name, loaders in cases().items():
-        measured = alternate({title: reading(loader) for title, loader in loaders.items()}, device, options.rounds)
+        works = {title: reading(loader) for title, loader in loaders.items()}
+        measured = alternate(works, device, options.rounds, seconds_at_most=SECONDS_A_CASE)
         result["loaders"][name] = figures(measured, {title: len(loader) for title, loader in loaders.items()})
         print(f"{name}: {result['loaders'][name][PLAIN]['ms_per_batch']:.3g} ms a batch")
         for title, figure in result["loaders"][name].items():

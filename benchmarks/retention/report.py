@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,20 @@ class Bootstrap:
 
     def __init__(self, items: dict[str, int]) -> None:
         rng = np.random.default_rng(0)
-        self.weights = {
-            role: rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+        self.counts = {
+            role: rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
             for role, count in items.items()
         }
 
     def draws(self, role: str, scores: Array, name: str) -> Array:
         """The mean score in each resample, from scores [seeds, items]."""
-        by_seed = self.weights[role] @ scores.T
+        # Sums of whole numbers, which are exact in any order: a table says the same on any machine.
+        by_seed = self.counts[role] @ scores.T
         # Seeds of different methods are independent, so each method has draws of its own.
         rng = np.random.default_rng([int(b) for b in name.encode("utf-8")])
         seeds = rng.integers(len(scores), size=(RESAMPLES, len(scores)))
-        return np.take_along_axis(by_seed, seeds, axis=1).mean(axis=1)
+        hits: Array = np.take_along_axis(by_seed, seeds, axis=1).sum(axis=1)
+        return hits / scores.size
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,12 @@ class Result:
 
     def mean(self, role: str) -> float:
         return float(getattr(self, role).mean())
+
+    def standard_error(self, role: str) -> float:
+        """Of the mean, by how the seeds differ; nan with one seed."""
+        if self.seeds == 1:
+            return float("nan")
+        return float(getattr(self, role).mean(axis=1).std(ddof=1) / self.seeds**0.5)
 
 
 def interval(value: float, draws: Array) -> Estimate:
@@ -115,40 +124,16 @@ def result(choice: Choice, found: list[dict[str, Any]]) -> Result | None:
     )
 
 
-class Comparison:
-    """All rows of one split, against the pre-trained model, the reference and the baseline."""
+class Results:
+    """Rows that were tested on the same items, and the pre-trained model's."""
 
-    def __init__(self, split: str, tuned: list[dict[str, Any]], tested: list[dict[str, Any]]) -> None:
-        self.split = split
-        by_key = {r["key"]: r for r in (tuned if split == "validation" else tested)}
-        probe = plan.PROBES[split == "test"]
-        base = [by_key[probe.key]] if probe.key in by_key else []
-        self.base = result(Choice("linear probe", probe, "0"), base)
-        self.rows: list[Result] = []
-        self.by_name: dict[str, Result] = {}
-        self.curves: dict[str, list[Result]] = {}
-        for name in plan.GRIDS:
-            for choice in plan.choices(name, tuned):
-                wanted = [choice.settings] if split == "validation" else every_seed(choice.settings)
-                found = [by_key[s.key] for s in wanted if s.key in by_key]
-                row = result(choice, found)
-                # The same run chosen twice is one row.
-                twin = next((other for other in self.rows if row is not None and same(row, other)), None)
-                if row is not None and twin is None:
-                    self.rows.append(row)
-                if row is not None:
-                    self.by_name[choice.name] = twin or row
-                if found:
-                    curve = [result(Choice(name, choice.settings, alpha), found) for alpha in found[0]["scores"]]
-                    self.curves[choice.settings.key] = [r for r in curve if r is not None]
-        everything = [self.base, *self.rows] if self.base else self.rows
-        if everything:
-            first = everything[0]
-            self.bootstrap = Bootstrap({"target": first.target.shape[1], "source": first.source.shape[1]})
+    def __init__(self, base: Result | None, rows: list[Result]) -> None:
+        self.base, self.rows = base, rows
 
-    def named(self, name: str) -> Result | None:
-        """The row of that name; where it was the same as an earlier one, that."""
-        return self.by_name.get(name)
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        any_row = self.base or self.rows[0]
+        return Bootstrap({"target": any_row.target.shape[1], "source": any_row.source.shape[1]})
 
     def draws(self, row: Result, role: str) -> Array:
         return self.bootstrap.draws(role, getattr(row, role), row.choice.name)
@@ -165,6 +150,38 @@ class Comparison:
     def difference(self, row: Result, other: Result, role: str) -> Estimate:
         """Paired over the items."""
         return interval(row.mean(role) - other.mean(role), self.draws(row, role) - self.draws(other, role))
+
+
+class Comparison(Results):
+    """All rows of one split, against the pre-trained model, the reference and the baseline."""
+
+    def __init__(self, split: str, tuned: list[dict[str, Any]], tested: list[dict[str, Any]]) -> None:
+        self.split = split
+        by_key = {r["key"]: r for r in (tuned if split == "validation" else tested)}
+        probe = plan.PROBES[split == "test"]
+        base = [by_key[probe.key]] if probe.key in by_key else []
+        rows: list[Result] = []
+        self.by_name: dict[str, Result] = {}
+        self.curves: dict[str, list[Result]] = {}
+        for name in plan.GRIDS:
+            for choice in plan.choices(name, tuned):
+                wanted = [choice.settings] if split == "validation" else every_seed(choice.settings)
+                found = [by_key[s.key] for s in wanted if s.key in by_key]
+                row = result(choice, found)
+                # The same run chosen twice is one row.
+                twin = next((other for other in rows if row is not None and same(row, other)), None)
+                if row is not None and twin is None:
+                    rows.append(row)
+                if row is not None:
+                    self.by_name[choice.name] = twin or row
+                if found:
+                    curve = [result(Choice(name, choice.settings, alpha), found) for alpha in found[0]["scores"]]
+                    self.curves[choice.settings.key] = [r for r in curve if r is not None]
+        super().__init__(result(Choice("linear probe", probe, "0"), base), rows)
+
+    def named(self, name: str) -> Result | None:
+        """The row of that name; where it was the same as an earlier one, that."""
+        return self.by_name.get(name)
 
     def table(self) -> list[str]:
         """Markdown."""
