@@ -529,7 +529,7 @@ def matching(exclude: str | Iterable[str], names: list[str]) -> set[str]:
 def closest(name: str, names: Iterable[str]) -> str:
     """A hint at what may have been meant."""
     near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f"; the closest are {', '.join(near)}" if near else ""
+    return f"; closest: {', '.join(near)}" if near else ""
 
 
 def copied(p: Tensor, dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:

@@ -130,7 +130,7 @@ def test_a_module_name_is_not_a_prefix_of_letters() -> None:
         (
             lambda: {"exclude": "3.wieght"},
             ValueError,
-            r"exclude: '3\.wieght' matches no parameter; the closest are 3\.weight",
+            r"exclude: '3\.wieght' matches no parameter; closest: 3\.weight",
         ),
         (lambda: {"exclude": ["0", "head"]}, ValueError, "exclude: 'head' matches no parameter"),
         (lambda: {"exclude": ""}, ValueError, "exclude: '' matches no parameter"),
@@ -419,7 +419,7 @@ def test_lookup_by_name_and_by_parameter() -> None:
     assert anchor.name_of(model[0].bias) == "0.bias" and anchor.name_of(model[3].bias) is None
     assert anchor.name_of(model[0].bias.detach().clone()) is None
     assert 3 not in anchor
-    with pytest.raises(KeyError, match=r"0\.biass: not anchored; the closest are 0\.bias"):
+    with pytest.raises(KeyError, match=r"0\.biass: not anchored; closest: 0\.bias"):
         anchor["0.biass"]
     with pytest.raises(KeyError, match=r"a parameter of shape \[3, 17\]: not anchored"):
         anchor[model[3].weight]

@@ -343,13 +343,25 @@ def augment_from_spec(spec: str, tokenizer: Any) -> TextAugment:
         "synonyms": lambda p, path: SynonymReplacement(p, read_synonyms(path), tokenizer),
     }
     steps = []
-    for part in spec.split(","):
-        name, _, values = (text.strip() for text in part.partition("="))
-        if name not in makers:
-            raise ValueError(f"augment: expected one of {', '.join(makers)}, got {name!r}{closest(name, list(makers))}")
-        p, *rest = values.split(":", 1)
+    for name, p, *rest in parts_of_spec(spec):
         try:
             steps.append(makers[name](float(p), *rest))
         except (TypeError, ValueError, OSError) as error:
-            raise ValueError(f"augment: {part.strip()!r}: {error}") from error
+            raise ValueError(f"augment: {name}={':'.join([p, *rest])}: {error}") from error
     return TextAugment(tokenizer, *steps)
+
+
+SPEC_NAMES = ("token_dropout", "span_masking", "synonyms")
+
+
+def parts_of_spec(spec: str) -> list[list[str]]:
+    """What :func:`augment_from_spec` takes, in parts: the name, the probability, and what follows behind a colon."""
+    parts = []
+    for part in spec.split(","):
+        name, _, values = (text.strip() for text in part.partition("="))
+        if name not in SPEC_NAMES:
+            raise ValueError(
+                f"augment: expected one of {', '.join(SPEC_NAMES)}, got {name!r}{closest(name, SPEC_NAMES)}"
+            )
+        parts.append([name, *values.split(":", 1)])
+    return parts

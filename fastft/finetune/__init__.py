@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastft.data.files import FileError
 from fastft.output import OutputError
 
 from .errors import InputError
@@ -58,7 +59,7 @@ def run(flags: Mapping[str, Any], config: Path | None = None) -> int:
             summary = finetune(values)
         except Stopped as stopped:
             return fail(f"stopped after step {stopped.step:,}; {how_to_go_on(output)}", 128 + stopped.signal_number)
-    except (InputError, OutputError) as error:
+    except (InputError, FileError, OutputError) as error:
         return fail(str(error), 2)
     except OSError as error:
         return fail(f"could not finish: {error}; {how_to_go_on(output)}", 1)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-from pyarrow import ArrowException
-from pyarrow import parquet as pyarrow_parquet
 
-from fastft.anchor import closest
+from fastft.data import Augmented, FileError, Match, ReplayMixer, augment_from_spec, find_duplicates, find_leakage
+from fastft.data.files import check_column, listed, rows_of
 
 from .errors import InputError
 from .options import CAUSAL_LM, CLASSIFICATION, Options
-
-FORMATS = ".csv, .tsv, .jsonl (each also with .gz) or .parquet"
-MOST_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -62,139 +55,37 @@ def sorted_labels(labels: Iterator[str] | Mapping[str, Any] | set[str]) -> list[
 
 
 def read(path: Path, text_column: str, label_column: str | None) -> Rows:
-    """The rows of a file. Raises :class:`InputError` unless each has a text and, where asked for, a label."""
+    """The rows of a file. Raises :class:`FileError` unless each has a text and, where asked for, a label."""
     wanted = [text_column] if label_column is None else [text_column, label_column]
     texts: list[str] = []
     labels: list[str] = []
     places: list[str] = []
     for place, row in rows_of(path, wanted):
         for column in wanted:
-            if column not in row:
-                raise InputError(
-                    f"{path}, {place}: there is no column {column!r}, but {listed(row)}{closest(column, row)}"
-                )
+            check_column(f"{path}, {place}", row, column)
         texts.append(as_text(row[text_column], text_column, f"{path}, {place}"))
         if label_column is not None:
             labels.append(as_label(row[label_column], label_column, f"{path}, {place}"))
         places.append(place)
     if not texts:
-        raise InputError(f"{path}: expected rows, found none")
+        raise FileError(f"{path}: expected rows, found none")
     return Rows(path, texts, None if label_column is None else labels, places)
 
 
 def as_text(value: Any, column: str, where: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise InputError(f"{where}: the text in {column!r} is empty; take the row out, or fill it in")
+        raise FileError(f"{where}: the text in {column!r} is empty; take the row out, or fill it in")
     if not isinstance(value, str):
-        raise InputError(f"{where}: expected a text in {column!r}, got {value!r:.80}")
+        raise FileError(f"{where}: expected a text in {column!r}, got {value!r:.80}")
     return value
 
 
 def as_label(value: Any, column: str, where: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise InputError(f"{where}: the label in {column!r} is empty; take the row out, or fill it in")
+        raise FileError(f"{where}: the label in {column!r} is empty; take the row out, or fill it in")
     if not isinstance(value, (str, int)):
-        raise InputError(f"{where}: expected a name or a whole number as label in {column!r}, got {value!r:.80}")
+        raise FileError(f"{where}: expected a name or a whole number as label in {column!r}, got {value!r:.80}")
     return value.strip() if isinstance(value, str) else json.dumps(value)
-
-
-def rows_of(path: Path, wanted: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row by column) of a file, by what its name ends in."""
-    if not path.is_file():
-        raise InputError(f"{path}: expected a file with rows, but there is {'a folder' if path.is_dir() else 'none'}")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    kind = suffixes[-2 if packed else -1 :][:1]
-    if kind == [".parquet"] and not packed:
-        yield from parquet_rows(path, wanted)
-        return
-    readers: dict[str, Any] = {".csv": csv_rows, ".tsv": tsv_rows, ".jsonl": json_rows}
-    if not kind or kind[0] not in readers:
-        raise InputError(f"{path}: expected a file whose name ends in {FORMATS}")
-    with (gzip.open if packed else open)(path, "rb") as raw:
-        lines = Lines(raw)
-        try:
-            yield from readers[kind[0]](lines, path)
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            hint = "; save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-            raise InputError(f"{path}, line {lines.number}: cannot be read: {error}{hint}") from error
-
-
-class Lines:
-    """A file's lines as texts; knows the number of the one it is at, also when that cannot be decoded."""
-
-    def __init__(self, raw: Iterable[bytes]) -> None:
-        self.raw = raw
-        self.number = 1
-
-    def __iter__(self) -> Iterator[str]:
-        for number, line in enumerate(self.raw, start=1):
-            self.number = number
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-
-
-def csv_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a CSV file: fields may be quoted, and then hold commas and line breaks."""
-    hint = "; a field with commas, quotes or line breaks stands in quotes, its own quotes doubled"
-    yield from table_rows(csv.reader(iter(lines), strict=True), path, hint)
-
-
-def tsv_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a TSV file. Quotes mean nothing: one that a text begins with would swallow the rows that follow."""
-    hint = "; a field of a .tsv file holds no tabs and no line breaks (one of a .csv file may)"
-    yield from table_rows(csv.reader(iter(lines), delimiter="\t", quoting=csv.QUOTE_NONE), path, hint)
-
-
-def table_rows(rows: Any, path: Path, hint: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows below a header, each as long as that."""
-    csv.field_size_limit(2**31 - 1)  # texts may be long
-    header: list[str] = []
-    place = "line 1"
-    try:
-        for fields in rows:
-            if not header:
-                header = fields
-                if twice := [name for name, times in Counter(header).items() if times > 1]:
-                    raise InputError(f"{path}: expected columns of different names, got {twice[0]!r} twice")
-            elif fields and len(fields) != len(header):
-                raise InputError(
-                    f"{path}, {place}: expected {len(header)} fields, as in the header ({listed(header)}), "
-                    f"got {len(fields)}{hint}"
-                )
-            elif fields:
-                yield place, dict(zip(header, fields, strict=True))
-            place = f"line {rows.line_num + 1}"
-    except csv.Error as error:
-        raise InputError(f"{path}, {place}: cannot be read: {error}{hint}") from error
-
-
-def json_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """One JSON object a line."""
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {lines.number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {lines.number}: expected one JSON object a line, got {row!r:.80}")
-        yield f"line {lines.number}", row
-
-
-def parquet_rows(path: Path, wanted: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a Parquet file; class labels by their names, where ``datasets`` wrote it."""
-    try:
-        columns = pyarrow_parquet.read_schema(path).names
-        if not set(wanted) <= set(columns):
-            yield "row 1", dict.fromkeys(columns)  # to be told that it lacks one
-            return
-        table = datasets.Dataset(pyarrow_parquet.read_table(path, columns=wanted))
-    except ArrowException as error:
-        raise InputError(f"{path}: not a Parquet file: {error}") from error
-    named = {name: f for name, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
-    for number, row in enumerate(table, start=1):
-        yield f"row {number}", row | {name: f.int2str(row[name]) for name, f in named.items() if row[name] is not None}
 
 
 # -- what is trained on, what is evaluated on -----------------------------------------------------------------
@@ -206,13 +97,23 @@ class Data:
 
     train: Rows
     evaluation: Rows
+    replay: Rows | None
+    """Old rows, to be mixed in."""
     notes: list[str]
     """What the user should know about them."""
+
+    @property
+    def labels(self) -> list[str]:
+        """All that a row can be trained to have."""
+        old = {} if self.replay is None else self.replay.counts
+        return sorted_labels({*self.train.counts, *old})
 
 
 def load(options: Options) -> Data:
     """Read the files of a run, hold rows out if there is no --eval, and check that they can be learned from."""
     train = read(options.train, options.text_column, options.label_column)
+    replay = None if options.replay is None else read(options.replay, options.text_column, options.label_column)
+    train, replay, removed = without_repetitions(train, replay, options)
     if options.eval_fraction is None:
         assert options.eval is not None  # it is one or the other
         evaluation = read(options.eval, options.text_column, options.label_column)
@@ -226,9 +127,42 @@ def load(options: Options) -> Data:
             f"{len(train):,} rows to train on; {len(evaluation):,} are held out to evaluate on, those whose text has a "
             f"hash in the lowest {options.eval_fraction:g}"
         ]
+    if replay is not None:
+        notes.append(f"{len(replay):,} old rows to mix in, {options.replay_ratio:.3g} of all that is trained on")
+    data = Data(train, evaluation, replay, removed + notes)
     if options.task == CLASSIFICATION:
-        check_labels(train, evaluation)
-    return Data(train, evaluation, notes)
+        check_labels(data)
+    return data
+
+
+def without_repetitions(train: Rows, replay: Rows | None, options: Options) -> tuple[Rows, Rows | None, list[str]]:
+    """The rows without those that ``--dedupe`` and ``--check-leakage`` leave out, and what to say of these."""
+    notes = []
+    try:
+        if options.check_leakage is not None:
+            secret = read(options.check_leakage, options.text_column, None)
+            train, said = left_out(train, find_leakage(secret.texts, train.texts), f"whose text is in {secret.path}")
+            notes.append(said)
+            if replay is not None:
+                matches = find_leakage(secret.texts, replay.texts)
+                replay, said = left_out(replay, matches, f"whose text is in {secret.path}")
+                notes.append(said)
+        if options.dedupe:
+            train, said = left_out(train, find_duplicates(train.texts), "whose text repeats another")
+            notes.append(said)
+    except ImportError as error:
+        raise InputError(str(error)) from error
+    return train, replay, notes
+
+
+def left_out(rows: Rows, matches: Sequence[Match], why: str) -> tuple[Rows, str]:
+    """The rows that match nothing, and a line about the others."""
+    repeated = {match.index for match in matches}
+    kept = [i for i in range(len(rows)) if i not in repeated]
+    if not kept:
+        raise InputError(f"{rows.path}: all of its {len(rows):,} rows would be left out, as rows {why}")
+    near = sum(match.kind == "near" for match in matches)
+    return rows.chosen(kept), f"{rows.path}: {len(matches):,} rows {why} are left out ({near:,} nearly the same)"
 
 
 def share(text: str) -> float:
@@ -251,9 +185,9 @@ def held_out(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
     return rows.chosen(kept), rows.chosen(out)
 
 
-def check_labels(train: Rows, evaluation: Rows) -> None:
+def check_labels(data: Data) -> None:
     """Raise unless there are classes to tell apart, and none that was never seen."""
-    counts = train.counts
+    train, evaluation, counts = data.train, data.evaluation, data.train.counts
     if len(counts) < 2:
         raise InputError(f"{train.path}: expected at least two different labels, got {listed(counts)} alone")
     if 2 * len(counts) > len(train) and len(counts) > 2:
@@ -261,12 +195,12 @@ def check_labels(train: Rows, evaluation: Rows) -> None:
             f"{train.path}: expected a few labels, each in several rows, got {len(counts):,} different ones in "
             f"{len(train):,} rows ({listed(counts)}); is --label-column the right one?"
         )
-    if unseen := [label for label in evaluation.counts if label not in counts]:
+    if unseen := [label for label in evaluation.counts if label not in data.labels]:
         first = (evaluation.labels or []).index(unseen[0])
         how = (
             "every row with it was held out; give more rows with it, or a file with --eval"
             if evaluation.path == train.path
-            else f"--train has {listed(counts)}"
+            else f"--train {'has' if data.replay is None else 'and --replay have'} {listed(data.labels)}"
         )
         raise InputError(
             f"{evaluation.path}, {evaluation.places[first]}: no row to train on has the label {unseen[0]!r}; {how}"
@@ -328,9 +262,14 @@ def tokenized(
     return encoded, len(long)
 
 
-def listed(names: Any) -> str:
-    """Names in a row, not too many of them."""
-    shown = [repr(name) for name in names]
-    return ", ".join(shown[:MOST_LISTED]) + (
-        f" and {len(shown) - MOST_LISTED} more" if len(shown) > MOST_LISTED else ""
-    )
+def mixed(train: datasets.Dataset, replay: datasets.Dataset | None, tokenizer: Any, options: Options) -> Any:
+    """What is trained on, map-style: old rows mixed in, and all of them augmented, where that was asked for.
+
+    Raises ``ValueError`` for an augmentation that cannot be made for this tokenizer.
+    """
+    mixture: Any = train
+    if replay is not None:
+        mixture = ReplayMixer(train, replay, options.replay_ratio, options.seed, fresh=True)
+    if options.augment is not None:
+        mixture = Augmented(mixture, augment_from_spec(options.augment, tokenizer), options.seed)
+    return mixture

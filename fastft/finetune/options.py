@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.anchor import closest
+from fastft.data.text import parts_of_spec
 from fastft.optim.adamw import check_pull
 from fastft.unfreeze import (
     LISA,
@@ -142,6 +143,21 @@ def unfreezing(value: Any) -> dict[str, Any] | None:
     return chosen
 
 
+def augmenting(value: Any) -> str:
+    """What :func:`fastft.data.text.augment_from_spec` takes, with the full path of a table of synonyms."""
+    words = [value] if isinstance(value, str) else list(value)
+    try:
+        parts = parts_of_spec(",".join(map(str, words)))
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("augment: ")) from None
+    tables = [part for part in parts if part[0] == "synonyms"]
+    if len(tables) > 1:
+        raise ValueError("expected synonyms=P:FILE once")
+    for part in tables:
+        part[2:] = [str(Path(file).expanduser().resolve()) for file in part[2:]]
+    return ",".join(f"{name}={':'.join(values)}" for name, *values in parts)
+
+
 def literal(word: str) -> Any:
     """A number, true or false where it is one; else the word."""
     try:
@@ -178,6 +194,7 @@ def make_policy(chosen: Mapping[str, Any], seed: int) -> Policy:
 # -- the options ---------------------------------------------------------------------------------------------
 
 DATA = "model and data"
+WIDENING = "checking and widening the data"
 TRAINING = "training"
 KEEPING = "keeping what the model knows"
 OPENING = "opening layers over time"
@@ -216,6 +233,27 @@ class Options:
         "N",
     )
 
+    dedupe: bool = option(WIDENING, flag, False, "leave out rows of --train whose text repeats another, also nearly")
+    check_leakage: Path | None = option(
+        WIDENING,
+        path,
+        None,
+        "leave out rows of --train and --replay whose text is in FILE, also nearly: texts to be tested on, in a column "
+        "of the same name",
+        "FILE",
+    )
+    augment: str | None = option(
+        WIDENING,
+        augmenting,
+        None,
+        "change texts while training: token_dropout=P, span_masking=P:LENGTH, synonyms=P:FILE (a word, a tab and its "
+        "synonyms on each line)",
+        "NAME=P",
+    )
+    neftune: float | None = option(
+        WIDENING, number(0, above=True), None, "noise on the embeddings while training, such as 5 (NEFTune)", "X"
+    )
+
     epochs: float | None = option(TRAINING, number(0, above=True), None, "how often to go through --train", "N")
     steps: int | None = option(TRAINING, count(1), None, "optimizer steps, instead of epochs", "N")
     batch_size: int = option(TRAINING, count(1), 16, "rows in a forward pass", "N")
@@ -248,6 +286,13 @@ class Options:
     )
     anchor_mode: str = option(
         KEEPING, one_of("decoupled", "l2"), "decoupled", "decoupled, or l2 (added to the gradient: L2-SP)", "NAME"
+    )
+
+    replay: Path | None = option(
+        KEEPING, path, None, "old rows to mix in, such as the model was trained on; columns as in --train", "FILE"
+    )
+    replay_ratio: float = option(
+        KEEPING, number(0, 0.99, above=True), 0.05, "the share of --replay in what is trained on", "PART"
     )
 
     unfreeze: dict[str, Any] | None = option(
@@ -293,9 +338,19 @@ class Options:
         RUNNING, flag, False, "write into an output that is not empty; an unfinished run in it is dropped", neutral=True
     )
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """All that a run reads, by the option that names it."""
+        found = {name: getattr(self, name) for name in BY_CONTENT}
+        for name, *_, file in parts_of_spec(self.augment) if self.augment else ():
+            if name == "synonyms":
+                found["augment"] = Path(file)
+        return {name: path for name, path in found.items() if path is not None}
+
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
-BY_CONTENT = ("model", "train", "eval")  # compared by what is in them, wherever they lie
+BY_CONTENT = ("model", "train", "eval", "check_leakage", "replay")
+"""Compared by what is in them, wherever they lie."""
 REQUIRED = ("model", "train", "task", "text_column", "output")
 EITHER_OR = {"epochs": ("steps", 3.0), "eval_fraction": ("eval", 0.1), "discriminative_lr": ("layer_decay", None)}
 """What excludes an option, and what counts if neither is given."""
@@ -319,7 +374,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             words["action"] = "store_true" if about.get("neutral") else argparse.BooleanOptionalAction
         else:
             words["metavar"] = about["metavar"]
-            if about["read"] in (patterns, unfreezing):
+            if about["read"] in (patterns, unfreezing, augmenting):
                 words["nargs"] = "+"
         group.add_argument(flag_of(name), **words)
 
@@ -394,6 +449,8 @@ def options_from(values: Mapping[str, Any]) -> Options:
         for name in ("unfreeze_state", "rewarm_steps"):
             if getattr(options, name) != FIELDS[name].default:
                 raise InputError(f"{flag_of(name)}: expected only together with --unfreeze")
+    if options.replay is None and options.replay_ratio != FIELDS["replay_ratio"].default:
+        raise InputError("--replay-ratio: expected only together with --replay")
     try:
         check_pull(options.lr, options.anchor_decay, options.anchor_mode, "--lr, --anchor-decay")
     except ValueError as error:

@@ -6,13 +6,15 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 from transformers import set_seed
 
+from fastft.data import neftune
+from fastft.data.files import listed
 from fastft.environment import environment, quiet_transformers
 from fastft.nn import fuse_dropout_
 from fastft.optim import AdamW, TrainingPlan, plan_training
@@ -22,11 +24,10 @@ from fastft.unfreeze.policies import GroupInfo, Phase, open_groups
 from fastft.unfreeze.unfreezer import unwrapped
 
 from . import checkpoints, model
-from .data import Data, listed, load, sorted_labels, tokenized
+from .data import Data, load, mixed, tokenized
 from .errors import InputError
 from .model import Pretrained
 from .options import (
-    BY_CONTENT,
     Options,
     as_json,
     first_difference,
@@ -59,7 +60,8 @@ class Prepared:
     pretrained: Pretrained
     groups: list[LayerGroup]
     plan: TrainingPlan
-    train: datasets.Dataset
+    train: Any
+    """Map-style."""
     evaluation: datasets.Dataset
     cut: int
     notes: list[str]
@@ -129,10 +131,10 @@ def begin(values: Mapping[str, Any]) -> Start:
         raise InputError(f"{difference}; leave it out to go on, or start anew with --overwrite")
     options = options_from({**stored, **values})
     now = digests(options)
-    for name in BY_CONTENT:
+    for name, path in options.files.items():
         if now.get(name) != found["digests"].get(name):
             raise InputError(
-                f"{flag_of(name)}: {getattr(options, name)} does not hold what it did when the run was started; "
+                f"{flag_of(name)}: {path} does not hold what it did when the run was started; "
                 "bring that back, or start anew with --overwrite"
             )
     return Start(options, found, resumed=True)
@@ -141,9 +143,8 @@ def begin(values: Mapping[str, Any]) -> Start:
 def digests(options: Options) -> dict[str, str]:
     """Hashes of what a run reads."""
     found = {}
-    for name in BY_CONTENT:
-        path = getattr(options, name)
-        if path is not None and path.exists():  # what is missing is told about where it is read
+    for name, path in options.files.items():
+        if path.exists():  # what is missing is told about where it is read
             found[name] = checkpoints.digest(path)
     return found
 
@@ -151,39 +152,41 @@ def digests(options: Options) -> dict[str, str]:
 def get_ready(options: Options) -> Prepared:
     """Read and check everything."""
     data = load(options)
-    labels = sorted_labels(data.train.counts)
-    pretrained = model.load(options.model, options.task, labels)
+    pretrained = model.load(options.model, options.task, data.labels)
     limit = model.token_limit(pretrained.model, pretrained.tokenizer)
     if options.max_length is not None and limit is not None and options.max_length > limit:
         raise InputError(
             f"--max-length: expected at most {limit:,}, the most that the model can take, got {options.max_length:,}"
         )
     try:
-        plan = plan_training(
-            len(data.train),
-            options.batch_size,
-            steps=options.steps,
-            epochs=options.epochs,
-            accumulate=options.gradient_accumulation,
-            warmup=options.warmup,
-        )
         groups = layer_groups(pretrained.model, options.layer_groups)
         check_policy(options, groups)
     except ValueError as error:
         raise InputError(str(error)) from error
 
     ids = {label: i for i, label in enumerate(pretrained.labels)}
+    parts = [data.train, data.evaluation, *([] if data.replay is None else [data.replay])]
+    tables, cuts = zip(*(tokenized(rows, pretrained.tokenizer, limit, options, ids) for rows in parts), strict=True)
+    try:
+        train = mixed(tables[0], tables[2] if data.replay is not None else None, pretrained.tokenizer, options)
+        plan = plan_training(
+            len(train),
+            options.batch_size,
+            steps=options.steps,
+            epochs=options.epochs,
+            accumulate=options.gradient_accumulation,
+            warmup=options.warmup,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
     notes = list(data.notes)
-    train, cut_train = tokenized(data.train, pretrained.tokenizer, limit, options, ids)
-    evaluation, cut_evaluation = tokenized(data.evaluation, pretrained.tokenizer, limit, options, ids)
-    if cut := cut_train + cut_evaluation:
-        rows = len(data.train) + len(data.evaluation)
-        notes.append(f"{cut:,} of {rows:,} texts were cut off after {options.max_length:,} tokens")
+    if cut := sum(cuts):
+        notes.append(f"{cut:,} of {sum(map(len, parts)):,} texts were cut off after {options.max_length:,} tokens")
     notes += pretrained.notes
     if options.fuse_dropout:
         done = fuse_dropout_(pretrained.model)
         notes.append(f"dropout: {len(done.swapped)} swapped, {len(done.fused)} fused with what follows them")
-    return Prepared(data, pretrained, groups, plan, train, evaluation, cut, notes)
+    return Prepared(data, pretrained, groups, plan, train, tables[1], cut, notes)
 
 
 def check_policy(options: Options, groups: list[LayerGroup]) -> None:
@@ -210,7 +213,8 @@ def train(start: Start, ready: Prepared, folder: Path) -> Report:
     if last is not None:
         say(f"going on after step {checkpoints.step_of(last):,}")
     set_seed(options.seed)  # whatever was drawn before
-    seconds = run_trainer(training, last)
+    with neftune(pretrained.model, options.neftune) if options.neftune else nullcontext():
+        seconds = run_trainer(training, last)
 
     state = trainer.state
     history = list(state.log_history)  # without the evaluation that follows
@@ -275,9 +279,9 @@ def about_model(ready: Prepared) -> str:
 
 def about_plan(plan: TrainingPlan, options: Options) -> str:
     """The length of the run in a line."""
-    epochs = plan.total_steps / plan.steps_per_epoch
+    epochs = f"{plan.total_steps / plan.steps_per_epoch:.3g}"
     return (
-        f"{plan.total_steps:,} steps of {plan.effective_batch_size:,} rows ({epochs:.3g} epochs), "
+        f"{plan.total_steps:,} steps of {plan.effective_batch_size:,} rows ({epochs} epoch{'s' * (epochs != '1')}), "
         f"lr {options.lr:g} after {plan.warmup_steps:,} steps to warm up"
     )
 
@@ -288,9 +292,10 @@ def about_data(ready: Prepared, start: Start) -> dict[str, Any]:
     return {
         "train_rows": len(ready.data.train),
         "evaluation_rows": len(ready.data.evaluation),
+        "replay_rows": len(ready.data.replay or ()),
         "cut_texts": ready.cut,
         "labels": {
-            label: {"id": i, "train": train[label], "evaluation": evaluation.get(label, 0)}
+            label: {"id": i, "train": train.get(label, 0), "evaluation": evaluation.get(label, 0)}
             for i, label in enumerate(ready.pretrained.labels)
         },
         "sha256": start.run["digests"],

@@ -53,7 +53,7 @@ def prepare(
     pretrained: Pretrained,
     groups: list[LayerGroup],
     plan: TrainingPlan,
-    train: datasets.Dataset,
+    train: Any,
     evaluation: datasets.Dataset,
     folder: Path,
 ) -> Training:
@@ -87,6 +87,8 @@ def prepare(
         # Of a language model the Trainer's loss is a mean over batches, and perplexity goes by tokens.
         metric_for_best_model="loss" if classifies else "perplexity",
         greater_is_better=False,
+        # A mixture is shuffled already, and exact in this order only.
+        train_sampling_strategy="random" if options.replay is None else "sequential",
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ ROWS = [{"text": "one", "label": 1}, {"text": "two", "label": 0}]
         ("a.tsv.gz", "text\tlabel\none\t1\ntwo\t0\n"),
         ("a.jsonl", '{"text": "one", "label": 1}\n{"text": "two", "label": 0}\n'),
         ("a.jsonl.gz", '{"text": "one", "label": 1}\n{"text": "two", "label": 0}\n'),
-        ("a.json", '[{"text": "one", "label": 1}, {"text": "two", "label": 0}]'),
     ],
 )
 def test_text_formats(name: str, content: str, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_the_demo_s_data_are_read_as_they_are() -> None:
 def test_columns_are_chosen_and_ordered(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "a,b,c\n1,2,3\n")
     assert read_table(path, columns=["c", "a"]).column_names == ["c", "a"]
-    with pytest.raises(FileError, match=r"a\.csv: has no column 'd'; it has a, b, c$"):
+    with pytest.raises(FileError, match=r"a\.csv: there is no column 'd', but 'a', 'b', 'c'$"):
         read_table(path, columns=["d"])
 
 
@@ -64,6 +64,37 @@ def test_words_that_look_like_missing_values_are_words(tmp_path: Path) -> None:
     found = read_table(written(tmp_path, "a.csv", "text,label\nnull,1\nNA,2\nNone,\n,4\n"))
     assert found["text"][:] == ["null", "NA", "None", None]
     assert found["label"][:] == [1, 2, None, 4]
+
+
+@pytest.mark.parametrize(
+    ("cells", "read"),
+    [
+        (["1", "-20", "", "999999999999999999"], [1, -20, None, 999999999999999999]),
+        (["1", "2.5", "-1e-3", ".5"], [1.0, 2.5, -1e-3, 0.5]),
+        (["1", "two"], ["1", "two"]),
+        (["007", "8"], ["007", "8"]),
+        (["nan", "1"], ["nan", "1"]),
+        (["9999999999999999999999"], [1e22]),
+        (["", ""], [None, None]),
+    ],
+)
+def test_a_column_of_numbers_becomes_numbers(cells: list[str], read: list[Any], tmp_path: Path) -> None:
+    content = "".join(f"{cell}\tx\n" for cell in ("value", *cells))
+    assert read_table(written(tmp_path, "a.tsv", content))["value"][:] == read
+
+
+def test_class_labels_of_a_parquet_file_by_name(tmp_path: Path) -> None:
+    features = datasets.Features({"label": datasets.ClassLabel(names=["bad", "good"])})
+    datasets.Dataset.from_dict({"label": [1, None, 0]}, features=features).to_parquet(tmp_path / "a.parquet")
+    assert read_table(tmp_path / "a.parquet")["label"][:] == ["good", None, "bad"]
+
+
+def test_rows_of_jsonl_may_lack_a_value_but_not_mix_kinds(tmp_path: Path) -> None:
+    found = read_table(written(tmp_path, "a.jsonl", '{"a": 1}\n\n{"b": [2], "a": 3}\n'))
+    assert found["a"][:] == [1, 3] and found["b"][:] == [None, [2]]
+    with pytest.raises(FileError, match=r"b\.jsonl: a column holds values of different kinds: ") as raised:
+        read_table(written(tmp_path, "b.jsonl", '{"a": 1}\n{"a": {"b": 2}}\n'))
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_quotes_are_quotes_in_tsv_and_hold_cells_together_in_csv(tmp_path: Path) -> None:
@@ -76,15 +107,13 @@ def test_quotes_are_quotes_in_tsv_and_hold_cells_together_in_csv(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.txt", "x", r"expected a name that ends in \.csv, .*, or one of them with \.gz"),
-        (".gz", "", "expected a name that ends in"),
-        ("a.csv", "", "has no rows"),
-        ("a.csv", "text,label\n", "has no rows"),
-        ("a.jsonl", "", "has no rows"),
-        ("a.csv", "a,b\n1,2\n1,2,3,4\n", "cannot be read as csv: .*Expected 2 fields in line 3, saw 4"),
-        ("a.csv", "text\ncafé".encode("latin-1"), "cannot be read as csv: "),
-        ("a.jsonl", '{"a": 1}\nnot json\n', "cannot be read as jsonl: "),
-        ("a.parquet", "nope", "cannot be read as parquet: "),
+        ("a.txt", "x", r"expected a file whose name ends in \.csv, "),
+        (".gz", "", "expected a file whose name ends in"),
+        ("a.parquet.gz", "", "expected a file whose name ends in"),
+        ("a.csv", "", "expected rows, found none"),
+        ("a.csv", "text,label\n", "expected rows, found none"),
+        ("a.jsonl", "", "expected rows, found none"),
+        ("a.parquet", "nope", "not a Parquet file: "),
     ],
 )
 def test_errors_are_one_line_that_names_the_file(
@@ -92,7 +121,7 @@ def test_errors_are_one_line_that_names_the_file(
 ) -> None:
     path = written(tmp_path, name, content) if name != ".gz" else tmp_path / name
     path.touch()
-    with pytest.raises(FileError, match=f"{name}: {said}") as raised:
+    with pytest.raises(FileError, match=f"{re.escape(name)}: {said}") as raised:
         read_table(path)
     assert len(str(raised.value).splitlines()) == 1
     assert capfd.readouterr() == ("", "")  # nothing else is said
@@ -102,17 +131,10 @@ def test_a_file_that_is_no_gzip_file_and_others_that_are_not_there(tmp_path: Pat
     (tmp_path / "a.csv.gz").write_text("text\nx\n")
     with pytest.raises(FileError, match="Not a gzipped file"):
         read_table(tmp_path / "a.csv.gz")
-    with pytest.raises(FileError, match=r"none\.csv: no such file"):
+    with pytest.raises(FileError, match=r"none\.csv: expected a file with rows, but there is none"):
         read_table(tmp_path / "none.csv")
-    with pytest.raises(FileError, match="is a folder, not a file"):
+    with pytest.raises(FileError, match="expected a file with rows, but there is a folder"):
         read_table(tmp_path)
-
-
-def test_progress_bars_and_logging_are_as_before(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.csv", "text\nx\n")
-    before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    read_table(path)
-    assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,13 +171,16 @@ def test_the_command_writes_a_folder(files: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["none.csv"], "none.csv: no such file"),
-        (["train.jsonl", "--eval", "none.csv"], "none.csv: no such file"),
-        (["train.jsonl", "--text-column", "txet"], "train.jsonl: has no column 'txet'; the closest are text"),
-        (["train.jsonl", "--label-column", "x"], "train.jsonl: has no column 'x'; it has text, label"),
+        (["none.csv"], "none.csv: expected a file with rows, but there is none"),
+        (["train.jsonl", "--eval", "none.csv"], "none.csv: expected a file with rows, but there is none"),
+        (
+            ["train.jsonl", "--text-column", "txet"],
+            "train.jsonl: there is no column 'txet', but 'text', 'label'; closest: text",
+        ),
+        (["train.jsonl", "--label-column", "x"], "train.jsonl: there is no column 'x', but 'text', 'label'"),
         (
             ["train.jsonl", "--text-column", "label", "--eval", "only.csv"],
-            "only.csv: has no column 'label'; it has text",
+            "only.csv: there is no column 'label', but 'text'",
         ),
         (["train.jsonl", "--output", "train.jsonl"], "train.jsonl is not a folder"),
         (["number.csv"], "number.csv: has no column of texts; it has n"),

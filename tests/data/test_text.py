@@ -318,12 +318,15 @@ def test_a_spec_names_the_steps(tokenizer: Any, tmp_path: Path) -> None:
     ("spec", "said"),
     [
         ("", "augment: expected one of token_dropout, span_masking, synonyms, got ''"),
-        ("token_dropuot=0.1", "got 'token_dropuot'; the closest are token_dropout"),
-        ("token_dropout", "augment: 'token_dropout': could not convert string to float"),
-        ("token_dropout=2", r"'token_dropout=2': TokenDropout: p: expected a number from 0 to below 1, got 2\.0"),
-        ("token_dropout=0.1:3", "augment: 'token_dropout=0.1:3': "),
+        ("token_dropuot=0.1", "got 'token_dropuot'; closest: token_dropout"),
+        ("token_dropout", "augment: token_dropout=: could not convert string to float"),
+        (
+            "token_dropout=2",
+            r"augment: token_dropout=2: TokenDropout: p: expected a number from 0 to below 1, got 2\.0",
+        ),
+        ("token_dropout=0.1:3", "augment: token_dropout=0.1:3: "),
         ("span_masking=0.9:3", r"mean_length: expected at least 1/\(1 - p\) = 10, got 3\.0"),
-        ("synonyms=0.1:nowhere.tsv", "augment: 'synonyms=0.1:nowhere.tsv': .*No such file"),
+        ("synonyms=0.1:nowhere.tsv", "augment: synonyms=0.1:nowhere.tsv: .*No such file"),
     ],
 )
 def test_a_wrong_spec(spec: str, said: str, tokenizer: Any) -> None:

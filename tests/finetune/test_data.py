@@ -10,8 +10,9 @@ import datasets
 import finetune_cases as cases
 import pytest
 
+from fastft.data import FileError
 from fastft.finetune import data
-from fastft.finetune.data import Rows, check_labels, held_out, read, tokenized
+from fastft.finetune.data import Data, Rows, check_labels, held_out, read, tokenized
 from fastft.finetune.errors import InputError
 from fastft.finetune.model import load_tokenizer
 from fastft.finetune.options import given, options_from
@@ -69,7 +70,7 @@ def test_class_labels_of_a_parquet_file_by_name(tmp_path: Path) -> None:
         ("r.csv", 'text,label\nx,1\n"a,1\nb,2\n', "line 3: cannot be read: unexpected end of data; a field"),
         ("r.csv", 'text,label\n"a"b,1\n', "line 2: cannot be read: "),
         ("r.csv", "text,text\na,1\n", "expected columns of different names, got 'text' twice"),
-        ("r.csv", "txt,label\na,1\n", "line 2: there is no column 'text', but 'txt', 'label'; the closest are txt"),
+        ("r.csv", "txt,label\na,1\n", "line 2: there is no column 'text', but 'txt', 'label'; closest: txt"),
         ("r.csv", "text,label\na,1\n ,2\n", "line 3: the text in 'text' is empty; take the row out, or fill it in"),
         ("r.csv", "text,label\na,\n", "line 2: the label in 'label' is empty"),
         ("r.csv", "text,label\n", "expected rows, found none"),
@@ -92,7 +93,7 @@ def test_class_labels_of_a_parquet_file_by_name(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_file_that_is_wrong_is_told_with_the_place(name: str, content: Any, told: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError) as error:
+    with pytest.raises(FileError) as error:
         read(tmp_path / name, "text", "label")
     assert str(error.value).startswith(str(tmp_path / name))
     assert told in str(error.value)
@@ -101,17 +102,17 @@ def test_a_file_that_is_wrong_is_told_with_the_place(name: str, content: Any, to
 
 def test_a_parquet_file_without_the_column_or_rows(tmp_path: Path) -> None:
     path = cases.write_rows(tmp_path / "rows.parquet", ROWS)
-    with pytest.raises(InputError, match="there is no column 'words', but 'id', 'text', 'label'"):
+    with pytest.raises(FileError, match="there is no column 'words', but 'id', 'text', 'label'"):
         read(path, "words", "label")
     datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet(str(path))
-    with pytest.raises(InputError, match="expected rows, found none"):
+    with pytest.raises(FileError, match="expected rows, found none"):
         read(path, "text", "label")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected a file with rows, but there is none"):
+    with pytest.raises(FileError, match="expected a file with rows, but there is none"):
         read(tmp_path / "rows.csv", "text", None)
-    with pytest.raises(InputError, match="expected a file with rows, but there is a folder"):
+    with pytest.raises(FileError, match="expected a file with rows, but there is a folder"):
         read(tmp_path, "text", None)
 
 
@@ -153,8 +154,22 @@ def test_nothing_to_hold_out() -> None:
 )
 def test_labels_that_cannot_be_learned(train: str, evaluation: str, told: str) -> None:
     with pytest.raises(InputError) as error:
-        check_labels(rows_of(list(train), list(train)), rows_of(list(evaluation), list(evaluation)))
+        check_labels(labelled(train, evaluation))
     assert told in str(error.value)
+
+
+def labelled(train: str, evaluation: str, replay: str = "") -> Data:
+    """Rows whose labels, and texts, are single letters."""
+    parts = [rows_of(list(letters), list(letters)) for letters in (train, evaluation, replay)]
+    return Data(parts[0], parts[1], parts[2] if replay else None, [])
+
+
+def test_a_label_of_old_rows_is_one_that_can_be_evaluated_on() -> None:
+    data = labelled("abab", "abca", "ccc")
+    check_labels(data)
+    assert data.labels == ["a", "b", "c"]
+    with pytest.raises(InputError, match="line 4: no row to train on has the label 'd'"):
+        check_labels(labelled("abab", "abd", "ccc"))
 
 
 def test_texts_that_are_in_both_files_are_noted(tmp_path: Path) -> None:
@@ -172,6 +187,31 @@ def test_texts_that_are_in_both_files_are_noted(tmp_path: Path) -> None:
         "14 rows to train on, 10 to evaluate on",
         "4 of the 10 evaluation texts are in --train too",
     ]
+
+
+def test_repetitions_and_leaks_are_left_out(tmp_path: Path) -> None:
+    base = "the film is a long and slow story of a man and his dog in a town by the sea number"
+    texts = [f"{base} {chr(97 + i) * 3}{i}" if i < 2 else f"{'wxyz'[i % 4] * 5} {i} apart" for i in range(10)]
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)]
+    # Row 1 nearly repeats row 0; the last repeats row 3 but for case.
+    rows.append({"text": texts[3].upper(), "label": "b"})
+    train = cases.write_rows(tmp_path / "train.csv", rows)
+    old = cases.write_rows(tmp_path / "old.csv", [{"text": texts[5] + "!", "label": "a"}, {"text": "q", "label": "b"}])
+    secret = cases.write_rows(tmp_path / "secret.jsonl", [{"text": texts[5]}, {"text": "elsewhere"}])
+    found = data.load(
+        options_for("text-classification", train=train, eval=train, replay=old, dedupe=True, check_leakage=secret)
+    )
+    assert found.train.texts == [text for i, text in enumerate(texts) if i not in (1, 5)]
+    assert found.train.labels == ["a", "a", "b", "a", "a", "b", "a", "b"]
+    assert found.replay is not None and found.replay.texts == ["q"]
+    assert found.notes[:3] == [
+        f"{train}: 1 rows whose text is in {secret} are left out (0 nearly the same)",
+        f"{old}: 1 rows whose text is in {secret} are left out (0 nearly the same)",
+        f"{train}: 2 rows whose text repeats another are left out (1 nearly the same)",
+    ]
+    assert found.notes[-1] == "1 old rows to mix in, 0.05 of all that is trained on"
+    with pytest.raises(InputError, match=r"old\.csv: all of its 2 rows would be left out, as rows whose text is in"):
+        data.load(options_for("text-classification", train=train, eval=train, replay=old, check_leakage=old))
 
 
 # -- tokens --------------------------------------------------------------------------------------------------

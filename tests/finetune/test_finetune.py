@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +263,114 @@ def test_a_config_file_and_flags_that_override_it(classify: Options, tmp_path: P
     assert report["options"]["batch_size"] == 8
     assert list(report["model"]["layers"]) == ["low", "head"]
     assert report["history"]["open"] == [{"step": 0, "layers": ["head"]}, {"step": 1, "layers": ["head", "low"]}]
+
+
+# -- what is trained on --------------------------------------------------------------------------------------
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The rows of each batch that the model is trained on, as (ids, labels)."""
+    from fastft.finetune import training
+
+    seen: list[Any] = []
+    compute = training.Trainer.compute_loss
+
+    def spy(self: Any, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
+        if model.training:
+            shown = inputs["attention_mask"].bool()
+            rows = zip(inputs["input_ids"], shown, strict=True)
+            seen.append(([tuple(ids[mask].tolist()) for ids, mask in rows], inputs["labels"].clone()))
+        return compute(self, model, inputs, *args, **more)
+
+    monkeypatch.setattr(training.Trainer, "compute_loss", spy)
+    return seen
+
+
+def test_old_rows_come_in_every_window_in_their_share(
+    classify: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = [{"text": f"the film is {word}", "label": "mixed"} for word in ("old", "good", "bad")]
+    seen = spied(monkeypatch)
+    del classify["steps"]
+    classify.update(replay=cases.write_rows(tmp_path / "old.csv", old), replay_ratio=0.25, epochs=2)
+    done = cases.finetune(**classify)
+    assert done.status == 0, done.err
+    assert "3 old rows to mix in, 0.25 of all that is trained on" in done.err
+    report = report_of(classify["output"])
+    assert list(report["data"]["labels"]) == ["mixed", "negative", "positive"]
+    assert report["data"]["replay_rows"] == 3
+    epoch = math.ceil(80 / 0.75) // 8 + 1  # steps
+    assert report["plan"]["steps_per_epoch"] == epoch and len(seen) == 2 * epoch
+    assert "27 steps of 8 rows (2 epochs)" in done.err.replace(str(2 * epoch), "27")
+    for _, labels in seen[: epoch - 1]:
+        assert (labels == 0).sum() == 2
+    first, second = ([row for rows, _ in seen[start : start + epoch] for row in rows] for start in (0, epoch))
+    assert sorted(first) != first and first != second  # another order each epoch
+    ordinary = [[row for row in rows if rows.count(row) == 1] for rows in (first, second)]
+    assert sorted(ordinary[0]) == sorted(ordinary[1]) and len(ordinary[0]) > 60
+
+
+def test_texts_are_augmented_while_training_and_their_labels_are_not(
+    continue_text: Options, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = spied(monkeypatch)
+    tokenizer = AutoTokenizer.from_pretrained(home / "gpt2")
+    continue_text.update(model=home / "gpt2", augment=["token_dropout=0.3", "span_masking=0.2:2"], steps=20)
+    done = cases.finetune(**continue_text)
+    assert done.status == 0, done.err
+    pairs = [
+        (ids, labels[: len(ids)].tolist()) for rows, batch in seen for ids, labels in zip(rows, batch, strict=True)
+    ]
+    changed = sum(a != b for ids, labels in pairs for a, b in zip(ids, labels, strict=True))
+    every = sum(len(ids) for ids, _ in pairs)
+    assert 0.25 < changed / every < 0.5  # 1 − 0.7 · 0.8 = 0.44 of what is not special
+    texts = {tuple(tokenizer(row["text"])["input_ids"]) for row in rows_of(home / "train.csv")}
+    assert all(tuple(i for i in labels if i != tokenizer.eos_token_id) in texts for _, labels in pairs)
+    assert report_of(continue_text["output"])["after"]["perplexity"] == pytest.approx(
+        perplexity_of(continue_text["output"], rows_of(home / "eval.csv")), rel=1e-4
+    )
+
+
+def test_synonyms_and_noise(classify: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.tsv").write_text("film\tmovie\nmovie\tfilm\n")
+    weights = []
+    for name, more in (
+        ("plain", {}),
+        ("synonyms", {"augment": "synonyms=0.9:words.tsv"}),
+        ("noise", {"neftune": 5}),
+    ):
+        done = cases.finetune(**{**classify, "output": tmp_path / name}, **more)
+        assert done.status == 0, done.err
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert len(set(weights)) == 3
+    assert report_of(tmp_path / "synonyms")["data"]["sha256"].keys() == {"model", "train", "eval", "augment"}
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_commands_of_the_documentation_run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(fastft finetune.*?)^```", page, re.DOTALL | re.MULTILINE)
+    blocks += re.findall(
+        r"^```sh\n(fastft finetune.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    (config,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / "bert", "my-model")
+    rows = cases.review_rows(200)
+    for name, part in (("reviews", rows[:100]), ("old_reviews", rows[100:]), ("secret_test", rows[90:110])):
+        cases.write_rows(Path(f"{name}.csv"), part)
+    Path("run.yaml").write_text(config, encoding="utf-8")
+    for block in (*blocks, config.splitlines()[0].removeprefix("# ")):
+        command = shlex.split(block.replace("\\\n", " "))
+        assert cli.main([*command[1:], "--overwrite"]) == 0, block
+        assert AutoModelForSequenceClassification.from_pretrained("tuned").config.label2id.keys() == {
+            "negative",
+            "positive",
+        }
 
 
 # -- the output folder ---------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_values_of_flags(name: str, value: Any, read: Any) -> None:
         ({"seed": str(2**63)}, "--seed: expected a whole number of at least 0, got"),
         ({"warmup": "1.5"}, "--warmup: expected a whole number of steps, or a part of all steps below 1, got '1.5'"),
         ({"warmup": "9", "steps": "8"}, "--warmup: expected at most the 8 steps of the run, got 9"),
-        ({"task": "classification"}, "expected text-classification or causal-lm, got 'classification'; the closest"),
+        ({"task": "classification"}, "expected text-classification or causal-lm, got 'classification'; closest"),
         ({"schedule": "lineal"}, "--schedule: expected linear or cosine or constant, got 'lineal'"),
         ({"epochs": "1", "steps": "2"}, "expected --epochs or --steps, got both"),
         ({"eval": "e.csv", "eval_fraction": "0.2"}, "expected --eval-fraction or --eval, got both"),
@@ -84,7 +84,7 @@ def test_values_of_flags(name: str, value: Any, read: Any) -> None:
         ({"unfreeze": ["gradul", "every=3"]}, "--unfreeze: expected one of none, gradual, chain-thaw"),
         ({"unfreeze": ["gradual"]}, "--unfreeze: gradual needs every=, as in: gradual every=100; it takes every=,"),
         ({"unfreeze": ["gradual", "3"]}, "--unfreeze: expected KEY=VALUE after the policy's name, got '3'"),
-        ({"unfreeze": ["gradual", "evry=3"]}, "gradual takes every=, start=1, unit=step; got 'evry'; the closest"),
+        ({"unfreeze": ["gradual", "evry=3"]}, "gradual takes every=, start=1, unit=step; got 'evry'; closest"),
         ({"unfreeze": ["gradual", "every=-3"]}, "--unfreeze: GradualUnfreeze: every: expected an integer >= 1, got -3"),
         ({"unfreeze": ["on-plateau"]}, "on-plateau needs metric=, as in: on-plateau metric=eval_loss"),
         ({"unfreeze": ["phases"]}, "--unfreeze: phases needs phases= (in the --config file)"),
@@ -124,7 +124,7 @@ def test_yaml_is_read_as_people_write_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("learning_rte: 1", "there is no option 'learning_rte'; the closest are"),
+        ("learning_rte: 1", "there is no option 'learning_rte'; closest:"),
         ("lr: [1, 2]", "run.yaml: lr: expected a number above 0, got [1, 2]"),
         ("lr: true", "run.yaml: lr: expected a number above 0, got True"),
         ("resume: 1", "run.yaml: resume: expected true or false, got 1"),

@@ -22,7 +22,7 @@ STEPS = 48
 
 @pytest.fixture(scope="module")
 def long_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Options, Path]:
-    """(options, output) of a run with all that has a state, from beginning to end: 9 steps an epoch."""
+    """(options, output) of a run with all that has a state, from beginning to end: 10 steps an epoch."""
     folder = tmp_path_factory.mktemp("long")
     options: Options = {
         "model": home / "bert",
@@ -40,6 +40,10 @@ def long_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Opti
         "rewarm_steps": 3,
         "unfreeze_state": "reset",
         "fuse_dropout": True,
+        "replay": cases.write_rows(folder / "old.csv", cases.review_rows(140)[120:]),
+        "replay_ratio": 0.1,
+        "augment": ["token_dropout=0.1", "span_masking=0.2"],
+        "neftune": 5,
         "checkpoint_every": 2,
         "keep": "last",
     }

@@ -16,7 +16,7 @@ from fastft import cli
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"text_column": "txet"}, "line 2: there is no column 'txet', but 'id', 'text', 'label'; the closest are text"),
+        ({"text_column": "txet"}, "line 2: there is no column 'txet', but 'id', 'text', 'label'; closest: text"),
         ({"label_column": "id"}, "expected a few labels, each in several rows, got 80 different ones in 80 rows"),
         ({"train": "empty.csv"}, "empty.csv: expected rows, found none"),
         ({"train": "ragged.csv"}, "ragged.csv, line 3: expected 3 fields, as in the header"),
@@ -25,6 +25,17 @@ from fastft import cli
         ({"train": "gone.csv"}, "gone.csv: expected a file with rows, but there is none"),
         ({"eval": "strange.csv"}, "strange.csv, line 2: no row to train on has the label 'odd'; --train has"),
         ({"eval": "long.csv"}, "long.csv: 1 of 1 texts are longer than the 64 tokens that the model can take"),
+        ({"replay": "gone.csv"}, "gone.csv: expected a file with rows, but there is none"),
+        ({"replay_ratio": 0.2}, "--replay-ratio: expected only together with --replay"),
+        ({"replay": "one_class.csv", "replay_ratio": 1}, "--replay-ratio: expected a number above 0 and at most 0.99"),
+        ({"check_leakage": "gone.csv"}, "gone.csv: expected a file with rows"),
+        ({"augment": "token_dropuot=0.1"}, "--augment: expected one of token_dropout, span_masking, synonyms, got"),
+        (
+            {"augment": "token_dropout=1"},
+            "augment: token_dropout=1: TokenDropout: p: expected a number from 0 to below",
+        ),
+        ({"augment": "synonyms=0.1:gone.tsv"}, "No such file"),
+        ({"neftune": -1}, "--neftune: expected a number above 0"),
         ({"max_length": 65}, "--max-length: expected at most 64, the most that the model can take, got 65"),
         ({"model": "nowhere"}, "there is nothing there"),
         ({"model": "bare"}, "no tokenizer; expected one of tokenizer.json"),

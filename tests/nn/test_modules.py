@@ -152,7 +152,7 @@ def test_mixout_follows_the_model_to_another_dtype_and_into_copies() -> None:
 def test_mixout_names_what_is_wrong() -> None:
     layer = nn.Linear(4, 3)
     anchor = Anchor.snapshot(layer)
-    with pytest.raises(KeyError, match="wieght: not anchored; the closest are weight"):
+    with pytest.raises(KeyError, match="wieght: not anchored; closest: weight"):
         Mixout(anchor, "wieght")
     with pytest.raises(KeyError, match=r"a parameter of shape \[4, 3\]: not anchored"):
         Mixout(anchor, nn.Parameter(torch.ones(4, 3)))

@@ -95,7 +95,7 @@ def test_where_most_is_zero_the_fraction_still_holds() -> None:
         ({"fraction": 1.5}, "fraction: expected a number above 0 and up to 1, got 1.5"),
         ({"scope": "layer"}, 'scope: expected "model" or "tensor", got \'layer\''),
         ({"fisher": {}}, "fisher: expected at least one parameter, got none"),
-        ({"fisher": {"0.wight": torch.ones(8, 6)}}, "the model has no parameter '0.wight'; the closest are 0.weight"),
+        ({"fisher": {"0.wight": torch.ones(8, 6)}}, "the model has no parameter '0.wight'; closest: 0.weight"),
         ({"fisher": {"0.weight": torch.ones(6, 8)}}, r"fisher: 0.weight: expected shape \[8, 6\], got \[6, 8\]"),
         ({"fisher": {"0.bias": -torch.ones(8)}}, "fisher: 0.bias: expected finite values >= 0"),
         ({"fisher": {"0.bias": torch.full((8,), float("nan"))}}, "fisher: 0.bias: expected finite values >= 0"),

@@ -358,7 +358,7 @@ def test_ready_groups_are_taken_as_they_are() -> None:
     [
         (["scale", "body"], r"in none: fc\.weight, fc\.bias$"),
         (["scale", "body", "fc", "fc.bias"], r"in several: fc\.bias \(in 'fc' and 'fc\.bias'\)"),
-        (["scale", "bodi", "fc"], r"'bodi' matches no parameter; the closest are body"),
+        (["scale", "bodi", "fc"], r"'bodi' matches no parameter; closest: body"),
         (["scale", 3], r"expected module names, glob patterns or lists of them .* got 3"),
         ([[]], r"got \[\]"),
         ([], "expected every parameter in exactly one group"),

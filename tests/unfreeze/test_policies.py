@@ -339,7 +339,7 @@ def test_names_and_indices_are_taken(answer: Any, expected: set[int]) -> None:
         ([], r"expected at least one open group, got none at step 4"),
         ([7], r"expected names or indices of the 7 groups, got 7 at step 4"),
         ([-8], r"got -8 at step 4"),
-        (["blocks.9"], r"got 'blocks\.9' at step 4; the closest are blocks\."),
+        (["blocks.9"], r"got 'blocks\.9' at step 4; closest: blocks\."),
         ([1.0], r"got 1\.0 at step 4"),
     ],
 )
@@ -382,7 +382,7 @@ def test_other_answers_are_refused(answer: Any, message: str) -> None:
         (lambda: Phases([{"from": 0, "open": [None]}]), r"Phases: open: .* got \[None\]"),
         (lambda: Phases(WRITTEN, unit="steps"), r"Phases: unit: expected one of"),  # type: ignore[arg-type]
         (lambda: Phases.from_yaml("{unit: step}"), r'expected a list, or a dict with "phases" and "unit"'),
-        (lambda: opened(Phases([{"from": 0, "open": ["heads"]}]), at(0)), r"'heads' matches no group; .* are head"),
+        (lambda: opened(Phases([{"from": 0, "open": ["heads"]}]), at(0)), r"'heads' matches no group; closest: head"),
     ],
 )  # fmt: skip
 def test_policies_refuse_what_makes_no_sense(make: Callable[[], Any], message: str) -> None:

@@ -263,7 +263,7 @@ def test_anyones_function_is_a_policy() -> None:
 def test_a_policy_that_errs_changes_nothing() -> None:
     model = Stack()
     unfreezer = Unfreezer(model, torch.optim.SGD(model.parameters()), phases(("head",), ("haed",), every=1))
-    with pytest.raises(ValueError, match="got 'haed' at step 1; the closest are head"):
+    with pytest.raises(ValueError, match="got 'haed' at step 1; closest: head"):
         unfreezer.step()
     assert unfreezer.open_groups == ("head",)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
