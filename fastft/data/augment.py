@@ -19,15 +19,18 @@ Augmentation = Callable[[list[Any], Keys], list[Any]]
 
 
 MASK64 = 2**64 - 1
+# Made once: for the few tokens of a batch, making them costs as much as computing with them.
+SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def mix(keys: Keys) -> Keys:
     """Random-looking 64-bit numbers, another one for each key (the finaliser of SplitMix64; Steele et al. 2014)."""
-    keys = keys ^ (keys >> np.uint64(30))
-    keys *= np.uint64(0xBF58476D1CE4E5B9)
-    keys ^= keys >> np.uint64(27)
-    keys *= np.uint64(0x94D049BB133111EB)
-    keys ^= keys >> np.uint64(31)
+    keys = keys ^ (keys >> SHIFTS[0])
+    keys *= FACTORS[0]
+    keys ^= keys >> SHIFTS[1]
+    keys *= FACTORS[1]
+    keys ^= keys >> SHIFTS[2]
     return keys
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,29 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """2⁶⁴ over the golden ratio: SplitMix64's step from one key to the next."""
 
 DRAWS = np.array([mixed(1), mixed(2)], np.uint64)
+HALF = np.uint64(32)
+EVERYWHERE = slice(None)
+
+
+class Rows:
+    """How tokens that lie one after the other are divided into rows."""
+
+    def __init__(self, lengths: Ids) -> None:
+        self.lengths = lengths
+        self.ends = np.cumsum(lengths)
+        self.starts = self.ends - lengths
+        self.places: Ids = np.arange(self.ends[-1] if len(lengths) else 0) - np.repeat(self.starts, lengths)
+        """0, 1, ... for each row."""
+        self.steps: Keys = self.places.astype(np.uint64) * GOLDEN
+        """What the key of a token is ahead of its row's."""
+
+    def contents(self, ids: Ids) -> Keys:
+        """A hash of each row's ids and their order."""
+        hashes = mix(ids.astype(np.uint64) + (self.steps + GOLDEN))
+        sums = np.zeros(len(ids) + 1, np.uint64)
+        np.cumsum(hashes, out=sums[1:])
+        differences: Keys = sums[self.ends] - sums[self.starts]  # modulo 2⁶⁴, as the sums
+        return differences
 
 
 class Tokens(NamedTuple):
@@ -37,9 +61,15 @@ class Tokens(NamedTuple):
     mask_id: int
     """What stands for a token that is not shown."""
 
-    def random(self, draw: int) -> Keys:
-        """64 random bits for each token; other ones for another ``draw``, 0 or 1."""
-        return mix(self.keys + DRAWS[draw])
+    def random(self, draw: int, places: Ids | slice = EVERYWHERE) -> Keys:
+        """64 random bits for each token, or for those at ``places``; other ones for another ``draw``, 0 or 1."""
+        return mix(self.keys[places] + DRAWS[draw])
+
+    def masked(self, where: Flags) -> Ids:
+        """The ids, with the mask's where they are free and ``where`` says so."""
+        ids = self.ids.copy()
+        ids[self.free & where] = self.mask_id
+        return ids
 
 
 Step = Callable[[Tokens], Ids]
@@ -81,17 +111,16 @@ class TextAugment:
 
     def __call__(self, examples: list[Any], keys: Keys) -> list[Any]:
         """Copies of examples (dicts with ``input_ids`` as a list, array or tensor) with a random key for each."""
-        rows = [np.asarray(example["input_ids"], np.int64) for example in examples]
-        lengths = np.array([len(row) for row in rows])
+        parts = [np.asarray(example["input_ids"], np.int64) for example in examples]
+        rows = Rows(np.array([len(part) for part in parts]))
         marked = [example.get("special_tokens_mask") for example in examples]
         protected = (
             None if any(row is None for row in marked) else np.concatenate([np.asarray(row, bool) for row in marked])
         )
-        changed = self._changed(np.concatenate(rows), positions(lengths), lengths, keys, protected)
-        parts = np.split(changed, np.cumsum(lengths)[:-1])
+        changed = np.split(self._changed(np.concatenate(parts), rows, keys, protected), rows.ends[:-1])
         return [
             {**example, "input_ids": like(example["input_ids"], part)}
-            for example, part in zip(examples, parts, strict=True)
+            for example, part in zip(examples, changed, strict=True)
         ]
 
     def batch(self, batch: MutableMapping[str, Any], keys: Callable[[Keys], Keys]) -> None:
@@ -109,20 +138,18 @@ class TextAugment:
             present = np.ones(ids.shape, bool) if self.pad_id is None else ids != self.pad_id
         marked = batch.get("special_tokens_mask")
         protected = None if marked is None else np.asarray(marked, bool)[present]
-        lengths, tokens = present.sum(1), ids[present].astype(np.int64, copy=False)
-        places = positions(lengths)
-        row_keys = keys(contents(tokens, places, lengths))
+        tokens, rows = ids[present].astype(np.int64, copy=False), Rows(present.sum(1))
         changed = ids.copy()
-        changed[present] = self._changed(tokens, places, lengths, row_keys, protected)
+        changed[present] = self._changed(tokens, rows, keys(rows.contents(tokens)), protected)
         batch["input_ids"] = like(batch["input_ids"], changed)
 
-    def _changed(self, ids: Ids, places: Ids, lengths: Ids, row_keys: Keys, protected: Flags | None) -> Ids:
-        """What becomes of the ``ids`` [tokens] at their ``places`` in rows of these ``lengths``."""
+    def _changed(self, ids: Ids, rows: Rows, row_keys: Keys, protected: Flags | None) -> Ids:
+        """What becomes of the ``ids`` [tokens]."""
         special = self._is_special[ids]
         free = ~special if protected is None else ~(special | protected)
-        keys = np.repeat(row_keys, lengths) + places.astype(np.uint64) * GOLDEN
+        keys, first = np.repeat(row_keys, rows.lengths) + rows.steps, rows.places == 0
         for step, salt in zip(self.steps, self._salts, strict=True):
-            ids = step(Tokens(ids, free, special, places == 0, keys + salt, self.mask_id))
+            ids = step(Tokens(ids, free, special, first, keys + salt, self.mask_id))
         return ids
 
 
@@ -153,21 +180,6 @@ class AugmentingCollator(Switch):
         return batch
 
 
-def positions(lengths: Ids) -> Ids:
-    """0, 1, ... for each row."""
-    ends = np.cumsum(lengths)
-    return np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
-
-
-def contents(ids: Ids, places: Ids, lengths: Ids) -> Keys:
-    """A hash of each row's ids and their order."""
-    hashes = mix(ids.astype(np.uint64) + (places + 1).astype(np.uint64) * GOLDEN)
-    sums: Keys = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes)])
-    ends = np.cumsum(lengths)
-    differences: Keys = sums[ends] - sums[ends - lengths]  # modulo 2⁶⁴, as the sums
-    return differences
-
-
 def like(before: Any, after: NDArray[Any]) -> Any:
     """``after`` as the kind of thing that ``before`` is."""
     if isinstance(before, torch.Tensor):
@@ -178,6 +190,7 @@ def like(before: Any, after: NDArray[Any]) -> Any:
 # -- steps ---------------------------------------------------------------------------------------------------
 
 
+@cache
 def below(p: float) -> np.uint64:
     """64 random bits are below it with probability p."""
     return np.uint64(min(int(p * 2.0**64), 2**64 - 1))
@@ -198,7 +211,7 @@ class TokenDropout:
         check_probability("TokenDropout", self.p)
 
     def __call__(self, tokens: Tokens) -> Ids:
-        return np.where(tokens.free & (tokens.random(0) < below(self.p)), tokens.mask_id, tokens.ids)
+        return tokens.masked(tokens.random(0) < below(self.p))
 
 
 @dataclass(frozen=True)
@@ -229,10 +242,11 @@ class SpanMasking:
         # them leaves it; so a token is as the last one before it that was not left.
         begin, stay = self.p / ((1 - self.p) * self.mean_length), 1 - 1 / self.mean_length
         bits = tokens.random(0)
-        masked = bits < np.where(tokens.first, below(self.p), below(begin))
+        masked, starts = bits < below(begin), np.flatnonzero(tokens.first)
+        masked[starts] = bits[starts] < below(self.p)
         decided = masked | (bits >= below(max(begin, stay))) | tokens.first
-        last = np.maximum.accumulate(np.where(decided, np.arange(len(bits)), 0))
-        return np.where(tokens.free & masked[last], tokens.mask_id, tokens.ids)
+        last = np.maximum.accumulate(np.arange(len(bits)) * decided)
+        return tokens.masked(masked[last])
 
 
 class SynonymReplacement:
@@ -277,18 +291,21 @@ class SynonymReplacement:
         self._synonyms = np.array(flat, np.int64)
 
     def __call__(self, tokens: Tokens) -> Ids:
-        if not len(tokens.ids):
-            return tokens.ids
-        # A token goes on with the word before it unless there is none: at the beginning, or behind a special token.
-        joined = self._continues[tokens.ids] & ~tokens.first
-        joined[1:] &= ~tokens.special[:-1]
-        whole = ~joined
-        whole[:-1] &= ~joined[1:]
-        count = self._count[tokens.ids]
-        chosen = tokens.free & whole & (count > 0) & (tokens.random(0) < below(self.p))
-        which = (tokens.random(1) >> np.uint64(32)) * count >> np.uint64(32)
-        places = np.minimum(self._first[tokens.ids] + which.astype(np.int64), len(self._synonyms) - 1)
-        return np.where(chosen, self._synonyms[places], tokens.ids)
+        # Step by step only those that are left: a text holds few of the table's words.
+        places = np.flatnonzero(self._count[tokens.ids])
+        places = places[tokens.free[places]]
+        places = places[tokens.random(0, places) < below(self.p)]
+        # The token behind the last one is taken to be the first, which goes on with none either.
+        places = places[~(self._joined(tokens, places) | self._joined(tokens, (places + 1) % len(tokens.ids)))]
+        words = tokens.ids[places]
+        which = (tokens.random(1, places) >> HALF) * self._count[words] >> HALF
+        ids = tokens.ids.copy()
+        ids[places] = self._synonyms[self._first[words] + which.astype(np.int64)]
+        return ids
+
+    def _joined(self, tokens: Tokens, places: Ids) -> Flags:
+        """Whether the tokens go on with the word before them: there is one in their row, and no special token."""
+        return self._continues[tokens.ids[places]] & ~tokens.first[places] & ~tokens.special[places - 1]
 
 
 def single_ids(tokenizer: Any, texts: list[str]) -> list[int | None]:
