@@ -54,11 +54,15 @@ class Switch:
 
     @property
     def epoch(self) -> int:
-        return int(self._state[0])
+        return self._read()[0]
 
     @property
     def training(self) -> bool:
-        return bool(self._state[1])
+        return bool(self._read()[1])
+
+    def _read(self) -> list[int]:
+        state: list[int] = self._state.tolist()  # at once: every access to a tensor's item takes as long
+        return state
 
     def set_epoch(self, epoch: int) -> None:
         """Change examples otherwise than in other epochs. Without it, every epoch sees the same changes."""
@@ -74,8 +78,9 @@ class Switch:
 
     def keys(self, examples: Keys) -> Keys:
         """Random keys for examples (by index or content) in this epoch."""
-        if self._base[0] != self.epoch:
-            self._base = (self.epoch, mixed(self.seed, self.epoch))
+        epoch = self.epoch
+        if self._base[0] != epoch:
+            self._base = (epoch, mixed(self.seed, epoch))
         return mix(examples + np.uint64(self._base[1]))
 
 

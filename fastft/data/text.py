@@ -31,21 +31,23 @@ class Rows:
     """How tokens that lie one after the other are divided into rows."""
 
     def __init__(self, lengths: Ids) -> None:
-        self.lengths = lengths
-        self.ends = np.cumsum(lengths)
-        self.starts = self.ends - lengths
-        self.places: Ids = np.arange(self.ends[-1] if len(lengths) else 0) - np.repeat(self.starts, lengths)
-        """0, 1, ... for each row."""
-        self.steps: Keys = self.places.astype(np.uint64) * GOLDEN
-        """What the key of a token is ahead of its row's."""
+        self.lengths, self.ends = lengths, lengths.cumsum()
+        self.starts: Ids = self.ends - lengths
+        numbers = np.arange(1, self.ends[-1] + 1 if len(lengths) else 1, dtype=np.uint64)
+        self.steps: Keys = (numbers - self.starts.astype(np.uint64).repeat(lengths)) * GOLDEN
+        """1, 2, ... times ``GOLDEN`` for each row."""
 
     def contents(self, ids: Ids) -> Keys:
         """A hash of each row's ids and their order."""
-        hashes = mix(ids.astype(np.uint64) + (self.steps + GOLDEN))
         sums = np.zeros(len(ids) + 1, np.uint64)
-        np.cumsum(hashes, out=sums[1:])
+        mix(ids.view(np.uint64) + self.steps).cumsum(out=sums[1:])
         differences: Keys = sums[self.ends] - sums[self.starts]  # modulo 2⁶⁴, as the sums
         return differences
+
+    def keys(self, row_keys: Keys) -> Keys:
+        """One for each token, out of one for each row."""
+        keys: Keys = (row_keys - GOLDEN).repeat(self.lengths) + self.steps
+        return keys
 
 
 class Tokens(NamedTuple):
@@ -147,7 +149,7 @@ class TextAugment:
         """What becomes of the ``ids`` [tokens]."""
         special = self._is_special[ids]
         free = ~special if protected is None else ~(special | protected)
-        keys, first = np.repeat(row_keys, rows.lengths) + rows.steps, rows.places == 0
+        keys, first = rows.keys(row_keys), rows.steps == GOLDEN
         for step, salt in zip(self.steps, self._salts, strict=True):
             ids = step(Tokens(ids, free, special, first, keys + salt, self.mask_id))
         return ids
@@ -183,7 +185,8 @@ class AugmentingCollator(Switch):
 def like(before: Any, after: NDArray[Any]) -> Any:
     """``after`` as the kind of thing that ``before`` is."""
     if isinstance(before, torch.Tensor):
-        return torch.from_numpy(after).to(before.dtype)
+        tensor = torch.from_numpy(after)
+        return tensor if tensor.dtype == before.dtype else tensor.to(before.dtype)
     return after.astype(before.dtype) if isinstance(before, np.ndarray) else after.tolist()
 
 
