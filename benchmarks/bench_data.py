@@ -34,7 +34,7 @@ from fastft.data.duplicates import words_of
 from fastft.demo.corpus import read_table
 from fastft.demo.experiment import load_tokenizer
 
-RESULTS = Path(__file__).resolve().parent / "results" / "data"
+RESULTS = Path(__file__).resolve().parent / "results" / "data" / "loaders"
 PLAIN = "plain DataLoader"
 TARGET = 1.05
 """What the ratio to the plain loader ought not to exceed."""
@@ -78,7 +78,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure fastft.data's loaders against plain ones.")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--quick", dest="rounds", action="store_const", const=QUICK_ROUNDS)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: results/data/DEVICE-torchVERSION.json")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: results/data/loaders/DEVICE-torchVERSION.json"
+    )
     return parser.parse_args()
 
 

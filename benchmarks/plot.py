@@ -1,7 +1,8 @@
 """``python benchmarks/plot.py``: plots and tables from the files in ``results/``.
 
-README gets the headline cases and the demo's table, docs/_generated/benchmarks.md everything, with plots beside it.
-With ``--check`` nothing is written, and it fails if a table says anything else than the results do.
+README gets the headline cases and the demo's table, docs/data.md what replay and augmentation do and cost,
+docs/_generated/benchmarks.md all speeds; plots lie beside it. With ``--check`` nothing is written, and it fails if a
+table says anything else than the results do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 SPEED = RESULTS / "speed"
 """What ``fastft bench --json`` wrote, a file for each device; nothing else lies there."""
+LOADERS = RESULTS / "data" / "loaders"
+"""What ``bench_data.py`` wrote, likewise."""
 GENERATED = ROOT / "docs" / "_generated"
+DATA_PLOT = "replay-and-augmentation.png"
 GREY, BLUE, ORANGE, GREEN = "#8a8a8a", "#0072b2", "#d55e00", "#009e73"
 HEADLINES = (
     "plain",
@@ -41,6 +46,7 @@ def main() -> int:
     """Exit status 1 if ``--check`` finds a table stale."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    arguments.add_argument("--data-page", type=Path, default=ROOT / "docs" / "data.md")
     arguments.add_argument("--generated", type=Path, default=GENERATED, metavar="FOLDER")
     arguments.add_argument("--speed", type=Path, default=SPEED, metavar="FOLDER", help="of fastft bench's JSON files")
     arguments.add_argument("--check", action="store_true", help="write nothing; fail if a table is stale")
@@ -50,11 +56,14 @@ def main() -> int:
     }
     if not measured:
         raise SystemExit(f"expected files of fastft bench --json in {options.speed}, found none")
+    data = data_results()
+    data_page = filled_in(options.data_page.read_text(encoding="utf-8"), "replay-and-augmentation", data_section(data))
     demo = json.loads((RESULTS / "demo" / "report.json").read_text(encoding="utf-8"))
     readme = options.readme.read_text(encoding="utf-8")
     readme = filled_in(readme, "benchmarks", "\n\n".join(headline_table(result) for result in measured.values()))
     wanted = {
         options.readme: filled_in(readme, "demo", demo_table(demo)),
+        options.data_page: filled_in(data_page, "loaders", loaders_section()),
         options.generated / "benchmarks.md": document(measured),
     }
     if options.check:
@@ -65,6 +74,7 @@ def main() -> int:
     options.generated.mkdir(parents=True, exist_ok=True)
     for path, text in wanted.items():
         path.write_text(text, encoding="utf-8")
+    data.plot(options.generated / DATA_PLOT)
     for stem, result in measured.items():
         plot(result, options.generated / f"{stem}-headlines.png")
         for name, (_, draw) in plots_of(result).items():
@@ -78,7 +88,7 @@ def filled_in(text: str, name: str, content: str) -> str:
     head, _, rest = text.partition(begin)
     _, found, tail = rest.partition(end)
     if not found:
-        raise SystemExit(f"expected {begin} and {end} in the README")
+        raise SystemExit(f"expected {begin} and {end} in the text that begins with {text[:40]!r}")
     return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
@@ -217,6 +227,59 @@ def demo_table(report: dict[str, Any]) -> str:
         f"{report['environment']['threads']} threads, torch {versions['torch']}, {report['seconds']:.0f} s in all.",
     ]
     return "\n".join(lines)
+
+
+def data_results() -> Any:
+    """The retention benchmark's runs with replay and augmentation."""
+    sys.path.append(str(ROOT))  # ``benchmarks`` is a folder of the repository and in no wheel
+    from benchmarks.retention import data_report, records
+
+    return data_report.DataResults(records.load(data_report.FILE))
+
+
+def data_section(results: Any) -> str:
+    """What replay and augmentation do: in words, as a table and as a plot."""
+    said = f"Source recall: {results.verdict('source')}. Target accuracy: {results.verdict('target')}."
+    return "\n\n".join(
+        [
+            wrapped(f"Against {results.plain.choice.name}: {said}"),
+            "\n".join(results.table()),
+            f"![Source recall against target accuracy](_generated/{DATA_PLOT})",
+            wrapped(results.circumstances()),
+        ]
+    )
+
+
+def loaders_section() -> str:
+    """What mixing and augmenting cost a DataLoader, on each device."""
+    parts = []
+    for path in sorted(LOADERS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        cases, known = result["loaders"], result["environment"]
+        plain, *others = list(dict.fromkeys(title for loaders in cases.values() for title in loaders))
+        rows = [["", *cases], ["---", *["---:"] * len(cases)]]
+        rows.append([plain, *(milliseconds(case[plain]["ms_per_batch"]) for case in cases.values())])
+        rows += [[title, *(cost(case.get(title)) for case in cases.values())] for title in others]
+        about = (
+            f"Milliseconds a batch of {result['batch_size']}, and the time relative to the plain loader's (quartiles). "
+            f"{known['device']}, no workers, torch {known['torch']}, fastft at {known['commit']}; medians of "
+            f"at most {result['rounds']} rounds, alternating in one process."
+        )
+        parts += ["\n".join(f"| {' | '.join(row)} |" for row in rows), wrapped(about)]
+    return "\n\n".join(parts)
+
+
+def cost(figure: dict[str, Any] | None) -> str:
+    """A ratio with its quartiles; nothing where it was not measured."""
+    if figure is None:
+        return ""
+    lower, upper = figure["ratio_quartiles"]
+    return f"{figure['ratio']:.2f} ({lower:.2f}–{upper:.2f})"
+
+
+def wrapped(text: str) -> str:
+    """In lines as long as the documentation's may be."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def figure_and_axes(result: Result, title: str, height: float = 4.2) -> tuple[Any, Any]:

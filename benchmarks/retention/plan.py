@@ -133,9 +133,9 @@ def pick(
 PLAIN = "neither"
 DATA: dict[str, dict[str, float]] = {
     PLAIN: {},
-    "replay, 1 %": {"replay_mixer": 0.01},
-    "replay, 5 %": {"replay_mixer": 0.05},
-    "replay, 25 %": {"replay_mixer": 0.25},
+    "1 % replay": {"replay_mixer": 0.01},
+    "5 % replay": {"replay_mixer": 0.05},
+    "25 % replay": {"replay_mixer": 0.25},
     "token dropout": {"token_dropout": 0.1},
     "span masking": {"span_masking": 0.15},
     "synonyms": {"synonyms": 0.5},
@@ -148,7 +148,7 @@ DATA_ROWS, DATA_EPOCHS = 2048, 1
 
 
 def data_settings(name: str | None, seed: int = 0) -> Settings:
-    """The run of that name in ``DATA``; None: the pre-trained model."""
+    """The run of that name in ``DATA``; None: the model before it."""
     if name is None:
         return Settings.of(rows=DATA_ROWS, epochs=DATA_EPOCHS, split="test")
     return Settings.of(DATA_LR, DATA[name], seed=seed, rows=DATA_ROWS, epochs=DATA_EPOCHS, split="test")

@@ -26,7 +26,7 @@ GOAL = 0.97
 """What part of the source recall a recipe should keep within a point of the best accuracy."""
 BASELINE = "full + WiSE"
 REFERENCE = "full, most accurate"
-GREY, BLUE, ORANGE = "#6b6b6b", "#0072b2", "#d55e00"
+GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0072b2", "#d55e00", "#009e73"
 
 Array = npt.NDArray[np.float64]
 

@@ -71,9 +71,10 @@ def arguments(tmp_path: Path) -> list[object]:
     speed = tmp_path / "speed"
     speed.mkdir()
     (speed / "some-cpu.json").write_text(json.dumps(result()), encoding="utf-8")
-    readme = tmp_path / "README.md"
-    readme.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    return ["--readme", readme, "--generated", tmp_path / "docs", "--speed", speed]
+    readme, data_page = tmp_path / "README.md", tmp_path / "data.md"
+    for copy, page in ((readme, "README.md"), (data_page, "docs/data.md")):
+        copy.write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
+    return ["--readme", readme, "--data-page", data_page, "--generated", tmp_path / "docs", "--speed", speed]
 
 
 def test_the_committed_tables_are_those_of_the_committed_results() -> None:
@@ -93,6 +94,7 @@ def test_tables_and_plots_are_made_and_checked(arguments: list[object], tmp_path
     made = {path.name for path in (tmp_path / "docs").iterdir()}
     assert made == {
         "benchmarks.md",
+        "replay-and-augmentation.png",
         *(f"some-cpu-{name}.png" for name in ("headlines", "bandwidth", "frozen", "tensors")),
     }
     text = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
@@ -101,6 +103,9 @@ def test_tables_and_plots_are_made_and_checked(arguments: list[object], tmp_path
     (tmp_path / "docs" / "benchmarks.md").write_text(text.replace("12 ms", "11 ms"), encoding="utf-8")
     done = plot_py(*arguments, "--check")
     assert done.returncode == 1 and "benchmarks.md is stale: run python benchmarks/plot.py" in done.stderr
+    page = tmp_path / "data.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("| neither |", "| nothing |"), encoding="utf-8")
+    assert "data.md is stale" in plot_py(*arguments, "--check").stderr
 
 
 def test_who_beats_us_is_told() -> None:

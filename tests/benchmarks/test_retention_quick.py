@@ -88,6 +88,32 @@ def test_what_is_mixed_in_does_not_change_the_batches(importable: Any) -> None:
     assert barely.last_loss == pytest.approx(plain.last_loss, rel=1e-4)
 
 
+def test_all_new_batches_stay_between_the_old_ones(importable: Any) -> None:
+    from benchmarks.retention.digits import Digits
+    from benchmarks.retention.recipes import Recipe, fine_tune
+
+    problem = Digits()
+    new = len(problem.batches(1, 0))
+    steps = fine_tune(problem, Recipe(1e-2, {"replay_mixer": 0.25}), epochs=1, seed=0).steps
+    assert abs(steps - new / 0.75) < 1
+
+
+@pytest.mark.parametrize("name", ["token_dropout", "span_masking", "synonyms"])
+def test_an_augmentation_differs_by_epoch_and_leaves_the_batch_as_it_was(importable: Any, name: str) -> None:
+    from benchmarks.retention.digits import Digits
+    from benchmarks.retention.recipes import Recipe, augmentation
+
+    problem = Digits()
+    augment = augmentation(problem, Recipe(1e-2, {name: 0.3}), seed=0)
+    inputs, _ = problem.batches(1, 0)[0]
+    before = inputs.clone()
+    first, again, later = augment(inputs, 0), augment(inputs, 0), augment(inputs, 1)
+    assert torch.equal(inputs, before) and torch.equal(first, again)
+    assert not torch.equal(first, before) and not torch.equal(first, later)
+    changed = first[first != before]
+    assert (changed == 0).all() if name != "synonyms" else (changed > 0).all()
+
+
 @pytest.mark.parametrize("ingredients", [{"ancor": 1.0}, {"anchor": 0.0}])
 def test_a_wrong_recipe_is_refused(importable: Any, ingredients: dict[str, float]) -> None:
     from benchmarks.retention.recipes import Recipe
@@ -203,3 +229,45 @@ def test_the_report_is_made_of_records_alone(importable: Any, tmp_path: Path) ->
     source = [float((easy["source"] < s).double().mean()) for s in (0.495, 0.5)]
     assert kept == pytest.approx(100 * source[0] / source[1], abs=0.051)
     assert (tmp_path / "test.png").stat().st_size > 10_000
+
+
+def test_the_report_on_data_says_what_differs(importable: Any, tmp_path: Path) -> None:
+    from benchmarks.retention import data_report, plan, records
+
+    generator = torch.Generator().manual_seed(0)
+    easy = {"target": torch.rand(400, generator=generator), "source": torch.rand(600, generator=generator)}
+
+    def record(settings: Any, alpha: str, target: float, source: float) -> dict[str, Any]:
+        scores = {"target": records.pack(easy["target"] < target), "source": records.pack(easy["source"] < source)}
+        environment = {"device": "Some CPU", "torch": "2.13.0", "commit": "abcdef"}
+        training = {"cpu_seconds": 7.0, "steps": 85 if "replay_mixer" in settings.ingredients else 64}
+        return {
+            "key": settings.key,
+            "training": training,
+            "scores": {alpha: scores},
+            "environment": environment,
+        }
+
+    reached = {"neither": (0.8, 0.2), "25 % replay": (0.8, 0.3), "token dropout": (0.7, 0.2)}
+    found = [record(plan.data_settings(None), "0", 0.6, 0.4)]
+    for name, (target, source) in reached.items():
+        found += [record(plan.data_settings(name, s), "1", target + s / 100, source) for s in plan.SEEDS]
+    results = data_report.DataResults(found)
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in results.table()}
+    by_seed = torch.stack([(easy["target"] < 0.8 + seed / 100).double().mean() for seed in plan.SEEDS])
+    said = f"{by_seed.mean():.3f} ± {by_seed.std() / len(by_seed) ** 0.5:.3f} ["
+    assert rows["neither"][2].startswith(said) and rows["neither"][3] == ""
+    assert rows["25 % replay"][3].endswith("(tie)") and "(tie)" not in rows["25 % replay"][6]
+    assert rows["before fine-tuning"][1] == "" and rows["neither"][1] == "3"
+    assert results.verdict("source") == "higher with 25 % replay; a tie with token dropout"
+    assert results.verdict("target") == "lower with token dropout; a tie with 25 % replay"
+    assert "1 epoch, lr 0.0003, 3 seeds; 64 steps, 85 with 25 % replay" in results.circumstances()
+    results.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_labels_are_spread(importable: Any) -> None:
+    from benchmarks.retention.data_report import spread
+
+    assert spread([0.1, 0.5], 0.2) == [0.1, 0.5]
+    assert spread([0.1, 0.1, 0.9, 0.95], 0.2) == pytest.approx([0.1, 0.3, 0.8, 1.0])
