@@ -19,11 +19,11 @@ from torch.nn.utils import parametrize
 from torch.optim.lr_scheduler import LambdaLR
 
 import fastft
-from fastft.demo.train import warm_up_then_decay
 from fastft.nn import Mixout, fuse_dropout_
-from fastft.optim import layer_decay
+from fastft.optim import layer_decay, warm_up_then_decay
+from fastft.recipes import opening_by
 from fastft.retention import distillation_loss, interpolate_
-from fastft.unfreeze import GradualUnfreeze, Unfreezer, layer_groups
+from fastft.unfreeze import Unfreezer, layer_groups
 
 from .problem import Problem
 
@@ -108,7 +108,8 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
     schedule = LambdaLR(optimizer, warm_up_then_decay(len(batches), WARMUP))
     unfreezer = None
     if recipe.strength("gradual"):
-        unfreezer = Unfreezer(model, optimizer, opening(model, recipe, len(batches)))
+        opening = opening_by(recipe.strength("gradual"), len(batches), layer_groups(model))
+        unfreezer = Unfreezer(model, optimizer, opening)
     extra = extra_losses(problem, recipe, seed + 1)
 
     losses = []
@@ -185,12 +186,6 @@ def parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
     for group in groups:
         group["params"] = [(name, p) for name, p in group["params"] if p.requires_grad]
     return [group for group in groups if group["params"]]
-
-
-def opening(model: Any, recipe: Recipe, steps: int) -> GradualUnfreeze:
-    """From the head down, the last layer after the part of the steps that the recipe says."""
-    later = len(layer_groups(model)) - 1
-    return GradualUnfreeze(every=max(1, round(recipe.strength("gradual") * steps / later)))
 
 
 def extra_losses(problem: Problem, recipe: Recipe, seed: int) -> list[Callable[[Any], Tensor]]:
