@@ -32,7 +32,7 @@ def test_the_snippets_run_in_order(
 
     names: dict[str, Any] = {"batch": batch, "labels": labels, "rows": rows, "old_rows": rows, "evaluate": evaluate}
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     models = {}
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), names)
