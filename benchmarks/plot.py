@@ -222,8 +222,8 @@ def demo_table(report: dict[str, Any]) -> str:
         "",
         report["meaning"].replace("\n", "\\\n"),
         "",
-        f"{config['train_rows']:,} reviews, {steps} steps, lr {config['lr']:g}, λ = {config['anchor_decay']:g}, "
-        f"unfreezing: one more layer every {config['unfreeze_every']} steps; "
+        f"{config['train_rows']:,} reviews, {steps} steps, lr {config['lr']:g}, λ = {config['anchor_decay']:g}; "
+        "with gradual unfreezing `fastft.recipe` as it comes; "
         f"{report['environment']['threads']} threads, torch {versions['torch']}, {report['seconds']:.0f} s in all.",
     ]
     return "\n".join(lines)

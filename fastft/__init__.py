@@ -5,5 +5,6 @@ from fastft import data, nn, optim, retention, unfreeze
 from fastft._core import __version__
 from fastft.anchor import Anchor
 from fastft.optim import AdamW
+from fastft.recipes import Recipe, recipe
 
-__all__ = ["AdamW", "Anchor", "__version__", "data", "nn", "optim", "retention", "unfreeze"]
+__all__ = ["AdamW", "Anchor", "Recipe", "__version__", "data", "nn", "optim", "recipe", "retention", "unfreeze"]

@@ -1,12 +1,18 @@
-"""A few small steps with everything on, and the dropout family: what compute-sanitizer watches (gpu_check.sh)."""
+"""A few small steps with everything on, and the dropout family: what compute-sanitizer watches (gpu_check.sh).
+
+``python scripts/gpu_small_case.py [cuda|cpu]``
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
 import fastft
 from fastft.nn.functional import bias_dropout_add, dropout, dropout_add_layer_norm, dropout_add_rms_norm
 
+DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -19,8 +25,8 @@ def dropouts() -> None:
     """Forward and backward over rows that are short, odd, and longer than a block takes at once."""
     for dtype in DTYPES:
         for shape in ((3, 5), (33, 768), (7, 4099)):
-            x, residual = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
-            weight, bias = (torch.randn(shape[-1], device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+            x, residual = (torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2))
+            weight, bias = (torch.randn(shape[-1], device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2))
             for y in (
                 dropout(x, 0.3),
                 bias_dropout_add(x, bias, residual, 0.3),
@@ -34,12 +40,12 @@ def dropouts() -> None:
 def steps() -> None:
     """Three steps over odd sizes, views, masks, several dtypes and groups."""
     for dtype in DTYPES:
-        buffer = torch.randn(20_003, device="cuda", dtype=dtype)
+        buffer = torch.randn(20_003, device=DEVICE, dtype=dtype)
         params = [
-            torch.nn.Parameter(torch.randn(37, 129, device="cuda", dtype=dtype)),
+            torch.nn.Parameter(torch.randn(37, 129, device=DEVICE, dtype=dtype)),
             torch.nn.Parameter(buffer[1:]),
-            torch.nn.Parameter(torch.randn(8, 32, device="cuda", dtype=dtype).t()),
-            torch.nn.Parameter(torch.randn((), device="cuda", dtype=dtype)),
+            torch.nn.Parameter(torch.randn(8, 32, device=DEVICE, dtype=dtype).t()),
+            torch.nn.Parameter(torch.randn((), device=DEVICE, dtype=dtype)),
         ]
         optimizer = fastft.AdamW(
             [{"params": params[:2]}, {"params": params[2:], "anchor_mode": "l2"}],
@@ -57,7 +63,8 @@ def steps() -> None:
             for p in params:
                 p.grad = torch.randn_like(p)
             optimizer.step()
-        torch.cuda.synchronize()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         assert optimizer.grad_norm is not None and optimizer.grad_norm.item() > 0.0
 
 

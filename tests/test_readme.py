@@ -32,13 +32,13 @@ def test_the_snippets_run_in_order(
 
     names: dict[str, Any] = {"batch": batch, "labels": labels, "rows": rows, "old_rows": rows, "evaluate": evaluate}
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     models = {}
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), names)
         models[id(names["model"])] = names["model"]
     before = dict(transformers.BertForSequenceClassification.from_pretrained(tmp_path / "my-model").named_parameters())
-    assert len(models) == 2
+    assert len(models) == 3
     for model in models.values():
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert moved == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}

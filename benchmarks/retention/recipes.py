@@ -30,11 +30,11 @@ from fastft.data import (
     TokenDropout,
     neftune,
 )
-from fastft.demo.train import warm_up_then_decay
 from fastft.nn import Mixout, fuse_dropout_
-from fastft.optim import layer_decay
+from fastft.optim import layer_decay, warm_up_then_decay
+from fastft.recipes import opening_by
 from fastft.retention import distillation_loss, interpolate_
-from fastft.unfreeze import GradualUnfreeze, Unfreezer, layer_groups
+from fastft.unfreeze import Unfreezer, layer_groups
 
 from .problem import Batch, Problem
 
@@ -153,7 +153,8 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
     schedule = LambdaLR(optimizer, warm_up_then_decay(len(steps), WARMUP))
     unfreezer = None
     if recipe.strength("gradual"):
-        unfreezer = Unfreezer(model, optimizer, opening(model, recipe, len(steps)))
+        opening = opening_by(recipe.strength("gradual"), len(steps), layer_groups(model))
+        unfreezer = Unfreezer(model, optimizer, opening)
     extra = extra_losses(problem, recipe, seed + 1)
     noise = neftune(model.encoder, alpha) if (alpha := recipe.strength("neftune")) else nullcontext()
 
@@ -259,12 +260,6 @@ def parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
     for group in groups:
         group["params"] = [(name, p) for name, p in group["params"] if p.requires_grad]
     return [group for group in groups if group["params"]]
-
-
-def opening(model: Any, recipe: Recipe, steps: int) -> GradualUnfreeze:
-    """From the head down, the last layer after the part of the steps that the recipe says."""
-    later = len(layer_groups(model)) - 1
-    return GradualUnfreeze(every=max(1, round(recipe.strength("gradual") * steps / later)))
 
 
 def extra_losses(problem: Problem, recipe: Recipe, seed: int) -> list[Callable[[Any], Tensor]]:

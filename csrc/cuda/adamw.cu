@@ -507,18 +507,25 @@ uint32_t fill(Args& args, const std::vector<AdamWEntry>& entries, uint32_t first
   return count;
 }
 
-}  // namespace
-
-void AdamWTable::sum_of_squares(double* out, void* stream) {
-  const DeviceGuard guard(device_);
-  const Layout layout(static_cast<int64_t>(entries_.size()), first_chunk_.back());
-  char* base = static_cast<char*>(workspace_);
-  const uint32_t n = static_cast<uint32_t>(entries_.size());
+// What all kernels are told of the table's workspace.
+Args args_in(void* workspace, const Layout& layout) {
+  char* base = static_cast<char*>(workspace);
   Args args = {};
   args.entries = reinterpret_cast<const DeviceEntry*>(base);
   args.chunk_entry = reinterpret_cast<const uint32_t*>(base + layout.chunk_entry);
   args.tickets = reinterpret_cast<uint32_t*>(base + layout.tickets);
   args.partial = reinterpret_cast<double*>(base + layout.partial);
+  args.pulls = reinterpret_cast<double*>(base + layout.pulls);
+  return args;
+}
+
+}  // namespace
+
+void AdamWTable::sum_of_squares(double* out, void* stream) {
+  const DeviceGuard guard(device_);
+  const Layout layout(static_cast<int64_t>(entries_.size()), first_chunk_.back());
+  const uint32_t n = static_cast<uint32_t>(entries_.size());
+  Args args = args_in(workspace_, layout);
   args.out = out;
   args.total_chunks = first_chunk_.back();
   if (n == 0) check(cudaMemsetAsync(out, 0, sizeof *out, static_cast<cudaStream_t>(stream)), "clearing the norm");
@@ -535,14 +542,8 @@ void AdamWTable::sum_of_squares(double* out, void* stream) {
 void AdamWTable::adamw(const std::vector<AdamWGroup>& groups, const AdamWControl& control, void* stream) {
   const DeviceGuard guard(device_);
   const Layout layout(static_cast<int64_t>(entries_.size()), first_chunk_.back());
-  char* base = static_cast<char*>(workspace_);
   const uint32_t n = static_cast<uint32_t>(entries_.size());
-  Args args = {};
-  args.entries = reinterpret_cast<const DeviceEntry*>(base);
-  args.chunk_entry = reinterpret_cast<const uint32_t*>(base + layout.chunk_entry);
-  args.tickets = reinterpret_cast<uint32_t*>(base + layout.tickets);
-  args.partial = reinterpret_cast<double*>(base + layout.partial);
-  args.pulls = reinterpret_cast<double*>(base + layout.pulls);
+  Args args = args_in(workspace_, layout);
   args.control = control;
   const auto row_of = [&](const AdamWEntry& e) {
     const AdamWGroup& g = groups[e.group];

@@ -46,7 +46,7 @@ FASTFT_HD PhiloxWords philox(uint64_t seed, uint64_t counter_low, uint64_t count
   PhiloxWords c = {{static_cast<uint32_t>(counter_low), static_cast<uint32_t>(counter_low >> 32),
                     static_cast<uint32_t>(counter_high), static_cast<uint32_t>(counter_high >> 32)}};
   PhiloxKey key = philox_key(seed);
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 10

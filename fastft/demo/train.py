@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 import fastft
-from fastft.unfreeze import GradualUnfreeze, Unfreezer
+from fastft.optim import warm_up_then_decay
+from fastft.unfreeze import Unfreezer
 
 from .corpus import Review
 
@@ -40,7 +40,6 @@ class Config:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     anchor_decay: float = 100.0
-    unfreeze_every: int = 10
     seed: int = 0
 
 
@@ -71,14 +70,16 @@ class Tuner:
     optimizer: torch.optim.Optimizer
     step: Callable[[], Tensor]
     """Clips, steps, and returns the gradients' norm before clipping."""
+    schedule: LRScheduler
     anchor: fastft.Anchor | None = None
     unfreezer: Unfreezer | None = None
 
 
-Recipe = Callable[[Classifier, Config], Tuner]
+Recipe = Callable[[Classifier, Config, int], Tuner]
+"""For a run of so many steps."""
 
 
-def torch_adamw(model: Classifier, config: Config) -> Tuner:
+def torch_adamw(model: Classifier, config: Config, steps: int) -> Tuner:
     """torch's AdamW in its fastest form, and torch's clipping."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
@@ -87,10 +88,10 @@ def torch_adamw(model: Classifier, config: Config) -> Tuner:
         optimizer.step()
         return norm
 
-    return Tuner(optimizer, step)
+    return Tuner(optimizer, step, scheduled(optimizer, config, steps))
 
 
-def anchored(model: Classifier, config: Config) -> Tuner:
+def anchored(model: Classifier, config: Config, steps: int) -> Tuner:
     """fastft's AdamW: clips inside the step, and holds all but the new head near its pre-trained values."""
     anchor = fastft.Anchor.snapshot(model, exclude=("head.*",))
     optimizer = fastft.AdamW(
@@ -102,19 +103,36 @@ def anchored(model: Classifier, config: Config) -> Tuner:
         max_grad_norm=config.max_grad_norm,
     )
 
+    return Tuner(optimizer, clipping_step(optimizer), scheduled(optimizer, config, steps), anchor)
+
+
+def anchored_unfreezing(model: Classifier, config: Config, steps: int) -> Tuner:
+    """An anchor, and the head alone at first and then layer after layer: ``fastft.recipe`` as it comes."""
+    made = fastft.recipe(
+        model,
+        steps,
+        exclude="head",
+        lr=config.lr,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    return Tuner(made.optimizer, clipping_step(made.optimizer), made.scheduler, made.anchor, made.unfreezer)
+
+
+def clipping_step(optimizer: fastft.AdamW) -> Callable[[], Tensor]:
+    """A step that clips by itself."""
+
     def step() -> Tensor:
         optimizer.step()
         assert optimizer.grad_norm is not None  # there is one wherever max_grad_norm is given
         return optimizer.grad_norm
 
-    return Tuner(optimizer, step, anchor)
+    return step
 
 
-def anchored_unfreezing(model: Classifier, config: Config) -> Tuner:
-    """As :func:`anchored`, with the head alone at first and one more layer every ``unfreeze_every`` steps."""
-    tuner = anchored(model, config)
-    unfreezer = Unfreezer(model, tuner.optimizer, GradualUnfreeze(every=config.unfreeze_every))
-    return dataclasses.replace(tuner, unfreezer=unfreezer)
+def scheduled(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> LambdaLR:
+    return LambdaLR(optimizer, warm_up_then_decay(steps, config.warmup))
 
 
 @dataclass
@@ -137,8 +155,7 @@ def train(model: Classifier, batches: list[Batch], recipe: Recipe, config: Confi
     """Fine-tune ``model`` in place on ``batches``, once through."""
     log = Log()
     start = time.perf_counter()
-    tuner = recipe(model, config)
-    schedule = LambdaLR(tuner.optimizer, warm_up_then_decay(len(batches), config.warmup))
+    tuner = recipe(model, config, len(batches))
     torch.manual_seed(config.seed)  # the same dropout for every recipe
     model.train()
     with tqdm(batches, desc=title, unit="step", disable=None) as bar:
@@ -150,9 +167,9 @@ def train(model: Classifier, batches: list[Batch], recipe: Recipe, config: Confi
             log.optimizer_seconds.append(time.perf_counter() - before_step)
             log.loss.append(loss.item())
             log.grad_norm.append(float(norm))
-            log.lr.append(float(schedule.get_last_lr()[0]))
+            log.lr.append(float(tuner.schedule.get_last_lr()[0]))
             log.state_bytes.append(state_bytes(tuner.optimizer))
-            schedule.step()
+            tuner.schedule.step()
             tuner.optimizer.zero_grad()
             if tuner.unfreezer is not None:
                 log.open_groups.append(len(tuner.unfreezer.open_groups))
@@ -172,16 +189,6 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(
         value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
     )
-
-
-def warm_up_then_decay(steps: int, warmup: float) -> Callable[[int], float]:
-    """A factor on lr: up in a straight line over the first part of the steps, then down to zero."""
-    rise = max(1, round(warmup * steps))
-
-    def factor(step: int) -> float:
-        return min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise)))
-
-    return factor
 
 
 def make_batches(reviews: list[Review], tokenize: Tokenize, config: Config) -> list[Batch]:

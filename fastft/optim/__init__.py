@@ -9,7 +9,7 @@ from fastft.optim.anchor_schedules import AnchorDecayScheduler, RecAdamScheduler
 from fastft.optim.functional import adamw_
 from fastft.optim.layer_lr import biases_and_norms, discriminative_lr, layer_decay
 from fastft.optim.planning import TrainingPlan, plan_training
-from fastft.optim.schedules import RewarmLR, SlantedTriangularLR
+from fastft.optim.schedules import RewarmLR, SlantedTriangularLR, warm_up_then_decay
 
 __all__ = [
     "AdamW",
@@ -24,4 +24,5 @@ __all__ = [
     "layer_decay",
     "plan_training",
     "reference",
+    "warm_up_then_decay",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -34,6 +34,21 @@ class FactorLR(LRScheduler):
 
     def _get_closed_form_lr(self) -> list[float | Tensor]:
         return [lr * self.factor(self.last_epoch) for lr in self.base_lrs]
+
+
+def warm_up_then_decay(steps: int, warmup: float) -> Callable[[int], float]:
+    """A factor on lr, for torch's ``LambdaLR``: up in a straight line, over a part of the steps, then down to zero.
+
+    Args:
+        steps: of the whole run.
+        warmup: the part of them in which it rises; the first step's is above 0.
+    """
+    rise = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise)))
+
+    return factor
 
 
 class SlantedTriangularLR(FactorLR):

@@ -11,7 +11,8 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from fastft.demo.evaluate import difference, own_rank, standard_error
 from fastft.demo.report import running_mean, verdict
-from fastft.demo.train import Classifier, fit_linear_probe, shuffled, warm_up_then_decay
+from fastft.demo.train import Classifier, fit_linear_probe, shuffled
+from fastft.optim import warm_up_then_decay
 
 
 def test_ranks_agree_with_a_count_one_pair_at_a_time() -> None:

@@ -1,0 +1,109 @@
+"""The combination that keeps most of what a model knows at no cost in what it learns, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastft.anchor import Anchor
+from fastft.optim import AdamW, warm_up_then_decay
+from fastft.unfreeze import GradualUnfreeze, LayerGroup, Unfreezer, layer_groups
+from fastft.unfreeze.groups import GroupPatterns
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer, its schedule, and the opening of layers, as :func:`recipe` puts them together."""
+
+    optimizer: AdamW
+    scheduler: LambdaLR
+    unfreezer: Unfreezer
+    anchor: Anchor
+
+    def step(self) -> None:
+        """After ``backward()``: update, clear the gradients, and go on in both schedules."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.unfreezer.step()
+
+    def close(self) -> None:
+        """When training is over: put all ``requires_grad`` flags back."""
+        self.unfreezer.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on, the anchor with it; the model's own state aside."""
+        return {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "unfreezer")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; load the model's state first."""
+        for name in ("optimizer", "scheduler", "unfreezer"):
+            getattr(self, name).load_state_dict(state[name])
+
+
+def recipe(
+    model: nn.Module,
+    total_steps: int,
+    *,
+    exclude: str | Iterable[str] = (),
+    lr: float = 3e-4,
+    anchor_decay: float = 30.0,
+    open_by: float = 0.5,
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    max_grad_norm: float | None = 1.0,
+    groups: GroupPatterns | None = None,
+    mode: Literal["requires_grad", "mask"] = "requires_grad",
+) -> Recipe:
+    """What the retention benchmark found to keep the source task while learning the target as well as the best.
+
+    :class:`~fastft.AdamW` with a decoupled anchor at the values that ``model`` has now, clipping inside the step, and
+    layers that open from the output down (:class:`~fastft.unfreeze.GradualUnfreeze`; Howard & Ruder 2018, arXiv
+    1801.06146). As most layers are closed at first, it also takes less time than to train all of them.
+
+    Args:
+        model: pre-trained, and on the device that it is trained on.
+        total_steps: optimizer steps of the run.
+        exclude: names, glob patterns or module names of what is not pre-trained, such as a new head: nothing pulls it.
+            It should be the topmost layer group, which is open from the start.
+        lr: at its peak.
+        anchor_decay: λ; over a step a weight moves lr·λ of its way back.
+        open_by: the part of the steps, above 0 up to 1, after which the lowest layer is open.
+        warmup: the part of the steps in which lr rises from near 0; then it falls in a straight line to 0.
+        weight_decay: decoupled, of all parameters.
+        max_grad_norm: of the gradients together; None: no clipping.
+        groups: as :func:`~fastft.unfreeze.layer_groups` takes them; by default read from the model.
+        mode: as in :class:`~fastft.unfreeze.Unfreezer`; ``"mask"`` under DDP and ``torch.compile``.
+
+    Raises:
+        ValueError: a number out of range, a pattern that matches nothing, or a model that has no layers to tell apart.
+    """
+    found = layer_groups(model, groups)
+    opening = opening_by(open_by, total_steps, found)
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup: expected a part of the steps from 0 to below 1, got {warmup!r}")
+    anchor = Anchor.snapshot(model, exclude=exclude)
+    optimizer = AdamW(
+        model.named_parameters(),
+        lr=lr,
+        weight_decay=weight_decay,
+        anchor=anchor,
+        anchor_decay=anchor_decay,
+        max_grad_norm=max_grad_norm,
+    )
+    scheduler = LambdaLR(optimizer, warm_up_then_decay(total_steps, warmup))
+    return Recipe(optimizer, scheduler, Unfreezer(model, optimizer, opening, groups=groups, mode=mode), anchor)
+
+
+def opening_by(part: float, total_steps: int, groups: list[LayerGroup]) -> GradualUnfreeze:
+    """From the topmost group down, evenly, the lowest after a part of the steps."""
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+        raise ValueError(f"total_steps: expected a whole number of at least 1, got {total_steps!r}")
+    if not 0 < part <= 1:
+        raise ValueError(f"open_by: expected a part of the steps above 0 up to 1, got {part!r}")
+    later = max(1, len(groups) - 1)
+    return GradualUnfreeze(every=max(1, round(part * total_steps / later)))
