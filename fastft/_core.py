@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 
 OLDEST_TORCH = (2, 10)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _version_tuple(version: str) -> tuple[int, int]:
@@ -25,6 +29,9 @@ except ImportError as error:
         f"the compiled part of fastft could not be loaded ({error}). In a source checkout, build it with "
         '`python -m pip install -e ".[test]"`; elsewhere, reinstall fastft.'
     ) from error
+
+# torch.compiler.disable, but without importing the compiler, which takes as long as torch itself; as torch.optim does.
+disable_dynamo: Callable[[Function], Function] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
 # Inductor's own way to hand a tensor to C code; without it the core reads tensors the slower way.
 _aoti = getattr(torch._C, "_aoti", None)

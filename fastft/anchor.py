@@ -74,10 +74,13 @@ class Anchor:
         kept = [(name, p) for name, p in named if name not in excluded]
         for name, p in kept:
             if p.dtype not in DTYPES or p.layout != torch.strided or p.is_meta:
-                where = f" on {p.device}" if p.is_meta else ""
+                if p.is_meta:
+                    raise ValueError(
+                        f"{name}: expected a parameter with values, got one on meta; load the weights first"
+                    )
                 raise ValueError(
                     f"{name}: expected a dense float32, bfloat16, float16 or float64 parameter, got {p.dtype}, "
-                    f"{p.layout}{where}; leave it out with exclude"
+                    f"{p.layout}; leave it out with exclude"
                 )
             if dtype == torch.float64 and p.dtype != torch.float64:
                 raise ValueError(f"dtype: float64 goes with float64 parameters only, and {name} is {p.dtype}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import fastft
 from fastft.finetune import add_arguments
 
 
@@ -48,6 +49,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     top = Parser(prog="fastft", description="Fine-tune large pre-trained models without losing what they know.")
+    top.add_argument("--version", action="version", version=f"fastft {fastft.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     finetune = commands.add_parser(

@@ -78,6 +78,8 @@ def compare(config: Config) -> tuple[Report, Classifier]:
     batches = make_batches(train_set, tokenize, config)
     models, runs = {}, {}
     for key, (name, recipe) in RUNS.items():
+        if not sys.stderr.isatty():  # where there is one, bars tell how far it has got
+            say(f"{name}: {len(batches)} steps")
         models[key] = copy.deepcopy(model)
         log = train(models[key], batches, recipe, config, name)
         runs[key] = tested(name, models[key], tokenize, test_set, pools, log)

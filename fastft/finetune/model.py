@@ -68,7 +68,7 @@ def load(folder: Path, task: str, labels: Sequence[str]) -> Pretrained:
     if not new and not known:  # as many labels as the model has, but others
         inside = f"{model.base_model_prefix}."
         new = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
-        notes.append(f"the model's head, for {', '.join(own)}, is trained on for {', '.join(labels)}")
+        notes.append(f"the model's head is kept; its outputs {', '.join(own)} become {', '.join(labels)}")
     finish(model, tokenizer, folder)
     return Pretrained(model, tokenizer, labels, new, notes)
 

@@ -183,6 +183,7 @@ def get_ready(options: Options) -> Prepared:
     if cut := sum(cuts):
         notes.append(f"{cut:,} of {sum(map(len, parts)):,} texts were cut off after {options.max_length:,} tokens")
     notes += pretrained.notes
+    notes += still_closed(options, groups, plan)
     if options.fuse_dropout:
         done = fuse_dropout_(pretrained.model)
         notes.append(f"dropout: {len(done.swapped)} swapped, {len(done.fused)} fused with what follows them")
@@ -198,6 +199,22 @@ def check_policy(options: Options, groups: list[LayerGroup]) -> None:
     starts = [cast(Phase, phase).start for phase in policy.phases] if isinstance(policy, Phases) else [0]
     for start in starts:
         open_groups(policy, Progress(int(start), infos, epoch=start))
+
+
+def still_closed(options: Options, groups: list[LayerGroup], plan: TrainingPlan) -> list[str]:
+    """A line about layers that the run is too short to open, where gradual unfreezing was asked for by steps."""
+    chosen = options.unfreeze
+    if chosen is None or chosen["policy"] != "gradual" or chosen.get("unit", "step") != "step":
+        return []
+    infos = tuple(GroupInfo(group.name, group.kind) for group in groups)
+    opened = open_groups(make_policy(chosen, options.seed), Progress(plan.total_steps - 1, infos))
+    if len(opened) == len(groups):
+        return []
+    half = max(1, plan.total_steps // (2 * max(1, len(groups) - 1)))
+    return [
+        f"{len(groups) - len(opened)} of {len(groups)} layers stay closed, as {plan.total_steps:,} steps are too few "
+        f"for every={chosen['every']}; with every={half} all are open after half of the steps"
+    ]
 
 
 def train(start: Start, ready: Prepared, folder: Path) -> Report:

@@ -13,6 +13,7 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
 from fastft import _C
+from fastft._core import disable_dynamo
 from fastft.anchor import Anchor
 
 from .masks import UpdateMask, check_mask
@@ -74,7 +75,7 @@ class AdamW(torch.optim.AdamW):
     Args:
         params: parameters, named parameters or group dicts, as for any torch optimizer. float32, bfloat16,
             float16 and float64 on CPU or CUDA, any dense memory order, take the fused step, DTensors by their
-            local part. What it cannot take (complex parameters, sparse gradients, memory with gaps or shared
+            local part. What it cannot take (complex parameters, memory with gaps or shared
             with another parameter, tensor subclasses, other devices) takes torch's own step as long as no
             option below concerns it, and raises a ``ValueError`` naming the parameter and the option otherwise.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in
@@ -147,7 +148,10 @@ class AdamW(torch.optim.AdamW):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         if not (anchor is None or anchor == "init" or isinstance(anchor, Anchor)):
-            raise ValueError(f'anchor: expected None, "init" or a fastft.Anchor, got {anchor!r}')
+            raise ValueError(
+                f'anchor: expected None, "init" or a fastft.Anchor, got {type(anchor).__name__}; '
+                "fastft.Anchor.snapshot(model) makes one"
+            )
         check_max_grad_norm(max_grad_norm)
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype: expected None or torch.float32, got {state_dtype!r}")
@@ -202,7 +206,33 @@ class AdamW(torch.optim.AdamW):
         self._step()
         return loss
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The global norm that gradients are clipped to, or None; may be set between steps."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        check_max_grad_norm(value)
+        self._max_grad_norm = value
+        self._forget_plan()
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether steps with inf or NaN are left out; may be set between steps."""
+        return self._skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        self._skip_nonfinite = bool(value)
+        self._forget_plan()
+
+    def __repr__(self) -> str:
+        anchor = None if self._anchor is None else f"{len(self._anchor)} parameters"
+        own = f"anchor: {anchor}, max_grad_norm: {self._max_grad_norm}, skip_nonfinite: {self._skip_nonfinite}"
+        return f"{super().__repr__().rstrip().removesuffix(')').rstrip()}\nAll groups\n    {own}\n)"
+
+    @disable_dynamo
     def _step(self) -> None:
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -413,7 +443,7 @@ class AdamW(torch.optim.AdamW):
         used = [option for option, on in options.items() if on]
         if used:
             raise ValueError(
-                f"{name}: has {reason}, which only torch's own step can take; it knows no {', '.join(used)}"
+                f"{name}: has {reason}, which fastft's own step cannot take; torch's knows no {', '.join(used)}"
             )
         self._left_to_torch.append((group_index, p))
 
@@ -508,6 +538,15 @@ class AdamW(torch.optim.AdamW):
 
     # -- groups and names ----------------------------------------------------------------------------------
 
+    def _for_all_groups(self) -> dict[str, Any]:
+        """The options that a group cannot have for itself."""
+        return {
+            "max_grad_norm": self._max_grad_norm,
+            "skip_nonfinite": self._skip_nonfinite,
+            "state_dtype": self._state_dtype,
+            "anchor": "init" if self._anchors_new_params else self._anchor,
+        }
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as in torch; ``anchor_decay`` and ``anchor_mode`` may be among the keys.
 
@@ -515,6 +554,12 @@ class AdamW(torch.optim.AdamW):
         """
         options = self._anchor_defaults
         if isinstance(param_group, dict):
+            for key, value in self._for_all_groups().items():
+                # The same again, as ZeroRedundancyOptimizer tells it, is no contradiction.
+                if key in param_group and param_group[key] is not value and param_group[key] != value:
+                    raise ValueError(
+                        f"param_groups[{len(self.param_groups)}]: {key} is for all groups; pass it to AdamW"
+                    )
             options = {key: param_group.get(key, default) for key, default in options.items()}
             check_anchor_options(**options, where=f"param_groups[{len(self.param_groups)}]")
             if options["anchor_decay"] != 0.0 and self._anchor is None:
@@ -690,9 +735,9 @@ def check_anchor_options(anchor_decay: Any, anchor_mode: Any, where: str) -> Non
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
-    """Raise unless it is None or a number that a norm can be."""
-    if max_grad_norm is not None and not max_grad_norm >= 0.0:
-        raise ValueError(f"max_grad_norm: expected None or a number >= 0, got {max_grad_norm!r}")
+    """Raise unless it is None or a number above 0. With 0, which elsewhere means no clipping, nothing would move."""
+    if max_grad_norm is not None and (not isinstance(max_grad_norm, (int, float)) or not max_grad_norm > 0.0):
+        raise ValueError(f"max_grad_norm: expected None (no clipping) or a number > 0, got {max_grad_norm!r}")
 
 
 def check_scalar(value: Tensor | None, name: str) -> None:

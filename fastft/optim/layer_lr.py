@@ -78,7 +78,12 @@ def by_depth(
     groups: Iterable[Layer], lr: float, factor: float, no_decay: NoDecay | None, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """One group for each layer group, or two where ``no_decay`` tells its parameters apart."""
-    layers = list(groups)
+    layers = list(groups) if isinstance(groups, Iterable) else [groups]
+    if wrong := [layer for layer in layers if not hasattr(layer, "param_names")]:
+        raise TypeError(
+            "groups: expected layer groups, as fastft.unfreeze.layer_groups(model) makes, "
+            f"got {type(wrong[0]).__name__}"
+        )
     if not isinstance(lr, (int, float)) or not 0.0 <= lr < float("inf"):
         raise ValueError(f"lr: expected a finite number >= 0, got {lr!r}")
     if taken := options.keys() & {"params", "lr", "layer_group"}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastft.anchor import Anchor
 
@@ -44,9 +46,13 @@ def interpolate_(
             beside these (None), or for instance on ``"cpu"``.
 
     Raises ``ValueError`` for an alpha outside [0, 1], or an anchor that has none of the parameters, or one in another
-    shape. On any error the model is as it was.
+    shape, and for a model that is interpolated already. On any error the model is as it was.
     """
     return Interpolation(model, anchor, alpha, keep_on)
+
+
+blended: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Parameters, and a reference to what interpolated them last."""
 
 
 class Interpolation:
@@ -58,10 +64,20 @@ class Interpolation:
         self._anchored, missing = find_anchored(model, anchor)
         self.unanchored = tuple(missing)
         """The names of the parameters that have no anchor, and so stay."""
+        for found in self._anchored:
+            # One whose handle is gone cannot be undone any more: it was for good.
+            other = blended[found.parameter]() if found.parameter in blended else None
+            if other is not None and other.alpha != 1.0:
+                raise ValueError(
+                    f"model: it is interpolated already, with alpha = {other.alpha:g}; "
+                    "use that interpolation's set(alpha), or undo() it first"
+                )
         self._tuned = Anchor.snapshot([(found.name, found.parameter) for found in self._anchored], device=keep_on)
         self.alpha = 1.0
         """How much of the fine-tuned weights is in the model: 1 after :meth:`undo`."""
         self.set(alpha)
+        for found in self._anchored:
+            blended[found.parameter] = weakref.ref(self)
 
     @torch.no_grad()
     def set(self, alpha: float) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from fastft._core import disable_dynamo
+
 from .wrappers import peel
 
 # How far to look behind a tensor, or into an argument, before giving up.
@@ -209,7 +211,7 @@ class StillNorms:
             if module not in self.handles:
                 self.handles[module] = module.register_forward_pre_hook(ModuleHook(self.hold))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @disable_dynamo
     def hold(self, module: nn.Module, args: Any) -> None:
         """Before the module, or the model, runs."""
         for norm in self.still if self.compiled else [module]:

@@ -73,7 +73,12 @@ def open_groups(policy: Policy, progress: Progress) -> frozenset[int]:
     """
     names = [group.name for group in progress.groups]
     found = set()
-    for item in policy(progress):
+    chosen = policy(progress)
+    if isinstance(chosen, str) or not isinstance(chosen, Iterable):
+        raise ValueError(
+            f"policy: expected a list of names or indices of groups, got {chosen!r:.80} at step {progress.step}"
+        )
+    for item in chosen:
         if isinstance(item, str) and item in names:
             found.add(names.index(item))
         elif isinstance(item, int) and -len(names) <= item < len(names):

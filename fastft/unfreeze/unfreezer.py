@@ -104,6 +104,10 @@ class Unfreezer:
         told = frozenset([wrapped] if isinstance(wrapped, str) else wrapped)
         for wrapper in told:
             check_choice("wrapped", wrapper, tuple(NAMES))
+        if isinstance(policy, type):
+            raise TypeError(
+                f"policy: expected a function of a Progress, got a class; did you mean {policy.__name__}(...)?"
+            )
         if not callable(policy):
             raise TypeError(f"policy: expected a function of a Progress, got {policy!r:.80}")
         optimizer = unwrapped(optimizer)
@@ -417,9 +421,8 @@ class Unfreezer:
                 f"got none of {shortened(missing)}"
             )
         if self.mode == "mask" and not isinstance(self.optimizer, AdamW):
-            raise ValueError(
-                f'mode: expected "requires_grad" with {type(self.optimizer).__name__}; "mask" needs fastft.AdamW'
-            )
+            kind = f"{type(self.optimizer).__module__}.{type(self.optimizer).__name__}"
+            raise ValueError(f'mode: expected "requires_grad" with {kind}; "mask" needs fastft.AdamW')
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise ValueError("optimizer: LBFGS moves all parameters along one direction, so it can hold none still")
 

@@ -331,6 +331,19 @@ def test_texts_are_augmented_while_training_and_their_labels_are_not(
     )
 
 
+def test_layers_that_will_not_open_are_told_beforehand(classify: Options) -> None:
+    classify.update(unfreeze=["gradual", "every=2"])
+    done = cases.finetune(**classify)
+    assert done.status == 0, done.err
+    layers = len(report_of(classify["output"])["model"]["layers"])
+    assert (
+        f"{layers - 2} of {layers} layers stay closed, as 4 steps are too few for every=2; "
+        "with every=1 all are open after half of the steps" in done.err
+    )
+    done = cases.finetune(**{**classify, "steps": 20}, overwrite=True)
+    assert done.status == 0 and "stay closed" not in done.err
+
+
 def test_synonyms_and_noise(classify: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.tsv").write_text("film\tmovie\nmovie\tfilm\n")
