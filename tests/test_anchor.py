@@ -173,7 +173,7 @@ def test_wrong_options_of_a_snapshot(arguments: Any, error: type[Exception], mes
         (
             [("m", torch.empty(2, device="meta"))],
             ValueError,
-            "m: expected a dense .* on meta; leave it out with exclude",
+            "m: expected a parameter with values, got one on meta; load the weights first",
         ),
     ],
     ids=["twice", "unnamed", "no_tensor", "state_dict", "integers", "complex", "sparse", "meta"],

@@ -228,9 +228,9 @@ class RetentionReport:
         """A table: a line for the model before and for each method; intervals in brackets."""
         titles = ["method"]
         for evaluation in self._before["source"]:
-            titles += [evaluation, "retention", "forgetting"]
+            titles += [evaluation, "retention", "forgetting, points"]
         for evaluation in self._before["target"]:
-            titles += [evaluation, "gain"]
+            titles += [evaluation, "gain, points"]
         if self._chains:
             titles.append("backward transfer")
         first = [f"before ({self.before})"]
@@ -437,10 +437,14 @@ def negated(estimate: Estimate) -> Estimate:
 
 def shown(estimate: Estimate, scale: float = 1.0, unit: str = "", digits: int = 3) -> str:
     """As it stands in the table."""
-    text = f"{scale * estimate.value:.{digits}f}{unit}"
+
+    def number(value: float) -> str:
+        return f"{round(scale * value, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.0"
+
+    text = f"{number(estimate.value)}{unit}"
     if estimate.low is None or estimate.high is None:
         return text
-    return f"{text} [{scale * estimate.low:.{digits}f}, {scale * estimate.high:.{digits}f}]"
+    return f"{text} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
 def plain(evaluations: Mapping[str, Items | float]) -> dict[str, Any]:

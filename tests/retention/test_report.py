@@ -223,8 +223,8 @@ def test_the_round_trip_through_json() -> None:
 def test_the_table() -> None:
     lines = str(example()).splitlines()
     assert lines[0] == (
-        "| method | recall | retention | forgetting | rank | retention | forgetting | accuracy | gain "
-        "| backward transfer |"
+        "| method | recall | retention | forgetting, points | rank | retention | forgetting, points "
+        "| accuracy | gain, points | backward transfer |"
     )
     assert [line.count("|") for line in lines[:5]] == [11] * 5
     assert lines[2].startswith("| before (base model, linear probe) |")

@@ -901,7 +901,7 @@ def test_a_closure_computes_gradients_in_time() -> None:
         ({"groups": ["embed"]}, "groups: expected every parameter in exactly one group"),
         ({"wrapped": ["deepspeed"]}, "wrapped: expected one of 'ddp', .*, got 'deepspeed'"),
         ({"wrapped": "ddp"}, "wrapped in DistributedDataParallel"),
-        ({"mode": "mask"}, 'mode: expected "requires_grad" with SGD; "mask" needs fastft.AdamW'),
+        ({"mode": "mask"}, 'mode: expected "requires_grad" with torch.optim.sgd.SGD; "mask" needs fastft.AdamW'),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
