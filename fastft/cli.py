@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where report.json, plot.png and model/ go (default: ./%(default)s)",
     )
-    demo.add_argument("--quick", action="store_true", help="fewer rows, for a first look: a minute or two")
+    demo.add_argument("--quick", action="store_true", help="fewer rows, for a first look: some minutes on two cores")
     demo.add_argument("--seed", type=seed, default=0, help="of the order of batches and of dropout (default: 0)")
     demo.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
 
