@@ -43,7 +43,9 @@ SECONDS_A_CASE = 600.0
 TARGETS, SOURCES, RATIO = 3000, 600, 1 / 6
 """The mixture then holds each example once, as the plain loader does."""
 BATCH = 32
-MAX_LENGTH = 64
+MAX_LENGTH = 512
+JOINED = 8
+"""Reviews in a long text."""
 SYNONYMS = {"good": ["great", "fine"], "bad": ["poor"], "film": ["movie"], "movie": ["film"], "funny": ["comic"]}
 CORPORA = ("movie_reviews", "amazon_reviews", "tweets")
 
@@ -94,10 +96,15 @@ def cases() -> dict[str, dict[str, DataLoader[Any]]]:
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer()
-    target, source = (
-        datasets.Dataset.from_dict({"text": texts(name)[:count], "labels": [i % 2 for i in range(count)]})
-        for name, count in (("movie_reviews", TARGETS), ("amazon_reviews", SOURCES))
-    )
+
+    def parts(joined: int) -> list[Any]:
+        """Target and source; a text is so many reviews, one behind the other."""
+        made = []
+        for name, count in (("movie_reviews", TARGETS), ("amazon_reviews", SOURCES)):
+            reviews = texts(name)[:count]
+            passages = [" ".join(reviews[i : i + joined]) for i in range(0, count, joined)]
+            made.append(datasets.Dataset.from_dict({"text": passages, "labels": [i % 2 for i in range(len(passages))]}))
+        return made
 
     def tokenize(rows: Mapping[str, Any]) -> Mapping[str, Any]:
         return dict(tokenizer(rows["text"], truncation=True, max_length=MAX_LENGTH))
@@ -109,13 +116,15 @@ def cases() -> dict[str, dict[str, DataLoader[Any]]]:
         batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch
 
-    ids = [part.map(tokenize, batched=True, remove_columns=["text"]) for part in (target, source)]
+    sentences, passages = parts(1), parts(JOINED)
+    ids = [part.map(tokenize, batched=True, remove_columns=["text"]) for part in sentences]
     lists = [[part[i] for i in range(len(part))] for part in ids]
     padding = DataCollatorWithPadding(tokenizer)
     return {
-        "texts, tokenised in the collator": loaders(target, source, tokenizing, tokenizer),
-        "Hugging Face dataset, tokenised before": loaders(*ids, padding, tokenizer),
-        "list, tokenised before": loaders(*lists, padding, tokenizer),
+        "sentences, tokenised in the collator": loaders(*sentences, tokenizing, tokenizer),
+        f"{JOINED} sentences a text, tokenised in the collator": loaders(*passages, tokenizing, tokenizer),
+        "sentences, Hugging Face dataset tokenised before": loaders(*ids, padding, tokenizer),
+        "sentences, list tokenised before": loaders(*lists, padding, tokenizer),
     }
 
 
