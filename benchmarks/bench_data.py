@@ -1,7 +1,8 @@
 """``python benchmarks/bench_data.py``: what mixing and augmenting cost a DataLoader, and which near copies are found.
 
-Loaders over the same examples take turns in one process, without workers, so that all of their work is timed. The data
-are those of the demo: movie reviews as the target, product reviews as the source, MiniLM's tokenizer.
+Loaders over the same examples take turns in one process, without workers, so that all of their work is timed: in
+seconds of the processor, which others at work on the machine disturb least. The data are those of the demo: movie
+reviews as the target, product reviews as the source, MiniLM's tokenizer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Mapping
 from itertools import permutations
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastft.bench.command import significant, verdict
-from fastft.bench.harness import Measurement, Work, alternate, environment
+from fastft.bench.harness import CpuClock, Measurement, Work, alternate, environment, quartiles
 from fastft.data import (
     Augmented,
     AugmentingCollator,
@@ -58,7 +60,8 @@ def main() -> None:
     result["loaders"] = {}
     for name, loaders in cases().items():
         works = {title: reading(loader) for title, loader in loaders.items()}
-        measured = alternate(works, device, options.rounds, seconds_at_most=SECONDS_A_CASE)
+        clock = CpuClock(time.process_time)
+        measured = alternate(works, device, options.rounds, seconds_at_most=SECONDS_A_CASE, clock=clock)
         result["loaders"][name] = figures(measured, {title: len(loader) for title, loader in loaders.items()})
         print(f"{name}: {result['loaders'][name][PLAIN]['ms_per_batch']:.3g} ms a batch")
         for title, figure in result["loaders"][name].items():
@@ -170,14 +173,13 @@ def reading(loader: DataLoader[Any]) -> Work:
 
 
 def figures(measured: Measurement, batches: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Each loader's time of a batch, and of an epoch relative to the plain one's."""
+    """Each loader's time of a batch, and of an epoch relative to the plain one's, as the median over the rounds."""
     found: dict[str, dict[str, Any]] = {}
     for title, count in batches.items():
-        ratio = measured.ratio(title, PLAIN)
         found[title] = {"ms_per_batch": significant(1e3 * measured.median(title) / count)}
         if title != PLAIN:
-            found[title]["ratio"] = significant(ratio.of_medians)
-            found[title]["ratio_quartiles"] = [significant(ratio.lower), significant(ratio.upper)]
+            lower, median, upper = map(significant, quartiles(measured.ratios(title, PLAIN)))
+            found[title] |= {"ratio": median, "ratio_quartiles": [lower, upper]}
     return found
 
 

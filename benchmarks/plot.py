@@ -264,7 +264,8 @@ def loaders_section() -> str:
         rows.append([plain, *(milliseconds(case[plain]["ms_per_batch"]) for case in cases.values())])
         rows += [[title, *(cost(case.get(title)) for case in cases.values())] for title in others]
         about = (
-            f"Milliseconds a batch of {result['batch_size']}, and the time relative to the plain loader's (quartiles). "
+            f"Processor milliseconds a batch of {result['batch_size']}, and the time relative to the plain loader's "
+            "(quartiles). "
             f"{known['device']}, no workers, torch {known['torch']}, fastft at {known['commit']}; medians of "
             f"at most {result['rounds']} rounds, alternating in one process."
         )

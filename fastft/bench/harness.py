@@ -53,9 +53,12 @@ class Measurement:
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
 
+    def ratios(self, name: str, baseline: str) -> list[float]:
+        """Round by round."""
+        return [ours / theirs for ours, theirs in zip(self.seconds[name], self.seconds[baseline], strict=True)]
+
     def ratio(self, name: str, baseline: str) -> Ratio:
-        pairs = zip(self.seconds[name], self.seconds[baseline], strict=True)
-        lower, _, upper = quartiles([ours / theirs for ours, theirs in pairs])
+        lower, _, upper = quartiles(self.ratios(name, baseline))
         return Ratio(self.median(name) / self.median(baseline), lower, upper)
 
 
@@ -64,13 +67,16 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 class CpuClock:
-    """Seconds of a call, as the mean over several in a row."""
+    """Seconds of a call, as the mean over several in a row; by ``time.process_time``, of the processor."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
 
     def __call__(self, work: Work, calls: int) -> float:
-        begin = time.perf_counter()
+        begin = self.now()
         for _ in range(calls):
             work()
-        return (time.perf_counter() - begin) / calls
+        return (self.now() - begin) / calls
 
 
 class CudaClock:
@@ -113,21 +119,31 @@ class HostClock:
         return seconds / calls
 
 
-def clock_for(device: torch.device, host: bool) -> CpuClock | CudaClock | HostClock:
+Clock = CpuClock | CudaClock | HostClock
+
+
+def clock_for(device: torch.device, host: bool) -> Clock:
     if device.type == "cpu":
         return CpuClock()
     return HostClock(device) if host else CudaClock(device)
 
 
 def alternate(
-    works: Mapping[str, Work], device: torch.device, rounds: int, *, seconds_at_most: float, host: bool = False
+    works: Mapping[str, Work],
+    device: torch.device,
+    rounds: int,
+    *,
+    seconds_at_most: float,
+    host: bool = False,
+    clock: Clock | None = None,
 ) -> Measurement:
     """Time each piece of work once a round, the first of one round being the last of the next.
 
     What disturbs the machine for longer than a round so disturbs all alike, and none always follows the same other.
     Where ``rounds`` rounds would take longer than ``seconds_at_most``, there are fewer, at least ``FEWEST_ROUNDS``.
+    Without a ``clock`` it is the device's.
     """
-    clock = clock_for(device, host)
+    clock = clock or clock_for(device, host)
     names = list(works)
     calls, one_round = {}, 0.0
     for name in names:
