@@ -96,6 +96,7 @@ def test_tables_and_plots_are_made_and_checked(arguments: list[object], tmp_path
     assert made == {
         "benchmarks.md",
         "replay-and-augmentation.png",
+        "retention.png",
         *(f"some-cpu-{name}.png" for name in ("headlines", "bandwidth", "frozen", "tensors")),
     }
     text = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
