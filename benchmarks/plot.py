@@ -1,8 +1,8 @@
 """``python benchmarks/plot.py``: plots and tables from the files in ``results/``.
 
-README gets the headline cases and the demo's table, docs/data.md what replay and augmentation do and cost,
-docs/_generated/benchmarks.md all speeds; plots lie beside it. With ``--check`` nothing is written, and it fails if a
-table says anything else than the results do.
+README gets the headline cases and the demo's table, docs/retention.md what keeps what a model knew, docs/data.md what
+replay and augmentation do and cost, docs/_generated/benchmarks.md all speeds; plots lie beside it. With ``--check``
+nothing is written, and it fails if a table says anything else than the results do.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ LOADERS = RESULTS / "data" / "loaders"
 """What ``bench_data.py`` wrote, likewise."""
 GENERATED = ROOT / "docs" / "_generated"
 DATA_PLOT = "replay-and-augmentation.png"
+RETENTION_PLOT = "retention.png"
 GREY, BLUE, ORANGE, GREEN = "#8a8a8a", "#0072b2", "#d55e00", "#009e73"
 HEADLINES = (
     "plain",
@@ -47,6 +48,7 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--readme", type=Path, default=ROOT / "README.md")
     arguments.add_argument("--data-page", type=Path, default=ROOT / "docs" / "data.md")
+    arguments.add_argument("--retention-page", type=Path, default=ROOT / "docs" / "retention.md")
     arguments.add_argument("--generated", type=Path, default=GENERATED, metavar="FOLDER")
     arguments.add_argument("--speed", type=Path, default=SPEED, metavar="FOLDER", help="of fastft bench's JSON files")
     arguments.add_argument("--check", action="store_true", help="write nothing; fail if a table is stale")
@@ -57,6 +59,8 @@ def main() -> int:
     if not measured:
         raise SystemExit(f"expected files of fastft bench --json in {options.speed}, found none")
     data = data_results()
+    retention = retention_results()
+    retention_page = options.retention_page.read_text(encoding="utf-8")
     data_page = filled_in(options.data_page.read_text(encoding="utf-8"), "replay-and-augmentation", data_section(data))
     demo = json.loads((RESULTS / "demo" / "report.json").read_text(encoding="utf-8"))
     readme = options.readme.read_text(encoding="utf-8")
@@ -64,6 +68,7 @@ def main() -> int:
     wanted = {
         options.readme: filled_in(readme, "demo", demo_table(demo)),
         options.data_page: filled_in(data_page, "loaders", loaders_section()),
+        options.retention_page: filled_in(retention_page, "retention", retention_section(retention)),
         options.generated / "benchmarks.md": document(measured),
     }
     if options.check:
@@ -75,6 +80,7 @@ def main() -> int:
     for path, text in wanted.items():
         path.write_text(text, encoding="utf-8")
     data.plot(options.generated / DATA_PLOT)
+    retention.plot(options.generated / RETENTION_PLOT)
     for stem, result in measured.items():
         plot(result, options.generated / f"{stem}-headlines.png")
         for name, (_, draw) in plots_of(result).items():
@@ -230,6 +236,26 @@ def demo_table(report: dict[str, Any]) -> str:
         f"{report['environment']['threads']} threads, torch {versions['torch']}, {report['seconds']:.0f} s in all.",
     ]
     return "\n".join(lines)
+
+
+def retention_results() -> Any:
+    """The retention benchmark's runs on the test split."""
+    sys.path.append(str(ROOT))  # ``benchmarks`` is a folder of the repository and in no wheel
+    from benchmarks.retention import records, report
+
+    tuned, tested = (records.load(records.RESULTS / f"{split}.jsonl") for split in ("validation", "test"))
+    return report.Comparison("test", tuned, tested)
+
+
+def retention_section(comparison: Any) -> str:
+    """What keeps what a model knew: in words, as a table and as a plot."""
+    return "\n\n".join(
+        [
+            wrapped(comparison.verdict()),
+            "\n".join(comparison.table()),
+            f"![Source recall that was kept, against target accuracy](_generated/{RETENTION_PLOT})",
+        ]
+    )
 
 
 def data_results() -> Any:

@@ -222,11 +222,12 @@ class Comparison(Results):
         reached = kept.value >= GOAL and lost <= 100 * plan.POINT
         sure = " (the interval's lower end too)" if reached and kept.low >= GOAL else ""
         return (
-            f"Within a point of the best full fine-tuning on the validation split **{best.choice.name}** keeps most "
-            f"of the methods that see nothing of the source task (not {' and '.join(plan.SEE_OLD_TASK)}). It keeps "
-            f"{kept.show(100, 1)} % of the source recall, {lost:.1f} points below the accuracy of the best full "
-            f"fine-tuning ({best.mean('target'):.3f} against {reference.mean('target'):.3f}; "
-            f"{best.seeds} seed{'s' * (best.seeds > 1)}). The goal, {GOAL:.0%} within a point, is "
+            f"Of the methods here that see nothing of the source task (not {' and '.join(plan.SEE_OLD_TASK)}), and "
+            f"that are within a point of the best full fine-tuning, **{best.choice.name}** kept the most on the "
+            f"validation split. On this split it keeps {kept.show(100, 1)} % of the source recall, {lost:.1f} points "
+            f"below the accuracy of the best full fine-tuning ({best.mean('target'):.3f} "
+            f"against {reference.mean('target'):.3f}; {best.seeds} seed{'s' * (best.seeds > 1)}). "
+            f"The goal was to keep {GOAL:.0%} at a point at most: it is "
             f"{'reached' if reached else 'not reached'}{sure}."
         )
 

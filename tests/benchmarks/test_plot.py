@@ -71,10 +71,11 @@ def arguments(tmp_path: Path) -> list[object]:
     speed = tmp_path / "speed"
     speed.mkdir()
     (speed / "some-cpu.json").write_text(json.dumps(result()), encoding="utf-8")
-    readme, data_page = tmp_path / "README.md", tmp_path / "data.md"
-    for copy, page in ((readme, "README.md"), (data_page, "docs/data.md")):
+    readme, data_page, retention = (tmp_path / name for name in ("README.md", "data.md", "retention.md"))
+    for copy, page in ((readme, "README.md"), (data_page, "docs/data.md"), (retention, "docs/retention.md")):
         copy.write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
-    return ["--readme", readme, "--data-page", data_page, "--generated", tmp_path / "docs", "--speed", speed]
+    pages = ["--readme", readme, "--data-page", data_page, "--retention-page", retention]
+    return [*pages, "--generated", tmp_path / "docs", "--speed", speed]
 
 
 def test_the_committed_tables_are_those_of_the_committed_results() -> None:
@@ -95,6 +96,7 @@ def test_tables_and_plots_are_made_and_checked(arguments: list[object], tmp_path
     assert made == {
         "benchmarks.md",
         "replay-and-augmentation.png",
+        "retention.png",
         *(f"some-cpu-{name}.png" for name in ("headlines", "bandwidth", "frozen", "tensors")),
     }
     text = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")

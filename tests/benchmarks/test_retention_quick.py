@@ -220,8 +220,8 @@ def test_the_report_is_made_of_records_alone(importable: Any, tmp_path: Path) ->
         record(distill.for_test(0), {"1": (0.9, 0.495)}),
     ]
     text = report.document(tuned, tested, tmp_path)
-    assert "**distill, both** keeps most" in text.replace("\n", " ")
-    assert "The goal, 97% within a point, is reached" in text
+    assert "**distill, both** kept the most" in text.replace("\n", " ")
+    assert "The goal was to keep 97% at a point at most: it is reached" in text.replace("\n", " ")
     rows = {line.split(" | ")[0]: line.split(" | ") for line in text.split("## Tuning")[0].splitlines()}
     assert rows["| full, most accurate"][2] == "2"
     assert rows["| distill, both"][2] == "1"
