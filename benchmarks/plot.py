@@ -58,8 +58,7 @@ def main() -> int:
     }
     if not measured:
         raise SystemExit(f"expected files of fastft bench --json in {options.speed}, found none")
-    data = data_results()
-    retention = retention_results()
+    retention, data = retention_results()
     retention_page = options.retention_page.read_text(encoding="utf-8")
     data_page = filled_in(options.data_page.read_text(encoding="utf-8"), "replay-and-augmentation", data_section(data))
     demo = json.loads((RESULTS / "demo" / "report.json").read_text(encoding="utf-8"))
@@ -238,13 +237,13 @@ def demo_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def retention_results() -> Any:
-    """The retention benchmark's runs on the test split."""
+def retention_results() -> tuple[Any, Any]:
+    """The retention benchmark's runs on the test split, and those with replay and augmentation."""
     sys.path.append(str(ROOT))  # ``benchmarks`` is a folder of the repository and in no wheel
-    from benchmarks.retention import records, report
+    from benchmarks.retention import data_report, records, report
 
     tuned, tested = (records.load(records.RESULTS / f"{split}.jsonl") for split in ("validation", "test"))
-    return report.Comparison("test", tuned, tested)
+    return report.Comparison("test", tuned, tested), data_report.DataResults(records.load(data_report.FILE))
 
 
 def retention_section(comparison: Any) -> str:
@@ -256,14 +255,6 @@ def retention_section(comparison: Any) -> str:
             f"![Source recall that was kept, against target accuracy](_generated/{RETENTION_PLOT})",
         ]
     )
-
-
-def data_results() -> Any:
-    """The retention benchmark's runs with replay and augmentation."""
-    sys.path.append(str(ROOT))  # ``benchmarks`` is a folder of the repository and in no wheel
-    from benchmarks.retention import data_report, records
-
-    return data_report.DataResults(records.load(data_report.FILE))
 
 
 def data_section(results: Any) -> str:

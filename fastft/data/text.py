@@ -357,21 +357,21 @@ def augment_from_spec(spec: str, tokenizer: Any) -> TextAugment:
     Raises:
         ValueError: with the part of ``spec`` that is wrong.
     """
-    makers: dict[str, Callable[..., Step]] = {
-        "token_dropout": TokenDropout,
-        "span_masking": lambda p, length="3": SpanMasking(p, float(length)),
-        "synonyms": lambda p, path: SynonymReplacement(p, read_synonyms(path), tokenizer),
-    }
     steps = []
     for name, p, *rest in parts_of_spec(spec):
         try:
-            steps.append(makers[name](float(p), *rest))
+            steps.append(SPEC_STEPS[name](tokenizer, float(p), *rest))
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"augment: {name}={':'.join([p, *rest])}: {error}") from error
     return TextAugment(tokenizer, *steps)
 
 
-SPEC_NAMES = ("token_dropout", "span_masking", "synonyms")
+SPEC_STEPS: dict[str, Callable[..., Step]] = {
+    "token_dropout": lambda tokenizer, p: TokenDropout(p),
+    "span_masking": lambda tokenizer, p, length="3": SpanMasking(p, float(length)),
+    "synonyms": lambda tokenizer, p, path: SynonymReplacement(p, read_synonyms(path), tokenizer),
+}
+"""By the name in a spec, what makes the step of the tokenizer, the probability and the texts behind that."""
 
 
 def parts_of_spec(spec: str) -> list[list[str]]:
@@ -379,9 +379,9 @@ def parts_of_spec(spec: str) -> list[list[str]]:
     parts = []
     for part in spec.split(","):
         name, _, values = (text.strip() for text in part.partition("="))
-        if name not in SPEC_NAMES:
+        if name not in SPEC_STEPS:
             raise ValueError(
-                f"augment: expected one of {', '.join(SPEC_NAMES)}, got {name!r}{closest(name, SPEC_NAMES)}"
+                f"augment: expected one of {', '.join(SPEC_STEPS)}, got {name!r}{closest(name, SPEC_STEPS)}"
             )
         parts.append([name, *values.split(":", 1)])
     return parts

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 
 from fastft.data import Augmented, FileError, Match, ReplayMixer, augment_from_spec, find_duplicates, find_leakage
+from fastft.data.duplicates import without
 from fastft.data.files import check_column, listed, rows_of
 
 from .errors import InputError
@@ -32,7 +33,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def chosen(self, indices: Sequence[int]) -> Rows:
+    def select(self, indices: Sequence[int]) -> Rows:
         """These rows alone."""
         labels = None if self.labels is None else [self.labels[i] for i in indices]
         return Rows(self.path, [self.texts[i] for i in indices], labels, [self.places[i] for i in indices])
@@ -157,12 +158,11 @@ def without_repetitions(train: Rows, replay: Rows | None, options: Options) -> t
 
 def left_out(rows: Rows, matches: Sequence[Match], why: str) -> tuple[Rows, str]:
     """The rows that match nothing, and a line about the others."""
-    repeated = {match.index for match in matches}
-    kept = [i for i in range(len(rows)) if i not in repeated]
-    if not kept:
+    kept: Rows = without(rows, matches)
+    if not len(kept):
         raise InputError(f"{rows.path}: all of its {len(rows):,} rows would be left out, as rows {why}")
     near = sum(match.kind == "near" for match in matches)
-    return rows.chosen(kept), f"{rows.path}: {len(matches):,} rows {why} are left out ({near:,} nearly the same)"
+    return kept, f"{rows.path}: {len(matches):,} rows {why} are left out ({near:,} nearly the same)"
 
 
 def share(text: str) -> float:
@@ -182,7 +182,7 @@ def held_out(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
             f"{rows.path}: of its {len(rows):,} rows, {len(out):,} would be held out for evaluation and {len(kept):,} "
             "be trained on; give more rows, another --eval-fraction, or a file with --eval"
         )
-    return rows.chosen(kept), rows.chosen(out)
+    return rows.select(kept), rows.select(out)
 
 
 def check_labels(data: Data) -> None:
@@ -195,12 +195,13 @@ def check_labels(data: Data) -> None:
             f"{train.path}: expected a few labels, each in several rows, got {len(counts):,} different ones in "
             f"{len(train):,} rows ({listed(counts)}); is --label-column the right one?"
         )
-    if unseen := [label for label in evaluation.counts if label not in data.labels]:
+    known = data.labels
+    if unseen := [label for label in evaluation.counts if label not in known]:
         first = (evaluation.labels or []).index(unseen[0])
         how = (
             "every row with it was held out; give more rows with it, or a file with --eval"
             if evaluation.path == train.path
-            else f"--train {'has' if data.replay is None else 'and --replay have'} {listed(data.labels)}"
+            else f"--train {'has' if data.replay is None else 'and --replay have'} {listed(known)}"
         )
         raise InputError(
             f"{evaluation.path}, {evaluation.places[first]}: no row to train on has the label {unseen[0]!r}; {how}"

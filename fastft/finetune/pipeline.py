@@ -19,6 +19,7 @@ from fastft.environment import environment, quiet_transformers
 from fastft.nn import fuse_dropout_
 from fastft.optim import AdamW, TrainingPlan, plan_training
 from fastft.output import staged
+from fastft.recipes import opening_by
 from fastft.unfreeze import LayerGroup, Phases, Progress, layer_groups
 from fastft.unfreeze.policies import GroupInfo, Phase, open_groups
 from fastft.unfreeze.unfreezer import unwrapped
@@ -210,10 +211,10 @@ def still_closed(options: Options, groups: list[LayerGroup], plan: TrainingPlan)
     opened = open_groups(make_policy(chosen, options.seed), Progress(plan.total_steps - 1, infos))
     if len(opened) == len(groups):
         return []
-    half = max(1, plan.total_steps // (2 * max(1, len(groups) - 1)))
+    enough = opening_by(0.5, plan.total_steps, groups).every
     return [
         f"{len(groups) - len(opened)} of {len(groups)} layers stay closed, as {plan.total_steps:,} steps are too few "
-        f"for every={chosen['every']}; with every={half} all are open after half of the steps"
+        f"for every={chosen['every']}; with every={enough} all are open after about half of the steps"
     ]
 
 

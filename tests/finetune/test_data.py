@@ -50,7 +50,7 @@ def test_labels_that_are_numbers(tmp_path: Path) -> None:
     path = cases.write_rows(tmp_path / "rows.jsonl", [{"text": "x", "label": label} for label in (10, 9, True, "9")])
     rows = read(path, "text", "label")
     assert rows.labels == ["10", "9", "true", "9"]
-    assert list(rows.chosen([0, 1, 3]).counts.items()) == [("9", 2), ("10", 1)]
+    assert list(rows.select([0, 1, 3]).counts.items()) == [("9", 2), ("10", 1)]
 
 
 def test_class_labels_of_a_parquet_file_by_name(tmp_path: Path) -> None:
