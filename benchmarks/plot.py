@@ -223,15 +223,12 @@ def demo_table(report: dict[str, Any]) -> str:
         lines.append(row)
     steps = len(report["runs"]["torch"]["steps"]["loss"])
     versions, config = report["environment"]["versions"], report["config"]
-    # Results from before the demo took the recipe.
-    every = config.get("unfreeze_every")
-    unfreezing = "`fastft.recipe` as it comes" if every is None else f"one more layer every {every} steps"
     lines += [
         "",
         report["meaning"].replace("\n", "\\\n"),
         "",
         f"{config['train_rows']:,} reviews, {steps} steps, lr {config['lr']:g}, λ = {config['anchor_decay']:g}; "
-        f"gradual unfreezing: {unfreezing}; "
+        "gradual unfreezing: `fastft.recipe` as it comes; "
         f"{report['environment']['threads']} threads, torch {versions['torch']}, {report['seconds']:.0f} s in all.",
     ]
     return "\n".join(lines)
