@@ -31,8 +31,6 @@ def neftune(model: nn.Module, alpha: float = 5.0, *, seed: int | None = None) ->
         raise ValueError(f"neftune: alpha: expected a finite number >= 0, got {alpha!r}")
     find = getattr(model, "get_input_embeddings", None)
     embedding = find() if find is not None else model
-    if isinstance(embedding, nn.Linear):
-        raise ValueError("neftune: model: expected an embedding, or a transformers model, got Linear")
     generators: dict[torch.device, torch.Generator] = {}
 
     def add_noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
