@@ -288,8 +288,12 @@ def cosines(vectors: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def blended(problem: Problem, trained: Any, alpha: float) -> Any:
-    """(1 − α) · start + α · trained, head and all: WiSE-FT (Wortsman et al. 2022)."""
+def blended(problem: Problem, trained: Any, alpha: float, recipe: Recipe) -> Any:
+    """(1 − α) · start + α · trained: WiSE-FT (Wortsman et al. 2022).
+
+    The head too, if it started from the linear probe's. One that started at random has nothing to go back to.
+    """
     model = copy.deepcopy(trained)
-    interpolate_(model, fastft.Anchor.snapshot(problem.start().named_parameters()), alpha)
+    start = fastft.Anchor.snapshot(problem.start(), exclude=("head",) if recipe.strength("fresh_head") else ())
+    interpolate_(model, start, alpha)
     return model

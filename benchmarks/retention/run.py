@@ -99,10 +99,10 @@ def run(settings: Settings, problem: Problem, alphas: Sequence[float]) -> dict[s
     # Before the work: by its end another commit may be checked out.
     where = environment(torch.device("cpu"))
     scores, training = {}, {}
+    recipe = Recipe(settings.lr, settings.ingredients, settings.texts, settings.text_kind)
     if settings.method == "probe":
         model, alphas = problem.start().eval(), (0.0,)
     else:
-        recipe = Recipe(settings.lr, settings.ingredients, settings.texts, settings.text_kind)
         trained = fine_tune(problem, recipe, settings.epochs, settings.seed)
         model = trained.model
         training = {
@@ -113,7 +113,7 @@ def run(settings: Settings, problem: Problem, alphas: Sequence[float]) -> dict[s
             "cpu_seconds": trained.cpu_seconds,
         }
     for alpha in alphas:
-        tested = problem.score(model if alpha in (0.0, 1.0) else blended(problem, model, alpha))
+        tested = problem.score(model if alpha in (0.0, 1.0) else blended(problem, model, alpha, recipe))
         scores[f"{alpha:g}"] = {"target": records.pack(tested.target), "source": records.pack(tested.source)}
     return {
         "key": settings.key,

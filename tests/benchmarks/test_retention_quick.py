@@ -65,17 +65,20 @@ def test_models_leave_as_they_came(importable: Any) -> None:
     from benchmarks.retention.recipes import Recipe, blended, fine_tune
 
     problem = Digits()
-    for ingredients in ({"lora": 4}, {"mixout": 0.5}, {"gradual": 0.5, "layer_decay": 0.5}):
-        model = fine_tune(problem, Recipe(1e-2, ingredients), epochs=1, seed=0).model
+    for ingredients in ({"lora": 4}, {"mixout": 0.5}, {"gradual": 0.5, "layer_decay": 0.5}, {"fresh_head": 1}):
+        recipe = Recipe(1e-2, ingredients)
+        model = fine_tune(problem, recipe, epochs=1, seed=0).model
         assert not model.training
         start = problem.start().state_dict()
         trained = model.state_dict()
         assert list(trained) == list(start)
         moved = [name for name in start if not torch.equal(start[name], trained[name])]
         assert "encoder.2.mix.weight" in moved
-        halfway = blended(problem, model, 0.5).state_dict()
+        halfway = blended(problem, model, 0.5, recipe).state_dict()
         for name, value in start.items():
-            torch.testing.assert_close(halfway[name], (value + trained[name]) / 2)
+            stays = "fresh_head" in ingredients and name.startswith("head")  # it has nothing to go back to
+            expected = trained[name] if stays else (value + trained[name]) / 2
+            torch.testing.assert_close(halfway[name], expected)
 
 
 def test_what_is_mixed_in_does_not_change_the_batches(importable: Any) -> None:
