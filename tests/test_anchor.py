@@ -622,6 +622,35 @@ def test_an_anchor_that_knows_no_parameter_is_refused() -> None:
         fastft.AdamW(net().parameters(), anchor="pretrained")  # type: ignore[arg-type]
 
 
+def test_an_anchor_without_a_decay_is_said_to_pull_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    def steps(**options: Any) -> int:
+        model = net()
+        optimizer = fastft.AdamW(model.named_parameters(), **options)
+        train(optimizer, [0, 1])
+        for group in optimizer.param_groups:  # as at the end of a schedule
+            group["anchor_decay"] = 0.0
+        train(optimizer, [2])
+        found = [w for w in recwarn.list if "expected anchor_decay > 0" in str(w.message)]
+        recwarn.clear()
+        return len(found)
+
+    assert steps(anchor="init") == 1
+    assert steps(anchor="init", anchor_decay=1.0) == 0
+    assert steps() == 0
+
+
+def test_the_anchor_that_is_pulled_to_can_be_read() -> None:
+    model = net()
+    before = weights(model)
+    optimizer = fastft.AdamW(model.named_parameters(), anchor="init", anchor_decay=1.0)
+    train(optimizer, [0, 1])
+    assert optimizer.anchor is not None
+    assert_same(contents(optimizer.anchor), before, "anchors")
+    assert fastft.AdamW(model.parameters()).anchor is None
+    with pytest.raises(AttributeError):
+        optimizer.anchor = None  # type: ignore[misc]
+
+
 def test_a_misshapen_anchor_is_found_by_the_first_step_that_needs_it() -> None:
     model = net()
     anchor = Anchor.snapshot([("0.weight", nn.Parameter(torch.ones(17, 4))), ("0.bias", model[0].bias)])

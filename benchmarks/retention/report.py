@@ -24,8 +24,9 @@ RESAMPLES = 4000
 CONFIDENCE = 0.95
 GOAL = 0.97
 """What part of the source recall a recipe should keep within a point of the best accuracy."""
-BASELINE = "full + WiSE"
-REFERENCE = "full, most accurate"
+BASELINE = "full FT + WiSE"
+RECIPE = "anchor + gradual, random head"
+"""``fastft.recipe`` on a model whose head is new."""
 GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0072b2", "#d55e00", "#009e73"
 
 Array = npt.NDArray[np.float64]
@@ -183,13 +184,19 @@ class Comparison(Results):
         """The row of that name; where it was the same as an earlier one, that."""
         return self.by_name.get(name)
 
+    @property
+    def reference(self) -> Result | None:
+        """The full fine-tuning that was most accurate on the validation split."""
+        found = [row for name in plan.FULL if (row := self.named(f"{name}, most accurate")) is not None]
+        return max(found, key=lambda row: row.choice.target, default=None)
+
     def table(self) -> list[str]:
         """Markdown."""
-        reference, baseline = self.named(REFERENCE), self.named(BASELINE) or self.named("full")
+        reference, baseline = self.reference, self.named(BASELINE) or self.reference
         assert self.base is not None
         lines = [
             "| method | settings | seeds | target accuracy | − best full FT, points | source recall@1 | kept, % "
-            "| recall − full + WiSE, points | CPU s |",
+            f"| recall − {baseline.choice.name if baseline else BASELINE}, points | CPU s |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for row in [self.base, *self.rows]:
@@ -211,7 +218,7 @@ class Comparison(Results):
 
     def verdict(self) -> str:
         """Whether the goal is reached by what validation chose: on the test split nothing is picked out."""
-        reference = self.named(REFERENCE)
+        reference = self.reference
         if reference is None:
             return ""
         floor = reference.choice.target - plan.POINT
@@ -228,7 +235,19 @@ class Comparison(Results):
             f"below the accuracy of the best full fine-tuning ({best.mean('target'):.3f} "
             f"against {reference.mean('target'):.3f}; {best.seeds} seed{'s' * (best.seeds > 1)}). "
             f"The goal was to keep {GOAL:.0%} at a point at most: it is "
-            f"{'reached' if reached else 'not reached'}{sure}."
+            f"{'reached' if reached else 'not reached'}{sure}. {self.from_a_random_head()}"
+        ).rstrip()
+
+    def from_a_random_head(self) -> str:
+        """The recipe against full fine-tuning that was tuned and blended, without a linear probe for either."""
+        recipe, baseline = self.named(RECIPE), self.named(BASELINE)
+        if recipe is None or baseline is None:
+            return ""
+        learned, kept = (self.difference(recipe, baseline, role) for role in ("target", "source"))
+        return (
+            f"With a head that starts at random, **{recipe.choice.name}** keeps {self.kept(recipe).show(100, 1)} %, "
+            f"{baseline.choice.name} {self.kept(baseline).show(100, 1)} %: {kept.show(100, 1, '+')} points of recall"
+            f"{' (tie)' * kept.is_tie} and {learned.show(100, 1, '+')} of accuracy{' (tie)' * learned.is_tie}."
         )
 
     def plot(self, path: Path) -> None:
@@ -245,11 +264,11 @@ class Comparison(Results):
             return 100 * row.mean("target"), 100 * row.mean("source") / recall
 
         for curve in self.curves.values():
-            colour = GREY if curve[0].choice.name == "full" else BLUE
+            colour = GREY if curve[0].choice.name in plan.FULL else BLUE
             axes.plot(*zip(*map(place, curve), strict=True), "-", color=colour, alpha=0.3, linewidth=1)
         for number, row in enumerate([self.base, *self.rows]):
             x, y = place(row)
-            colour = ORANGE if row is self.base else GREY if row.choice.name.startswith("full") else BLUE
+            colour = ORANGE if row is self.base else GREY if row.choice.name.startswith(plan.FULL) else BLUE
             error = {"xerr": whiskers(self.estimate(row, "target")), "yerr": whiskers(self.kept(row))}
             axes.errorbar(x, y, **error, fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.25)
             axes.plot(x, y, "o", color=colour, markersize=11, label=f"{number}  {row.choice.name}")
@@ -257,7 +276,7 @@ class Comparison(Results):
         points = [place(row) for row in [self.base, *self.rows]]
         front = [points[i] for i in pareto_front(points)]
         axes.step(*zip(*front, strict=True), where="pre", color=ORANGE, alpha=0.6, linewidth=1.5, label="Pareto front")
-        reference = self.named(REFERENCE)
+        reference = self.reference
         if reference is not None:
             floor = 100 * (reference.mean("target") - plan.POINT)
             axes.axvline(floor, color=GREY, linestyle=":", linewidth=1, label="a point below the best full fine-tuning")

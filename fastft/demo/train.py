@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import fastft
 from fastft.optim import warm_up_then_decay
+from fastft.retention.head import minimum
 from fastft.unfreeze import Unfreezer
 
 from .corpus import Review
@@ -216,23 +217,12 @@ def shuffled(lengths: list[int], size: int, generator: torch.Generator, span: in
 
 
 def fit_linear_probe(model: Classifier, embeddings: Tensor, labels: Tensor, l2: float = 1e-2) -> None:
-    """Fit ``model.head`` on frozen embeddings by L-BFGS, so that all recipes start from the same good head.
+    """Fit ``model.head`` on frozen embeddings, so that all recipes start from the same good head.
 
+    As :func:`fastft.retention.fit_head_` does, without a pass of the model.
     ``l2`` was chosen on reviews that are in neither the default training rows nor the test rows.
     """
-    # In float64, where L-BFGS converges to the one minimum whatever the rounding of the embeddings.
-    x, y = embeddings.double(), labels
-    weight = torch.zeros(model.head.out_features, x.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(model.head.out_features, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        loss = cross_entropy(x @ weight.T + bias, y) + l2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    solver.step(closure)
+    weight, bias = minimum(embeddings.double(), labels, model.head.out_features, l2, biased=True)
     with torch.no_grad():
         model.head.weight.copy_(weight)
         model.head.bias.copy_(bias)

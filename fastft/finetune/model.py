@@ -86,6 +86,17 @@ def load_language_model(folder: Path, tokenizer: Any, config: Any) -> Pretrained
     return Pretrained(model, tokenizer, [], [], [])
 
 
+def new_head(pretrained: Pretrained) -> str:
+    """The name of the new linear layer that gives the logits. Raises :class:`InputError` where there is none."""
+    for name, module in pretrained.model.named_modules():
+        fits = isinstance(module, nn.Linear) and module.out_features == len(pretrained.labels)
+        if fits and f"{name}.weight" in pretrained.new:
+            return str(name)
+    raise InputError(
+        "--fit-head: expected a model with a new linear head, and this one's head is not new or not linear"
+    )
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model; one that has no padding token pads with its end-of-sequence token."""
     if not (folder / "config.json").is_file():

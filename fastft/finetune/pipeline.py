@@ -20,6 +20,7 @@ from fastft.nn import fuse_dropout_
 from fastft.optim import AdamW, TrainingPlan, plan_training
 from fastft.output import staged
 from fastft.recipes import opening_by
+from fastft.retention import fit_head_
 from fastft.unfreeze import LayerGroup, Phases, Progress, layer_groups
 from fastft.unfreeze.policies import GroupInfo, Phase, open_groups
 from fastft.unfreeze.unfreezer import unwrapped
@@ -64,6 +65,10 @@ class Prepared:
     train: Any
     """Map-style."""
     evaluation: datasets.Dataset
+    head: str | None
+    """To be fitted before training, on ``rows``."""
+    rows: datasets.Dataset
+    """Those to train on, as they are: neither replayed nor augmented."""
     cut: int
     notes: list[str]
 
@@ -159,6 +164,7 @@ def get_ready(options: Options) -> Prepared:
         raise InputError(
             f"--max-length: expected at most {limit:,}, the most that the model can take, got {options.max_length:,}"
         )
+    head = model.new_head(pretrained) if options.fit_head else None
     try:
         groups = layer_groups(pretrained.model, options.layer_groups)
         check_policy(options, groups)
@@ -188,7 +194,7 @@ def get_ready(options: Options) -> Prepared:
     if options.fuse_dropout:
         done = fuse_dropout_(pretrained.model)
         notes.append(f"dropout: {len(done.swapped)} swapped, {len(done.fused)} fused with what follows them")
-    return Prepared(data, pretrained, groups, plan, train, tables[1], cut, notes)
+    return Prepared(data, pretrained, groups, plan, train, tables[1], head, tables[0], cut, notes)
 
 
 def check_policy(options: Options, groups: list[LayerGroup]) -> None:
@@ -230,6 +236,11 @@ def train(start: Start, ready: Prepared, folder: Path) -> Report:
     last = checkpoints.last_whole(folder)
     if last is not None:
         say(f"going on after step {checkpoints.step_of(last):,}")
+    elif ready.head is not None:
+        fit = fit_head_(pretrained.model, ready.head, trainer.get_eval_dataloader(ready.rows))
+        say(f"head fitted on {fit.rows:,} rows: accuracy {fit.accuracy:.4g}, loss {fit.loss:.4g} on them")
+        start.run["fitted_head"] = fit._asdict()
+        checkpoints.write_json(folder / checkpoints.RUN, start.run)
     set_seed(options.seed)  # whatever was drawn before
     with neftune(pretrained.model, options.neftune) if options.neftune else nullcontext():
         seconds = run_trainer(training, last)
@@ -257,6 +268,7 @@ def train(start: Start, ready: Prepared, folder: Path) -> Report:
             "class": type(pretrained.model).__name__,
             "parameters": sum(p.numel() for p in pretrained.model.parameters()),
             "new": pretrained.new,
+            "fitted_head": start.run.get("fitted_head"),
             "layers": {group.name: group.numel for group in ready.groups},
         },
         before=start.run["before"],

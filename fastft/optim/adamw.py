@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -207,6 +208,11 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     @property
+    def anchor(self) -> Anchor | None:
+        """Where the weights are pulled back to; with ``"init"`` what was taken then, as for ``drift_report``."""
+        return self._anchor
+
+    @property
     def max_grad_norm(self) -> float | None:
         """The global norm that gradients are clipped to, or None; may be set between steps."""
         return self._max_grad_norm
@@ -326,6 +332,11 @@ class AdamW(torch.optim.AdamW):
         return True
 
     def _make_plan(self, counts_on_device: bool) -> None:
+        if self._anchor is not None and not self.state and all(g["anchor_decay"] == 0.0 for g in self.param_groups):
+            warnings.warn(
+                "anchor: expected anchor_decay > 0 with it, got 0 in every group at the first step; nothing is pulled",
+                stacklevel=2,
+            )
         live: dict[int, tuple[int, Tensor, str]] = {}
         # First what each parameter looks like to a plan that does not step it: one tuple for each, in order.
         entries: list[tuple[Any, ...]] = []

@@ -47,6 +47,7 @@ Against forgetting while training, beside the anchor in the step itself: ``disti
 from fastft.retention.distill import FrozenBase, distillation_loss
 from fastft.retention.drift import Drift, DriftReport, drift_report
 from fastft.retention.fisher import Fisher, estimate_fisher
+from fastft.retention.head import HeadFit, fit_head_
 from fastft.retention.interpolate import AlphaPoint, AlphaSearch, Interpolation, best_alpha, interpolate_
 from fastft.retention.masks import MoFO, child_tuning_
 from fastft.retention.report import (
@@ -69,6 +70,7 @@ __all__ = [
     "Estimate",
     "Fisher",
     "FrozenBase",
+    "HeadFit",
     "Interpolation",
     "MoFO",
     "RetentionReport",
@@ -80,6 +82,7 @@ __all__ = [
     "distillation_loss",
     "drift_report",
     "estimate_fisher",
+    "fit_head_",
     "hypervolume",
     "interpolate_",
     "pareto_front",

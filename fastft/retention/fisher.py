@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastft.retention.batches import IGNORED, evaluating, labels_of, outputs_of, rows_of
+
 Mode = Literal["exact", "sampled", "empirical"]
 FORMAT = "fastft.Fisher 1"
-IGNORED = -100
-"""The label of positions that do not count, as in ``torch.nn.functional.cross_entropy``."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -215,58 +214,6 @@ def log_softmax(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-# -- batches and models --------------------------------------------------------------------------------------
-
-
-def rows_of(batch: Any) -> Iterator[Any]:
-    """The batch cut into batches of one row, in its own form."""
-    if not isinstance(batch, (Mapping, Tensor, list, tuple)):
-        raise ValueError(f"batches: expected mappings, (inputs, labels) or tensors, got {type(batch).__name__}")
-    pair = isinstance(batch, (list, tuple))
-    sizes = {size for part in (batch if pair else [batch]) for size in sizes_in(part)}
-    if len(sizes) != 1:
-        raise ValueError(f"batches: expected the same number of rows in all of a batch, got {sorted(sizes)}")
-    for i in range(sizes.pop()):
-        yield tuple(cut(part, i) for part in batch) if pair else cut(batch, i)
-
-
-def sizes_in(value: Any) -> Iterator[int]:
-    """The numbers of rows of what is inside: tensors, lists with an item for each row, mappings of these."""
-    if isinstance(value, Mapping):
-        for part in value.values():
-            yield from sizes_in(part)
-    elif isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0):
-        yield len(value)
-    elif not (value is None or isinstance(value, (Tensor, str, int, float))):
-        raise ValueError(f"batches: expected tensors, lists, numbers and mappings of them, got {type(value).__name__}")
-
-
-def cut(value: Any, i: int) -> Any:
-    """Row ``i`` of it; what has no rows, whole."""
-    if isinstance(value, Mapping):
-        return {key: cut(part, i) for key, part in value.items()}
-    if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0):
-        return value[i : i + 1]
-    return value
-
-
-def outputs_of(model: nn.Module, batch: Any) -> Any:
-    """The logits, as models usually give them."""
-    inputs = batch[0] if isinstance(batch, tuple) else batch
-    if isinstance(inputs, Mapping):
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-    else:
-        outputs = model(inputs)
-    return getattr(outputs, "logits", outputs)
-
-
-def labels_of(batch: Any) -> Tensor | None:
-    """The labels, where the batch has them."""
-    if isinstance(batch, Mapping):
-        return batch.get("labels")
-    return batch[1] if isinstance(batch, tuple) and len(batch) > 1 else None
-
-
 def checked_logits(logits: Any) -> Tensor:
     """The logits, if that is what they are."""
     if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.shape[0] != 1:
@@ -281,15 +228,3 @@ def checked_loss(value: Any) -> Tensor:
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss: expected a tensor of one element for one row, got {got}")
     return value.sum()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; afterwards each module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -178,13 +178,13 @@ def test_what_keeps_most_within_a_point_is_chosen(importable: Any) -> None:
         means = {a: {"target": {"mean": t}, "source": {"mean": s}} for a, (t, s) in scores.items()}
         return {"key": settings.key, "scores": means}
 
-    full, anchor = plan.GRIDS["full"], plan.GRIDS["anchor"]
+    full, anchor = plan.GRIDS["full FT"], plan.GRIDS["anchor"]
     tuned = [
         record(full[0], {"1": (0.870, 0.10), "0.8": (0.859, 0.24)}),
         record(full[1], {"1": (0.862, 0.20), "0.8": (0.861, 0.22)}),
         record(anchor[0], {"1": (0.850, 0.24), "0.8": (0.855, 0.10)}),
     ]
-    assert [(c.settings, c.alpha) for c in plan.choices("full", tuned)] == [
+    assert [(c.settings, c.alpha) for c in plan.choices("full FT", tuned)] == [
         (full[0], "1"),
         (full[1], "1"),
         (full[1], "0.8"),
@@ -211,7 +211,7 @@ def test_the_report_is_made_of_records_alone(importable: Any, tmp_path: Path) ->
         }
         return {"key": settings.key, "settings": {}, "training": {"cpu_seconds": 7.0}, "scores": packed}
 
-    full, distill = plan.GRIDS["full"][0], plan.GRIDS["distill, both"][0]
+    full, distill = plan.GRIDS["full FT"][0], plan.GRIDS["distill, both"][0]
     tuned = [
         record(plan.PROBES[0], {"0": (0.7, 0.5)}),
         record(full, {"1": (0.9, 0.2)}),
@@ -226,7 +226,7 @@ def test_the_report_is_made_of_records_alone(importable: Any, tmp_path: Path) ->
     assert "**distill, both** kept the most" in text.replace("\n", " ")
     assert "The goal was to keep 97% at a point at most: it is reached" in text.replace("\n", " ")
     rows = {line.split(" | ")[0]: line.split(" | ") for line in text.split("## Tuning")[0].splitlines()}
-    assert rows["| full, most accurate"][2] == "2"
+    assert rows["| full FT, most accurate"][2] == "2"
     assert rows["| distill, both"][2] == "1"
     kept = float(rows["| distill, both"][6].split()[0])
     source = [float((easy["source"] < s).double().mean()) for s in (0.495, 0.5)]

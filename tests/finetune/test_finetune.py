@@ -248,6 +248,29 @@ def test_the_anchor_holds_all_but_the_new_head(classify: Options, tmp_path: Path
     assert (heads[1] - heads[0]).abs().max() < 2e-3  # 4 steps of 1e-3 each, in both
 
 
+def test_a_fitted_head_is_what_training_starts_from(classify: Options, tmp_path: Path) -> None:
+    classify.update(lr=1e-12, weight_decay=0, max_length=64, augment="token_dropout=0.5", keep="last")
+    done = cases.finetune(**classify, fit_head=True)
+    assert done.status == 0, done.err
+    report = report_of(classify["output"])
+    fit = report["model"]["fitted_head"]
+    rows = rows_of(classify["train"])
+    assert fit["rows"] == len(rows)
+    assert f"head fitted on {len(rows)} rows: accuracy {fit['accuracy']:.4g}, loss {fit['loss']:.4g}" in done.err
+    # The rows as they are, though they are augmented for training, and the head that was fitted, as nothing moved it.
+    accuracy, loss = classified(classify["output"], rows, 64)
+    assert (fit["accuracy"], fit["loss"]) == (pytest.approx(accuracy), pytest.approx(loss, rel=1e-4))
+    assert fit["loss"] < report["before"]["loss"] - 0.01
+    before, after = (load_file(folder / "model.safetensors") for folder in (classify["model"], classify["output"]))
+    for name, value in before.items():
+        torch.testing.assert_close(after[f"bert.{name}"], value, rtol=0, atol=1e-9)
+
+    classify.update(model=classify["output"], output=tmp_path / "again")
+    refused = cases.finetune(**classify, fit_head=True)
+    assert refused.status == 2 and "--fit-head: expected a model with a new linear head" in refused.err
+    assert not classify["output"].exists()
+
+
 def test_a_config_file_and_flags_that_override_it(classify: Options, tmp_path: Path) -> None:
     output = classify["output"]
     options = {name.replace("_", "-"): str(v) if isinstance(v, Path) else v for name, v in classify.items()}

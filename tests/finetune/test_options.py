@@ -104,6 +104,12 @@ def test_all_that_is_missing_is_named() -> None:
         options_from(given({k: v for k, v in NEEDED.items() if k != "label_column"}, None))
 
 
+def test_a_language_model_has_no_head_to_fit() -> None:
+    chosen = {k: v for k, v in NEEDED.items() if k != "label_column"} | {"task": "causal-lm", "fit_head": True}
+    with pytest.raises(InputError, match="--fit-head: expected only with --task text-classification"):
+        options_from(given(chosen, None))
+
+
 def test_yaml_is_read_as_people_write_it(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "# my run\n"

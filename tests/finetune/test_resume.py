@@ -34,6 +34,7 @@ def long_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Opti
         "batch_size": 4,
         "gradient_accumulation": 2,
         "lr": 3e-3,
+        "fit_head": True,
         "anchor_decay": 10,
         "discriminative_lr": 1.3,
         "unfreeze": ["on-plateau", "metric=eval_loss", "patience=1", "restore_best=true"],
