@@ -65,6 +65,9 @@ def recipe(
     layers that open from the output down (:class:`~fastft.unfreeze.GradualUnfreeze`; Howard & Ruder 2018, arXiv
     1801.06146). As most layers are closed at first, it also takes less time than to train all of them.
 
+    A new head should be fitted first, by :func:`fastft.retention.fit_head_`, as it was there: what a random one costs,
+    nothing here brings back.
+
     Args:
         model: pre-trained, and on the device that it is trained on.
         total_steps: optimizer steps of the run.

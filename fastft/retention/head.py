@@ -12,7 +12,12 @@ from torch.nn.utils import parametrize
 
 from fastft.retention.batches import IGNORED, evaluating, labels_of, outputs_of
 
-SOLVER = {"max_iter": 1000, "tolerance_grad": 1e-9, "tolerance_change": 1e-15, "line_search_fn": "strong_wolfe"}
+SOLVER: dict[str, Any] = {
+    "max_iter": 1000,
+    "tolerance_grad": 1e-9,
+    "tolerance_change": 1e-15,
+    "line_search_fn": "strong_wolfe",
+}
 """Of L-BFGS: on to where float64 sees the minimum, far below what a float32 head holds."""
 
 
