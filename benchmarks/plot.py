@@ -58,8 +58,9 @@ def main() -> int:
     }
     if not measured:
         raise SystemExit(f"expected files of fastft bench --json in {options.speed}, found none")
-    retention, data = retention_results()
+    retention, chains, data = retention_results()
     retention_page = options.retention_page.read_text(encoding="utf-8")
+    retention_page = filled_in(retention_page, "retention", retention_section(retention))
     data_page = filled_in(options.data_page.read_text(encoding="utf-8"), "replay-and-augmentation", data_section(data))
     demo = json.loads((RESULTS / "demo" / "report.json").read_text(encoding="utf-8"))
     readme = options.readme.read_text(encoding="utf-8")
@@ -67,7 +68,7 @@ def main() -> int:
     wanted = {
         options.readme: filled_in(readme, "demo", demo_table(demo)),
         options.data_page: filled_in(data_page, "loaders", loaders_section()),
-        options.retention_page: filled_in(retention_page, "retention", retention_section(retention)),
+        options.retention_page: filled_in(retention_page, "chain", "\n".join(chains)),
         options.generated / "benchmarks.md": document(measured),
     }
     if options.check:
@@ -234,13 +235,15 @@ def demo_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def retention_results() -> tuple[Any, Any]:
-    """The retention benchmark's runs on the test split, and those with replay and augmentation."""
+def retention_results() -> tuple[Any, list[str], Any]:
+    """The retention benchmark's runs on the test split, its chains' table, and runs with replay and augmentation."""
     sys.path.append(str(ROOT))  # ``benchmarks`` is a folder of the repository and in no wheel
-    from benchmarks.retention import data_report, records, report
+    from benchmarks.retention import chain_report, data_report, records, report
 
     tuned, tested = (records.load(records.RESULTS / f"{split}.jsonl") for split in ("validation", "test"))
-    return report.Comparison("test", tuned, tested), data_report.DataResults(records.load(data_report.FILE))
+    comparison = report.Comparison("test", tuned, tested)
+    chains = chain_report.chain_table(records.load(chain_report.FILE), comparison.base)
+    return comparison, chains, data_report.DataResults(records.load(data_report.FILE))
 
 
 def retention_section(comparison: Any) -> str:

@@ -25,8 +25,9 @@ CONFIDENCE = 0.95
 GOAL = 0.97
 """What part of the source recall a recipe should keep within a point of the best accuracy."""
 BASELINE = "full FT + WiSE"
-RECIPE = "anchor + gradual, random head"
-"""``fastft.recipe`` on a model whose head is new."""
+RIVALS = (BASELINE, "LP-FT + WiSE")
+RECIPE = "anchor + gradual"
+"""``fastft.recipe`` on a model whose head ``fit_head_`` has fitted."""
 GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0072b2", "#d55e00", "#009e73"
 
 Array = npt.NDArray[np.float64]
@@ -235,20 +236,27 @@ class Comparison(Results):
             f"below the accuracy of the best full fine-tuning ({best.mean('target'):.3f} "
             f"against {reference.mean('target'):.3f}; {best.seeds} seed{'s' * (best.seeds > 1)}). "
             f"The goal was to keep {GOAL:.0%} at a point at most: it is "
-            f"{'reached' if reached else 'not reached'}{sure}. {self.from_a_random_head()}"
+            f"{'reached' if reached else 'not reached'}{sure}. {self.recipe_against_rivals()}"
         ).rstrip()
 
-    def from_a_random_head(self) -> str:
-        """The recipe against full fine-tuning that was tuned and blended, without a linear probe for either."""
-        recipe, baseline = self.named(RECIPE), self.named(BASELINE)
-        if recipe is None or baseline is None:
+    def recipe_against_rivals(self) -> str:
+        """The recipe, as trained, against full fine-tuning that was tuned and blended back."""
+        recipe = self.named(RECIPE)
+        rivals = [row for row in map(self.named, RIVALS) if row is not None]
+        if recipe is None or not rivals:
             return ""
-        learned, kept = (self.difference(recipe, baseline, role) for role in ("target", "source"))
-        return (
-            f"With a head that starts at random, **{recipe.choice.name}** keeps {self.kept(recipe).show(100, 1)} %, "
-            f"{baseline.choice.name} {self.kept(baseline).show(100, 1)} %: {kept.show(100, 1, '+')} points of recall"
-            f"{' (tie)' * kept.is_tie} and {learned.show(100, 1, '+')} of accuracy{' (tie)' * learned.is_tie}."
-        )
+        said = [
+            f"`fit_head_` and `fastft.recipe`, as trained (**{RECIPE}**), keep {self.kept(recipe).show(100, 1)} %, "
+            f"with an accuracy of {recipe.mean('target'):.3f}."
+        ]
+        for rival in rivals:
+            learned, kept = (self.difference(recipe, rival, role) for role in ("target", "source"))
+            said.append(
+                f"Against {rival.choice.name} ({self.kept(rival).show(100, 1)} %) that is "
+                f"{kept.show(100, 1, '+')} points of recall{' (tie)' * kept.is_tie} and "
+                f"{learned.show(100, 1, '+')} of accuracy{' (tie)' * learned.is_tie}."
+            )
+        return " ".join(said)
 
     def plot(self, path: Path) -> None:
         """Source kept against target accuracy; a line joins one training run's blends."""

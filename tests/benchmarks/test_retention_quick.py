@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -212,19 +213,26 @@ def test_the_report_is_made_of_records_alone(importable: Any, tmp_path: Path) ->
         return {"key": settings.key, "settings": {}, "training": {"cpu_seconds": 7.0}, "scores": packed}
 
     full, distill = plan.GRIDS["full FT"][0], plan.GRIDS["distill, both"][0]
+    recipe = plan.GRIDS["anchor + gradual"][0]
     tuned = [
         record(plan.PROBES[0], {"0": (0.7, 0.5)}),
-        record(full, {"1": (0.9, 0.2)}),
+        record(full, {"1": (0.9, 0.2), "0.8": (0.895, 0.4)}),
         record(distill, {"1": (0.9, 0.49)}),
+        record(recipe, {"1": (0.9, 0.48)}),
     ]
     tested = [
         record(plan.PROBES[1], {"0": (0.7, 0.5)}),
-        *(record(full.for_test(seed), {"1": (0.9, 0.2 + seed / 100)}) for seed in (0, 1)),
+        *(record(full.for_test(seed), {"1": (0.9, 0.2 + seed / 100), "0.8": (0.9, 0.4)}) for seed in (0, 1)),
         record(distill.for_test(0), {"1": (0.9, 0.495)}),
+        record(recipe.for_test(0), {"1": (0.9, 0.49)}),
     ]
     text = report.document(tuned, tested, tmp_path)
     assert "**distill, both** kept the most" in text.replace("\n", " ")
     assert "The goal was to keep 97% at a point at most: it is reached" in text.replace("\n", " ")
+    said = text.split("## Tuning")[0].replace("\n", " ")
+    ahead = float((easy["source"] < 0.49).double().mean() - (easy["source"] < 0.4).double().mean())
+    assert re.search(rf"Against full FT \+ WiSE \(.*\) that is \+{100 * ahead:.1f} \[.*\] points of recall and ", said)
+    assert "+0.0 [+0.0, +0.0] of accuracy (tie)" in said and "LP-FT" not in said
     rows = {line.split(" | ")[0]: line.split(" | ") for line in text.split("## Tuning")[0].splitlines()}
     assert rows["| full FT, most accurate"][2] == "2"
     assert rows["| distill, both"][2] == "1"
@@ -274,3 +282,45 @@ def test_labels_are_spread(importable: Any) -> None:
 
     assert spread([0.1, 0.5], 0.2) == [0.1, 0.5]
     assert spread([0.1, 0.1, 0.9, 0.95], 0.2) == pytest.approx([0.1, 0.3, 0.8, 1.0])
+
+
+def test_a_chain_says_what_each_stage_did_to_the_others(importable: Any) -> None:
+    from dataclasses import asdict
+
+    from benchmarks.retention import chain_report, plan, records, report
+
+    generator = torch.Generator().manual_seed(0)
+    easy = {name: torch.rand(n, generator=generator) for name, n in (("movie", 400), ("amazon", 100), ("source", 600))}
+
+    def hits(name: str, level: float) -> torch.Tensor:
+        return easy[name] < level
+
+    def stage(target: str, **levels: float) -> dict[str, Any]:
+        packed = {name: records.pack(hits(name, level)) for name, level in levels.items()}
+        return {"target": target, "scores": packed, "cpu_seconds": 5.0}
+
+    record = {
+        "settings": asdict(plan.Settings.of(2e-4, {"anchor": 30, "gradual": 0.5}, split="test")),
+        "stages": [
+            stage("movie", movie=0.9, source=0.5),
+            stage("amazon", movie=0.8, amazon=0.9, source=0.45),
+            stage("movie", movie=0.95, amazon=0.9, source=0.4),
+        ],
+    }
+    base = {"target": records.pack(hits("movie", 0.7)), "source": records.pack(hits("source", 0.5))}
+    probe = report.result(plan.Choice("probe", plan.PROBES[1], "0"), [{"scores": {"0": base}, "training": {}}])
+    assert probe is not None
+    head, _, row = (line.strip("| ").split(" | ") for line in chain_report.chain_table([record], probe))
+    cells = dict(zip(head, row, strict=True))
+    means = {
+        (name, level): hits(name, level).double().mean().item() for name in easy for level in (0.4, 0.8, 0.9, 0.95)
+    }
+    assert cells["method"] == "anchor + gradual" and cells["CPU s"] == "15"
+    assert cells["movie accuracy"] == " → ".join(f"{means['movie', level]:.3f}" for level in (0.9, 0.8, 0.95))
+    lost, low, high = map(float, re.findall(r"[+-][\d.]+", cells["Amazon on movie, points"]))
+    assert lost == pytest.approx(100 * (means["movie", 0.8] - means["movie", 0.9]), abs=0.051)
+    assert low < lost < high < 0
+    assert cells["movie on Amazon, points"] == "+0.0 [+0.0, +0.0] (tie)"
+    assert cells["kept after movie, %"] == "100.0 [100.0, 100.0]"
+    kept = float(cells["kept after movie again, %"].split()[0])
+    assert kept == pytest.approx(100 * means["source", 0.4] / hits("source", 0.5).double().mean().item(), abs=0.051)

@@ -207,3 +207,14 @@ def test_a_loader_that_fails_leaves_all_as_it_was() -> None:
         fit_head_(model, "4", broken(batches))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training and not model[4]._forward_pre_hooks
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
+def test_a_model_on_a_gpu_gets_the_same_head() -> None:
+    inputs, labels = rows()
+    there, here = model_of().cuda(), model_of()
+    fit_head_(here, "4", in_batches(inputs, labels))
+    fit = fit_head_(there, "4", in_batches(inputs.cuda(), labels.cuda()))
+    assert fit.rows == 200 and there[4].weight.is_cuda
+    torch.testing.assert_close(there[4].weight.cpu(), here[4].weight, rtol=1e-3, atol=1e-4)
