@@ -16,7 +16,7 @@ from fastft.optim import AdamW
 from .groups import GroupPatterns, layer_groups, shortened
 from .hooks import ClosedForward, ModuleHook, StillNorms, norms_in
 from .moments import bring_back, drop, offload, state_bytes
-from .policies import Event, GoesBack, GroupInfo, Policy, Progress, check_choice, check_count, open_groups
+from .policies import Event, GoesBack, GroupInfo, OnPlateau, Policy, Progress, check_choice, check_count, open_groups
 from .report import Report, Row
 from .wrappers import clean, peel, reentrant_checkpointing, requiring_inputs, wrapped_for
 
@@ -263,7 +263,17 @@ class Unfreezer:
             drop(self.optimizer, self._closed - self._frozen)
 
     def close(self) -> None:
-        """Open everything that the unfreezer closed, bring back its state, and take all hooks away."""
+        """Open everything that the unfreezer closed, bring back its state, and take all hooks away.
+
+        Warns if the policy went by a metric that was never logged, and so opened nothing.
+        """
+        if isinstance(self.policy, OnPlateau) and self._step:
+            logged = {name for event in self._events for name in event.metrics}
+            if self.policy.metric not in logged:
+                got = ", ".join(map(repr, sorted(logged))) or "no metrics at all"
+                warnings.warn(
+                    f"OnPlateau: metric: expected {self.policy.metric!r} in step(...), got {got}", stacklevel=2
+                )
         self._restore_lrs()
         self._set_closed(set(self._frozen))
         if isinstance(self.optimizer, AdamW):

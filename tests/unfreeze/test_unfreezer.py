@@ -667,6 +667,26 @@ def test_a_plateau_goes_back_to_the_best_parameters(mode: Any) -> None:
     assert_equal(statistics(model), best[1])
 
 
+@pytest.mark.parametrize(
+    ("logged", "told"),
+    [
+        ((), "no metrics at all"),
+        (({"val_los": 1.0}, {"lr": 0.1}), "'lr', 'val_los'"),
+        (({"val_los": 1.0}, {"val_loss": 1.0}), None),
+    ],
+)
+def test_a_metric_that_was_never_logged_is_told_at_the_end(logged: Any, told: str | None) -> None:
+    model = Stack()
+    unfreezer = Unfreezer(model, adamw(model), OnPlateau("val_loss"))
+    for metrics in ({}, *logged):
+        unfreezer.step(**metrics)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        unfreezer.close()
+    expected = f"OnPlateau: metric: expected 'val_loss' in step(...), got {told}"
+    assert [str(warning.message) for warning in found] == ([expected] if told else [])
+
+
 def test_only_what_has_been_open_is_copied() -> None:
     model = Stack()
     unfreezer = Unfreezer(model, adamw(model), OnPlateau("loss", restore_best=True))
