@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fastft
 from fastft import _C, Anchor
-from fastft.optim import reference
+from fastft.optim import AnchorDecayScheduler, reference
 from fastft.optim.adamw import parts_of
 from fastft.optim.staging import PART_BYTES, Staging, aligned, staging_for
 from fastft.optim.step import Part
@@ -637,6 +637,11 @@ def test_an_anchor_without_a_decay_is_said_to_pull_nothing(recwarn: pytest.Warni
     assert steps(anchor="init") == 1
     assert steps(anchor="init", anchor_decay=1.0) == 0
     assert steps() == 0
+    model = net()
+    optimizer = fastft.AdamW(model.named_parameters(), anchor="init", anchor_decay=1.0)
+    AnchorDecayScheduler(optimizer, lambda step: min(1.0, step / 10))  # which begins at 0
+    train(optimizer, [0])
+    assert not recwarn.list
 
 
 def test_the_anchor_that_is_pulled_to_can_be_read() -> None:

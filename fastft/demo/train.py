@@ -222,7 +222,7 @@ def fit_linear_probe(model: Classifier, embeddings: Tensor, labels: Tensor, l2: 
     As :func:`fastft.retention.fit_head_` does, without a pass of the model.
     ``l2`` was chosen on reviews that are in neither the default training rows nor the test rows.
     """
-    weight, bias = minimum(embeddings.double(), labels, model.head.out_features, l2, biased=True)
+    weight, bias = minimum(embeddings.double(), labels, model.head.out_features, l2, bias_l2=0.0)
     with torch.no_grad():
         model.head.weight.copy_(weight)
         model.head.bias.copy_(bias)

@@ -68,7 +68,7 @@ def load(folder: Path, task: str, labels: Sequence[str]) -> Pretrained:
     if not new and not known:  # as many labels as the model has, but others
         inside = f"{model.base_model_prefix}."
         new = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
-        notes.append(f"the model's head is kept; its outputs {', '.join(own)} become {', '.join(labels)}")
+        notes.append(f"the model has a head for {', '.join(own)}; these become {', '.join(labels)}")
     finish(model, tokenizer, folder)
     return Pretrained(model, tokenizer, labels, new, notes)
 
@@ -88,13 +88,18 @@ def load_language_model(folder: Path, tokenizer: Any, config: Any) -> Pretrained
 
 def new_head(pretrained: Pretrained) -> str:
     """The name of the new linear layer that gives the logits. Raises :class:`InputError` where there is none."""
-    for name, module in pretrained.model.named_modules():
-        fits = isinstance(module, nn.Linear) and module.out_features == len(pretrained.labels)
-        if fits and f"{name}.weight" in pretrained.new:
-            return str(name)
-    raise InputError(
-        "--fit-head: expected a model with a new linear head, and this one's head is not new or not linear"
-    )
+    heads = [
+        str(name)
+        for name, module in pretrained.model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == len(pretrained.labels)
+        and f"{name}.weight" in pretrained.new
+    ]
+    if not heads:
+        raise InputError(
+            "--fit-head: expected a model with a new linear head, and this one's head is not new or not linear"
+        )
+    return heads[-1]
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -282,7 +282,7 @@ class Options:
     seed: int = option(TRAINING, count(0), 0, "of a new head, the order of rows, dropout and random policies", "N")
 
     fit_head: bool = option(
-        KEEPING, flag, False, "fit a new head while the rest is frozen, then train all (LP-FT): keeps far more"
+        KEEPING, flag, False, "fit a new head while the rest is frozen, then train all (LP-FT): far less is forgotten"
     )
     anchor_decay: float = option(
         KEEPING, number(0), 0.0, "pull weights toward their pre-trained values; 100 holds each within about 1/100", "X"
@@ -447,7 +447,7 @@ def options_from(values: Mapping[str, Any]) -> Options:
     if options.task == CAUSAL_LM and options.label_column is not None:
         raise InputError(f"--label-column: expected none with {CAUSAL_LM}, got {options.label_column!r}")
     if options.task == CAUSAL_LM and options.fit_head:
-        raise InputError(f"--fit-head: expected only with --task {CLASSIFICATION}")
+        raise InputError(f"--fit-head: expected only with --task {CLASSIFICATION}, got {CAUSAL_LM}")
     if options.label_column == options.text_column:
         raise InputError(f"--label-column: expected another column than --text-column, got {options.text_column!r}")
     if options.unfreeze is None:

@@ -230,17 +230,15 @@ def train(start: Start, ready: Prepared, folder: Path) -> Report:
     use_cache = getattr(pretrained.model.config, "use_cache", None)
     training = prepare(options, pretrained, ready.groups, ready.plan, ready.train, ready.evaluation, folder)
     trainer = training.trainer
-    if "before" not in start.run:
-        start.run["before"] = scores(trainer.evaluate(), options.task)
-        checkpoints.write_json(folder / checkpoints.RUN, start.run)
     last = checkpoints.last_whole(folder)
-    if last is not None:
-        say(f"going on after step {checkpoints.step_of(last):,}")
-    elif ready.head is not None:
-        fit = fit_head_(pretrained.model, ready.head, trainer.get_eval_dataloader(ready.rows))
-        say(f"head fitted on {fit.rows:,} rows: accuracy {fit.accuracy:.4g}, loss {fit.loss:.4g} on them")
-        start.run["fitted_head"] = fit._asdict()
+    if last is None:
+        # Also where an earlier start came as far: the Trainer sets the model up when it is first asked to evaluate.
+        start.run["before"] = scores(trainer.evaluate(), options.task)
+        if ready.head is not None:
+            start.run["fitted_head"] = fit_head(pretrained, ready.head, trainer.get_eval_dataloader(ready.rows))
         checkpoints.write_json(folder / checkpoints.RUN, start.run)
+    else:
+        say(f"going on after step {checkpoints.step_of(last):,}")
     set_seed(options.seed)  # whatever was drawn before
     with neftune(pretrained.model, options.neftune) if options.neftune else nullcontext():
         seconds = run_trainer(training, last)
@@ -289,6 +287,18 @@ def train(start: Start, ready: Prepared, folder: Path) -> Report:
         notes=ready.notes,
         environment={**environment(PACKAGES), "device": device},
     )
+
+
+def fit_head(pretrained: Pretrained, head: str, batches: Any) -> dict[str, float]:
+    """Fit it, and say how well that went."""
+    try:
+        fit = fit_head_(pretrained.model, head, batches)
+    except ValueError as error:
+        raise InputError(f"--fit-head: {error}") from error
+    others = [name for name in pretrained.new if not name.startswith(f"{head}.")]
+    kept = f"; left as they were made, at random: {listed(others)}" if others else ""
+    say(f"{head} fitted on {fit.rows:,} rows: accuracy {fit.accuracy:.4g}, loss {fit.loss:.4g} on them{kept}")
+    return fit._asdict()
 
 
 def run_trainer(training: Training, checkpoint: Path | None) -> float:

@@ -332,7 +332,9 @@ class AdamW(torch.optim.AdamW):
         return True
 
     def _make_plan(self, counts_on_device: bool) -> None:
-        if self._anchor is not None and not self.state and all(g["anchor_decay"] == 0.0 for g in self.param_groups):
+        # A scheduler may begin at 0; what it scales is in initial_anchor_decay.
+        decays = [g.get("initial_anchor_decay", g["anchor_decay"]) for g in self.param_groups]
+        if self._anchor is not None and not self.state and not any(decays):
             warnings.warn(
                 "anchor: expected anchor_decay > 0 with it, got 0 in every group at the first step; nothing is pulled",
                 stacklevel=2,

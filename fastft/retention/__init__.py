@@ -39,7 +39,8 @@ True
 >>> bool(kept)
 True
 
-Against forgetting while training, beside the anchor in the step itself: ``distillation_loss`` (an anchor on outputs),
+Against forgetting: before training, ``fit_head_`` (so that a new head does not start at random); while training, beside
+the anchor in the step itself, ``distillation_loss`` (an anchor on outputs),
 ``child_tuning_`` and ``MoFO`` (move only some of the weights), ``estimate_fisher`` (which weights matter), and
 ``fastft.optim``'s ``AnchorDecayScheduler`` and ``RecAdamScheduler``.
 """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import parametrize
 
 from fastft.retention.batches import IGNORED, evaluating, labels_of, outputs_of
 
@@ -19,6 +20,10 @@ SOLVER: dict[str, Any] = {
     "line_search_fn": "strong_wolfe",
 }
 """Of L-BFGS: on to where float64 sees the minimum, far below what a float32 head holds."""
+BIAS_L2 = 1e-4
+"""Enough for there to be one minimum, also with classes that have no rows."""
+ALIKE = 0.01
+"""Features whose standard deviation is below this part of their size hardly differ."""
 
 
 class HeadFit(NamedTuple):
@@ -42,54 +47,70 @@ def fit_head_(
 
     A head that starts at random sends gradients through the model that bend its features to fit that head, and what
     it knew goes with them. So fit the head first, then fine-tune (LP-FT: Kumar et al. 2022,
-    https://arxiv.org/abs/2202.10054). With x [rows, features] what reaches the head and y the labels, this finds
+    https://arxiv.org/abs/2202.10054). With x [rows, features] what reaches the head, less its mean, and y the labels,
+    this finds
 
     .. code-block:: text
 
-        W, b = argmin  mean(cross_entropy(x Wᵀ + b, y)) + l2·σ²·‖W‖²      σ²: the features' variance, in the mean
+        W, b = argmin  mean(cross_entropy(x Wᵀ + b, y)) + l2·σ²·‖W‖² + 1e-4·‖b‖²      σ²: the mean of x²
 
-    by L-BFGS in float64, from 0: it is convex, so the result depends on the rows alone, neither on their order nor on
-    a seed. The model goes over ``batches`` once, in ``eval`` mode and without gradients. Its modes, ``.grad`` and all
-    weights but those of the head are afterwards as before. All x are held on the CPU, 8 bytes a number.
+    by L-BFGS in float64, from 0, and gives b what the mean makes of it. There is one minimum, so the result depends on
+    the rows alone, neither on their order nor on a seed. The model goes over ``batches`` once, in ``eval`` mode and
+    without gradients. Its modes, ``.grad`` and all weights but those of the head are afterwards as before. All x are
+    held on the CPU, 8 bytes a number, twice that while they are put together.
 
-    Fit the head before an :class:`fastft.Anchor` is taken if that holds the head too, and before the model is wrapped
-    or sharded; with data split over several processes, give each the same batches.
+    Only this layer is fitted: where a model has other new layers below it, they stay at random. Fit the head before an
+    :class:`fastft.Anchor` is taken if that holds the head too, and before the model is wrapped or sharded; with data
+    split over several processes, give each the same batches.
 
     Args:
         model: the model with the new head.
         head: the ``nn.Linear`` that gives the logits, or its name in ``model``.
         batches: mappings of tensors with "labels" (such as a tokenizer and a collator make), or ``(inputs, labels)``,
-            on the model's device. Labels are whole numbers from 0; -100 is left out. One label for each vector that
-            reaches the head.
-        forward: ``forward(model, batch)`` runs the model so that the head is called. By default, ``model(**batch)``
-            without the labels, or ``model(inputs)``.
-        l2: of the weights, not the biases; above 0, so that there is a minimum. By σ² it means the same at any scale
-            of the features. The default was found on a sentence encoder with some thousand rows; less suits more.
+            on the model's device. Labels are whole numbers from 0, one for each vector that reaches the head, or for
+            each output of the model if that picks or averages over positions (as decoders do that classify); -100 is
+            left out.
+        forward: ``forward(model, batch)`` runs the model so that the head is called, and returns its output. By
+            default, ``model(**batch)`` without the labels, or ``model(inputs)``.
+        l2: of the weights; above 0. By σ² it means the same at any scale of the features. The default was found on a
+            sentence encoder with some thousand rows; less suits more.
 
-    Returns the loss and accuracy on ``batches`` after fitting.
+    Returns the loss and accuracy of the head on ``batches``.
 
     Raises ``ValueError``, with the head as it was, for a head that is no plain ``nn.Linear`` of the model with two
-    outputs or more, for batches without labels, labels that do not fit, a head that is not called once for each
-    batch, no rows at all, or features that are not finite or the same in all rows.
+    outputs or more and weights of its own, for batches without labels, labels that do not fit, a head that is not
+    called once for each batch, no rows at all, or features that are not finite or the same in all rows. Warns of
+    features that hardly differ between rows, as it takes large weights to tell them apart.
     """
     head = found_head(model, head)
-    if not l2 > 0 or l2 == float("inf"):
+    if not 0 < l2 < float("inf"):
         raise ValueError(f"l2: expected a number above 0, got {l2!r}")
-    features, labels = what_reaches(model, head, batches, forward)
-    center = features.mean(0) if head.bias is not None else torch.zeros_like(features[0])
-    scale = features.var(0, correction=0).mean().sqrt()
-    if scale == 0.0:
-        raise ValueError(f"batches: expected features that differ between rows, got the same in all {len(labels):,}")
-    # Neither changes the minimum, and the solver gets there sooner.
-    standard = (features - center) / scale
-    weight, bias = minimum(standard, labels, head.out_features, l2, biased=head.bias is not None)
-    weight /= scale
-    bias -= weight @ center
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        if head.bias is not None:
-            head.bias.copy_(bias)
-    logits = features @ weight.T + bias
+    with torch.inference_mode(False):
+        x, labels = what_reaches(model, head, batches, forward)
+        center = x.mean(0) if head.bias is not None else torch.zeros_like(x[0])
+        size = x.square().mean().sqrt().item()
+        x -= center  # in place, as there may be many
+        scale = x.square().mean().sqrt().item()
+        if scale <= 1e-12 * size:
+            raise ValueError(
+                f"batches: expected features that differ between rows, got the same in all {len(labels):,}"
+            )
+        if scale < ALIKE * size:
+            warnings.warn(
+                f"fit_head_: the features that reach the head hardly differ between rows ({scale:.2g} of {size:.2g}); "
+                "to tell them apart its weights get large, and so will gradients; a larger l2 keeps them small",
+                stacklevel=2,
+            )
+        x /= scale  # changes no minimum, and the solver gets there sooner
+        weight, bias = minimum(x, labels, head.out_features, l2, None if head.bias is None else BIAS_L2)
+        with torch.no_grad():
+            head.weight.copy_(weight / scale)
+            if head.bias is not None:
+                head.bias.copy_(bias - weight @ center / scale)
+            # Of the head as it is now, rounded to its dtype.
+            weight = head.weight.detach().cpu().double()
+            bias = weight @ center + (0.0 if head.bias is None else head.bias.detach().cpu().double())
+        logits = x @ (scale * weight).T + bias
     loss, accuracy = cross_entropy(logits, labels), (logits.argmax(1) == labels).double().mean()
     return HeadFit(loss.item(), accuracy.item(), len(labels))
 
@@ -97,51 +118,88 @@ def fit_head_(
 def found_head(model: nn.Module, head: nn.Linear | str) -> nn.Linear:
     """The head in the model, if it is one that can be fitted."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    if isinstance(head, str):
-        if head not in modules:
-            linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-            raise ValueError(f"head: expected the name of an nn.Linear, such as {linear[-1:]}, got {head!r}")
-        found: Any = modules[head]
-    else:
-        found = head
-        if not any(module is head for module in modules.values()):
-            raise ValueError("head: expected a module of the model, got one that is not in it")
-    if not isinstance(found, nn.Linear) or parametrize.is_parametrized(found):
-        raise ValueError(f"head: expected a plain nn.Linear, got {type(found).__name__}")
+    if isinstance(head, str) and head not in modules:
+        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        expected = f"the name of an nn.Linear{f', such as {linear[-1]!r}' if linear else ''}"
+        raise ValueError(f"head: expected {expected}, got {head!r}")
+    found: Any = modules[head] if isinstance(head, str) else head
+    names = [name for name, module in modules.items() if module is found]
+    if not names:
+        raise ValueError("head: expected a module of the model, got one that is not in it")
+    # Parametrizations and the hooks of pruning and norms compute the weight anew, and would undo the fit.
+    if not isinstance(found, nn.Linear) or "weight" not in found._parameters:
+        below = [
+            ".".join(filter(None, (names[0], name)))
+            for name, module in found.named_modules()
+            if name and isinstance(module, nn.Linear)
+        ]
+        instead = f"; in it: {', '.join(map(repr, below))}" if below else ""
+        raise ValueError(
+            f"head: expected an nn.Linear whose weight is a parameter, got {type(found).__name__}{instead}"
+        )
     if found.out_features < 2:
         raise ValueError(f"head: expected at least 2 outputs, one for each class, got {found.out_features}")
+    for name, module in modules.items():
+        if module is not found and any(
+            p is not None and p is q for p in module._parameters.values() for q in (found.weight, found.bias)
+        ):
+            raise ValueError(f"head: expected weights of its own, got {names[0]!r}, which shares them with {name!r}")
     return found
+
+
+class Tap:
+    """What reaches a module, and (``pass_on``) what comes out of the model if the module hands it on as it is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.seen: list[Tensor] = []
+        self.pass_on = False
+        self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
+
+    def hook(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        self.seen.append(arguments[0] if arguments else named["input"])
+        return self.seen[-1] if self.pass_on else None
+
+    def features(self, run: Callable[[], Any], labels: Tensor) -> Tensor:
+        """Those of one batch [*labels.shape, features]."""
+        self.seen.clear()
+        output = run()
+        if len(self.seen) != 1:
+            raise ValueError(f"head: expected the model to call it once for each batch, got {len(self.seen)} calls")
+        x = self.seen[0]
+        flat = x.dim() == 2 and len(x) == labels.numel()  # some models put rows and positions into one dimension
+        if not self.pass_on and (flat or x.shape[:-1] == labels.shape):
+            return x
+        if not self.pass_on:
+            # A decoder gives logits for all positions and picks the last. What picks logits picks features as well.
+            self.pass_on = True
+            return self.features(run, labels)
+        picked = getattr(output, "logits", output)
+        if not isinstance(picked, Tensor) or picked.shape != (*labels.shape, x.shape[-1]):
+            raise ValueError(
+                f"batches: expected a label for each vector that reaches the head, of shape {list(x.shape[:-1])}, "
+                f"got labels of shape {list(labels.shape)}"
+            )
+        return picked
 
 
 def what_reaches(
     model: nn.Module, head: nn.Linear, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None
 ) -> tuple[Tensor, Tensor]:
     """The head's inputs [rows, features] in float64 and their labels [rows], on the CPU."""
-    seen: list[Tensor] = []
     features, labels = [], []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    tap = Tap(head)
     try:
         with evaluating(model), torch.no_grad():
             for each in batches:
                 batch = tuple(each) if isinstance(each, list) else each  # as torch's DataLoader puts pairs together
-                wanted = labels_of(batch)
-                if not isinstance(wanted, Tensor) or wanted.is_floating_point() or wanted.dtype == torch.bool:
-                    got = "none" if wanted is None else getattr(wanted, "dtype", type(wanted).__name__)
-                    raise ValueError(f"batches: expected labels as a tensor of whole numbers, got {got}")
-                seen.clear()
-                (forward or outputs_of)(model, batch)
-                if len(seen) != 1:
-                    raise ValueError(f"head: expected the model to call it once for each batch, got {len(seen)} calls")
-                x, y = seen[0].reshape(-1, head.in_features), wanted.reshape(-1)
-                if len(x) != len(y):
-                    raise ValueError(
-                        f"batches: expected a label for each vector that reaches the head ({len(x):,}), got {len(y):,}"
-                    )
-                counts = (y != IGNORED).cpu()
-                features.append(x.cpu().double()[counts])
-                labels.append(y.cpu().long()[counts])
+                wanted = checked_labels(batch)
+                x = tap.features(partial(forward or outputs_of, model, batch), wanted)
+                y = wanted.reshape(-1).long().cpu()
+                counts = y != IGNORED
+                features.append(x.reshape(-1, head.in_features).cpu().double()[counts])
+                labels.append(y[counts])
     finally:
-        hook.remove()
+        tap.handle.remove()
     if not sum(map(len, labels)):
         raise ValueError("batches: expected at least one row with a label, got none")
     x, y = torch.cat(features), torch.cat(labels)
@@ -155,18 +213,34 @@ def what_reaches(
     return x, y
 
 
-def minimum(x: Tensor, y: Tensor, classes: int, l2: float, biased: bool) -> tuple[Tensor, Tensor]:
-    """W [classes, features] and b [classes] that minimize ``mean(cross_entropy(x Wᵀ + b, y)) + l2·‖W‖²``.
+def checked_labels(batch: Any) -> Tensor:
+    """The batch's labels, one class for each row or position."""
+    if isinstance(batch, tuple) and len(batch) != 2:
+        raise ValueError(f"batches: expected (inputs, labels) or mappings with names, got a tuple of {len(batch)}")
+    labels = labels_of(batch)
+    if labels is None:
+        got = f"the keys {', '.join(map(repr, batch))}" if hasattr(batch, "keys") else type(batch).__name__
+        raise ValueError(f'batches: expected (inputs, labels) or mappings with "labels", got {got}')
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = getattr(labels, "dtype", type(labels).__name__)
+        raise ValueError(f"batches: expected labels as a tensor of whole numbers, a class for each row, got {got}")
+    return labels.squeeze(-1) if labels.dim() > 1 and labels.shape[-1] == 1 else labels
 
-    x [rows, features] in float64, where L-BFGS converges to the one minimum whatever the rounding of the features.
+
+def minimum(x: Tensor, y: Tensor, classes: int, l2: float, bias_l2: float | None) -> tuple[Tensor, Tensor]:
+    """W [classes, features] and b [classes] of least ``mean(cross_entropy(x Wᵀ + b, y)) + l2·‖W‖² + bias_l2·‖b‖²``.
+
+    ``bias_l2`` None: b = 0. x [rows, features] in float64, where L-BFGS converges to the one minimum whatever the
+    rounding of the features.
     """
     weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=biased)
-    solver = torch.optim.LBFGS([weight, bias][: 1 + biased], **SOLVER)
+    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=bias_l2 is not None)
+    solver = torch.optim.LBFGS([p for p in (weight, bias) if p.requires_grad], **SOLVER)
 
     def closure() -> Tensor:
         solver.zero_grad()
-        loss = cross_entropy(x @ weight.T + bias, y) + l2 * weight.square().sum()
+        penalty = l2 * weight.square().sum() + (bias_l2 or 0.0) * bias.square().sum()
+        loss = cross_entropy(x @ weight.T + bias, y) + penalty
         loss.backward()
         return loss
 

@@ -267,13 +267,12 @@ class Unfreezer:
 
         Warns if the policy went by a metric that was never logged, and so opened nothing.
         """
-        if isinstance(self.policy, OnPlateau) and self._step:
+        if isinstance(self.policy, OnPlateau) and self._step and self.optimizer in with_unfreezer:
             logged = {name for event in self._events for name in event.metrics}
             if self.policy.metric not in logged:
                 got = ", ".join(map(repr, sorted(logged))) or "no metrics at all"
-                warnings.warn(
-                    f"OnPlateau: metric: expected {self.policy.metric!r} in step(...), got {got}", stacklevel=2
-                )
+                expected = f"OnPlateau: metric: expected {self.policy.metric!r} among the logged metrics"
+                warnings.warn(f"{expected}, got {got}", stacklevel=2)
         self._restore_lrs()
         self._set_closed(set(self._frozen))
         if isinstance(self.optimizer, AdamW):

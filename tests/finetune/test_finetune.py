@@ -256,7 +256,7 @@ def test_a_fitted_head_is_what_training_starts_from(classify: Options, tmp_path:
     fit = report["model"]["fitted_head"]
     rows = rows_of(classify["train"])
     assert fit["rows"] == len(rows)
-    assert f"head fitted on {len(rows)} rows: accuracy {fit['accuracy']:.4g}, loss {fit['loss']:.4g}" in done.err
+    assert f"classifier fitted on {len(rows)} rows: accuracy {fit['accuracy']:.4g}, loss {fit['loss']:.4g}" in done.err
     # The rows as they are, though they are augmented for training, and the head that was fitted, as nothing moved it.
     accuracy, loss = classified(classify["output"], rows, 64)
     assert (fit["accuracy"], fit["loss"]) == (pytest.approx(accuracy), pytest.approx(loss, rel=1e-4))
@@ -269,6 +269,17 @@ def test_a_fitted_head_is_what_training_starts_from(classify: Options, tmp_path:
     refused = cases.finetune(**classify, fit_head=True)
     assert refused.status == 2 and "--fit-head: expected a model with a new linear head" in refused.err
     assert not classify["output"].exists()
+
+
+def test_the_head_of_a_decoder_is_fitted_on_what_it_picks(classify: Options, home: Path) -> None:
+    classify.update(model=home / "llama", lr=1e-12, weight_decay=0, max_length=64, keep="last")
+    done = cases.finetune(**classify, fit_head=True)
+    assert done.status == 0, done.err
+    fit = report_of(classify["output"])["model"]["fitted_head"]
+    assert fit["rows"] == 80 and "score fitted on 80 rows" in done.err
+    _, loss = classified(classify["output"], rows_of(classify["train"]), 64)
+    assert fit["loss"] == pytest.approx(loss, rel=1e-4)
+    assert fit["loss"] < 0.69
 
 
 def test_a_config_file_and_flags_that_override_it(classify: Options, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_head_of_another_size_is_new_and_one_for_the_same_labels_is_kept(home:
     other = model.load(tmp_path, CLASSIFY, ["ham", "spam"])
     assert other.new == ["classifier.weight", "classifier.bias"]
     assert other.labels == ["ham", "spam"]
-    assert other.notes == ["the model's head is kept; its outputs good, bad become ham, spam"]
+    assert other.notes == ["the model has a head for good, bad; these become ham, spam"]
 
 
 def test_a_decoder_classifies_with_a_padding_token(home: Path) -> None:

@@ -335,3 +335,25 @@ def test_a_digest_is_of_what_is_in_a_folder_and_how_it_is_called(tmp_path: Path)
         (folder / name).write_text(content)
     found = [checkpoints.digest(folder) for folder in folders]
     assert found[0] == found[1] and len(set(found)) == 3
+
+
+KILLED_IN_THE_FIRST_STEP = """
+import os, signal
+from fastft.finetune import training
+
+class Killed(training.Stop):
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+training.Stop = Killed
+"""
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_as_it_did(classify: Options, tmp_path: Path) -> None:
+    classify.update(fit_head=True, precision="bfloat16", lr=1e-2)
+    assert cases.finetune(**{**classify, "output": tmp_path / "whole"}).status == 0
+    assert cases.finetune_apart(KILLED_IN_THE_FIRST_STEP, **classify).status == -signal.SIGKILL
+    done = cases.finetune(output=classify["output"], resume=True)
+    assert done.status == 0 and "classifier fitted on 80 rows" in done.err
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "whole", classify["output"])]
+    assert weights[0] == weights[1]
