@@ -313,7 +313,8 @@ def about_model(ready: Prepared) -> str:
     """The model in a line."""
     loaded = ready.pretrained
     size = sum(p.numel() for p in loaded.model.parameters())
-    new = f"; new: {listed(loaded.new)}" if loaded.new else ""
+    advice = "" if ready.head else " (at random; --fit-head fits the head first)"
+    new = f"; new: {listed(loaded.new)}{advice}" if loaded.new else ""
     return f"{type(loaded.model).__name__}, {size:,} parameters in {len(ready.groups)} layers{new}"
 
 
