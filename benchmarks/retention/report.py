@@ -314,7 +314,8 @@ def described(choice: Choice) -> str:
     settings = choice.settings
     if not settings.lr:
         return ""
-    parts = [f"lr {settings.lr:g}", *(f"{name} {value:g}" for name, value in settings.ingredients.items())]
+    parts = [f"lr {settings.lr:g}"]
+    parts += ["random head" if name == "fresh_head" else f"{name} {x:g}" for name, x in settings.ingredients.items()]
     parts += [f"{settings.texts} texts a step ({settings.text_kind})"] * bool(settings.texts)
     return ", ".join([*parts, *([f"α {choice.alpha}"] if choice.alpha != "1" else [])])
 
