@@ -233,9 +233,9 @@ class Comparison(Results):
             f"Of the methods here that see nothing of the source task (not {' and '.join(plan.SEE_OLD_TASK)}), and "
             f"that are within a point of the best full fine-tuning, **{best.choice.name}** kept the most on the "
             f"validation split. On this split it keeps {kept.show(100, 1)} % of the source recall, "
-            f"{abs(lost):.1f} points {'above' if lost < 0 else 'below'} the accuracy of the best full fine-tuning ({best.mean('target'):.3f} "
-            f"against {reference.mean('target'):.3f}; {best.seeds} seed{'s' * (best.seeds > 1)}). "
-            f"The goal was to keep {GOAL:.0%} at a point at most: it is "
+            f"{abs(lost):.1f} points {'above' if lost < 0 else 'below'} the accuracy of the best full fine-tuning "
+            f"({best.mean('target'):.3f} against {reference.mean('target'):.3f}; {best.seeds} "
+            f"seed{'s' * (best.seeds > 1)}). The goal was to keep {GOAL:.0%} at a point at most: it is "
             f"{'reached' if reached else 'not reached'}{sure}. {self.recipe_against_rivals()}"
         ).rstrip()
 
