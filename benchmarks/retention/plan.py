@@ -32,7 +32,7 @@ def grid(
 GRIDS: dict[str, Grid] = {
     "full FT": grid((1e-4, 2e-4, 5e-5), {"fresh_head": (1,)}),
     "LP-FT": grid((1e-4, 2e-4, 5e-5)),
-    "anchor + gradual, random head": grid((3e-4, 2e-4), {"anchor": (30, 100), "gradual": (0.5,), "fresh_head": (1,)}),
+    "anchor + gradual, random head": grid((2e-4, 3e-4), {"anchor": (30, 100), "gradual": (0.5,), "fresh_head": (1,)}),
     "relation, both": grid((2e-4, 3e-4), {"relation": (30, 100)}, 32, "mixed"),
     "anchor": grid((2e-4, 3e-4), {"anchor": (30, 100)}),
     "distill, both": grid((2e-4, 3e-4), {"distill": (10, 30)}, 32, "mixed"),
