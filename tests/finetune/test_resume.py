@@ -163,9 +163,14 @@ def signalled(number: int, step: int, options: Options, times: int = 1) -> cases
                 for _ in range(times):
                     signal.raise_signal(number)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "Stop", Signalled)
-        return cases.finetune(**options)
+    # In the background of a script, SIGINT is ignored to begin with.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "Stop", Signalled)
+            return cases.finetune(**options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def stop_after(step: int, options: Options) -> None:
