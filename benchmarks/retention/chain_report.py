@@ -13,6 +13,7 @@ from . import plan, records
 from .report import Array, Bootstrap, Estimate, Result, described, interval
 
 FILE = records.RESULTS / "chain.jsonl"
+TASKS = ("movie", "amazon")
 NAMES = {"full": "LP-FT", "anchor+gradual": "anchor + gradual"}
 """Of methods, as in the other tables; each stage starts from a linear probe's head."""
 
@@ -57,9 +58,6 @@ class Chain:
             *(self.kept(stage).show(100, 1) for stage in (1, 2, 3)),
             f"{self.seconds:.0f}",
         ]
-
-
-TASKS = ("movie", "amazon")
 
 
 def chain_table(found: list[dict[str, Any]], base: Result) -> list[str]:

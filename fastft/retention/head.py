@@ -167,9 +167,9 @@ class Tap:
             raise ValueError(f"head: expected the model to call it once for each batch, got {len(self.seen)} calls")
         x = self.seen[0]
         flat = x.dim() == 2 and len(x) == labels.numel()  # some models put rows and positions into one dimension
-        if not self.pass_on and (flat or x.shape[:-1] == labels.shape):
-            return x
         if not self.pass_on:
+            if flat or x.shape[:-1] == labels.shape:
+                return x
             # A decoder gives logits for all positions and picks the last. What picks logits picks features as well.
             self.pass_on = True
             return self.features(run, labels)
