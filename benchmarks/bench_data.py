@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fastft.bench.command import significant, verdict
-from fastft.bench.harness import CpuClock, Measurement, Work, alternate, environment, quartiles
+from fastft.commands.bench.command import significant, verdict
+from fastft.commands.bench.harness import CpuClock, Measurement, Work, alternate, environment, quartiles
+from fastft.commands.demo.corpus import read_table
+from fastft.commands.demo.experiment import load_tokenizer
 from fastft.data import (
     Augmented,
     AugmentingCollator,
@@ -33,8 +35,6 @@ from fastft.data import (
     find_leakage,
 )
 from fastft.data.duplicates import words_of
-from fastft.demo.corpus import read_table
-from fastft.demo.experiment import load_tokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "data" / "loaders"
 PLAIN = "plain DataLoader"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastft.bench.cases import FASTFT, Case
-from fastft.bench.command import CASES, measure, result_of, why_not
+from fastft.commands.bench.cases import FASTFT, Case
+from fastft.commands.bench.command import CASES, measure, result_of, why_not
 
 ROUNDS = 15
 

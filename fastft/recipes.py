@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastft.anchor import Anchor
+from fastft.layers.groups import GroupPatterns
 from fastft.optim import AdamW, warm_up_then_decay
 from fastft.unfreeze import GradualUnfreeze, LayerGroup, Unfreezer, layer_groups
-from fastft.unfreeze.groups import GroupPatterns
 
 
 @dataclass(frozen=True)

@@ -245,13 +245,13 @@ def test_a_file_keeps_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_tensors_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And once only by an optimizer, however many steps it takes."""
     read: list[str] = []
-    original = fastft.anchor.WeightFile.read
+    original = fastft.weight_file.WeightFile.read
 
     def counted(self: Any, name: str) -> Tensor:
         read.append(name)
         return original(self, name)
 
-    monkeypatch.setattr(fastft.anchor.WeightFile, "read", counted)
+    monkeypatch.setattr(fastft.weight_file.WeightFile, "read", counted)
     model = net()
     anchor = Anchor.from_safetensors(file_of(tmp_path, weights(model)), model)
     optimizer = fastft.AdamW(model.parameters(), anchor=anchor, anchor_decay=2.0)

@@ -26,8 +26,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastft.demo import corpus
-from fastft.demo.experiment import model_folder
+from fastft.commands.demo import corpus
+from fastft.commands.demo.experiment import model_folder
 from fastft.integrations.transformers import UnfreezeCallback, optimizer_cls_and_kwargs
 from fastft.optim import biases_and_norms, layer_decay
 from fastft.unfreeze import LISA, GradualUnfreeze, OnPlateau, layer_groups

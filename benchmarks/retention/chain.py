@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fastft.bench.harness import environment
-from fastft.demo.train import Classifier
+from fastft.commands.bench.harness import environment
+from fastft.commands.demo.train import Classifier
 
 from . import records
 from .minilm import MiniLM

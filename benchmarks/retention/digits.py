@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from fastft.demo.train import fit_linear_probe
+from fastft.commands.demo.train import fit_linear_probe
 from fastft.retention import Fisher, estimate_fisher
 
 from .problem import Batch, Scores

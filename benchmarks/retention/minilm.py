@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from fastft.commands.demo import corpus
+from fastft.commands.demo.corpus import Review
+from fastft.commands.demo.evaluate import embed, own_rank
+from fastft.commands.demo.experiment import load_base, load_tokenizer, model_folder, quiet_transformers
+from fastft.commands.demo.train import Classifier, Config, Inputs, fit_linear_probe, shuffled
 from fastft.data import read_synonyms
-from fastft.demo import corpus
-from fastft.demo.corpus import Review
-from fastft.demo.evaluate import embed, own_rank
-from fastft.demo.experiment import load_base, load_tokenizer, model_folder, quiet_transformers
-from fastft.demo.train import Classifier, Config, Inputs, fit_linear_probe, shuffled
 from fastft.retention import Fisher, estimate_fisher
 
 from .problem import Batch, Scores

@@ -13,7 +13,7 @@ Batch = tuple[Any, Tensor]
 
 
 class Model(Protocol):
-    """An encoder under a new head. Modules, as in ``fastft.demo.train.Classifier``."""
+    """An encoder under a new head. Modules, as in ``fastft.commands.demo.train.Classifier``."""
 
     encoder: nn.Module
     head: nn.Linear

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastft.bench.harness import environment
+from fastft.commands.bench.harness import environment
 
 from . import records
 from .problem import Problem

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastft.anchor import closest
+from fastft.names import closest
 
 FORMATS = ".csv, .tsv, .jsonl (each also with .gz) or .parquet"
 MOST_LISTED = 12

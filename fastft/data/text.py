@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastft.anchor import closest
+from fastft.names import closest
 
 from .augment import Keys, Switch, mix, mixed
 

@@ -25,8 +25,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastft.anchor import Anchor, matching
+from fastft.anchor import Anchor
 from fastft.integrations.progress import go_on, numbers
+from fastft.names import matching
 from fastft.optim import AdamW
 from fastft.optim.adamw import check_anchor_options, check_pull
 from fastft.unfreeze import Policy, Unfreezer

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastft.anchor import Anchor
+from fastft.layers.wrappers import clean
 from fastft.optim.step import is_dtensor
-from fastft.unfreeze.wrappers import clean
 
 # Elements of a piece: small enough that what is computed from it is still in cache when it is read again.
 PIECE = 1 << 18

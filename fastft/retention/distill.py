@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
 
-from fastft.unfreeze.wrappers import peel
+from fastft.layers.wrappers import peel
 
 
 def distillation_loss(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastft.anchor import Anchor
+from fastft.layers.groups import GroupPatterns
 from fastft.unfreeze import layer_groups
-from fastft.unfreeze.groups import GroupPatterns
 
 from .anchored import find_anchored, pieces
 from .tables import aligned, markdown

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastft.anchor import closest
+from fastft.names import closest
 from fastft.optim import AdamW
 from fastft.optim.step import is_dtensor
 

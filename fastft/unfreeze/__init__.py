@@ -1,6 +1,6 @@
 """Open a model's layers over time: layer groups, policies that say when, and the ``Unfreezer`` that does it."""
 
-from fastft.unfreeze.groups import LayerGroup, layer_groups
+from fastft.layers.groups import LayerGroup, layer_groups
 from fastft.unfreeze.policies import (
     LISA,
     Always,

@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from fastft._core import disable_dynamo
-
-from .wrappers import peel
+from fastft.layers.wrappers import peel
 
 # How far to look behind a tensor, or into an argument, before giving up.
 MOST_NODES = 64

@@ -16,10 +16,9 @@ from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from torch import nn
 
-from fastft.anchor import closest
-
-from .groups import LayerGroup
-from .wrappers import wrapped_for
+from fastft.layers.groups import LayerGroup
+from fastft.layers.wrappers import wrapped_for
+from fastft.names import closest
 
 Unit = Literal["step", "epoch"]
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastft.layers.groups import GroupPatterns, layer_groups, shortened
+from fastft.layers.wrappers import clean, peel, reentrant_checkpointing, requiring_inputs, wrapped_for
 from fastft.optim import AdamW
 
-from .groups import GroupPatterns, layer_groups, shortened
 from .hooks import ClosedForward, ModuleHook, StillNorms, norms_in
 from .moments import bring_back, drop, offload, state_bytes
 from .policies import Event, GoesBack, GroupInfo, OnPlateau, Policy, Progress, check_choice, check_count, open_groups
 from .report import Report, Row
-from .wrappers import clean, peel, reentrant_checkpointing, requiring_inputs, wrapped_for
 
 VERSION = 1
 # What flags must not change under, and why.

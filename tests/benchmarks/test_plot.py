@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastft.bench.command import CASES
+from fastft.commands.bench.command import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "plot.py"

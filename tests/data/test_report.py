@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastft import cli
+from fastft.commands import cli
 from fastft.data import DataReport, data_report
 
 datasets = pytest.importorskip("datasets")

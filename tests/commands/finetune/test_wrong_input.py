@@ -10,7 +10,7 @@ from typing import Any
 import finetune_cases as cases
 import pytest
 
-from fastft import cli
+from fastft.commands import cli
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from fastft.finetune import model
-from fastft.finetune.errors import InputError
+from fastft.commands.finetune import model
+from fastft.commands.finetune.errors import InputError
 from fastft.unfreeze import layer_groups
 
 CLASSIFY, CAUSAL = "text-classification", "causal-lm"

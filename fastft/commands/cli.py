@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import fastft
-from fastft.finetune import add_arguments
+from fastft.commands.finetune import add_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,17 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         top.prog += f" {options.command}"  # whose --help tells what there is
         top.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command == "finetune":
-        from fastft.finetune import run as finetune
+        from fastft.commands.finetune import run as finetune
 
         return finetune({k: v for k, v in vars(options).items() if k not in ("command", "config")}, options.config)
     if options.command == "demo":
-        from fastft.demo import run
+        from fastft.commands.demo import run
 
         return run(options.output, options.quick, options.seed, options.overwrite)
     if options.command == "data-report":
         return report_on_data(options)
     if options.command == "bench":
-        from fastft.bench import run as bench
+        from fastft.commands.bench import run as bench
 
         return bench(options.case, device=options.device, quick=options.quick, json_file=options.json)
     print(info())

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastft import cli, demo
-from fastft.demo import corpus, experiment
-from fastft.demo.train import Config
+from fastft.commands import cli, demo
+from fastft.commands.demo import corpus, experiment
+from fastft.commands.demo.train import Config
 
 pytest.importorskip("transformers")
 SMALL = Config(train_rows=96, test_rows=80, pools=2, pool_size=40, batch_size=16)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastft import bench, cli
-from fastft.bench import command, dropout, harness, peers, steps
-from fastft.bench.cases import FASTFT, Case, Prepared, select
+from fastft.commands import bench, cli
+from fastft.commands.bench import command, dropout, harness, peers, steps
+from fastft.commands.bench.cases import FASTFT, Case, Prepared, select
 from fastft.nn import functional as ours
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ import torch
 import fastft
 from fastft import _C
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Work = Callable[[], object]
 
 WARM_UP = 3

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastft.anchor import closest
+from fastft.names import closest
 
 from .wrappers import clean, peel
 

@@ -12,9 +12,9 @@ from typing import Any
 import finetune_cases as cases
 import pytest
 
-from fastft import cli
-from fastft.finetune import checkpoints, training
-from fastft.finetune.errors import InputError
+from fastft.commands import cli
+from fastft.commands.finetune import checkpoints, training
+from fastft.commands.finetune.errors import InputError
 
 Options = dict[str, Any]
 STEPS = 48
@@ -69,7 +69,7 @@ def assert_same(output: Path, whole: Path) -> None:
 
 CTRL_C = """
 import os, signal
-from fastft.finetune import training
+from fastft.commands.finetune import training
 
 class Signalled(training.Stop):
     def on_pre_optimizer_step(self, args, state, control, **_):
@@ -102,7 +102,7 @@ def test_ctrl_c_finishes_the_step_and_the_command_that_it_tells_goes_on(
 
 KILLED_WHILE_IT_SAVES = """
 import os, signal
-from fastft.finetune import training
+from fastft.commands.finetune import training
 
 save = training.Trainer._save_scaler
 
@@ -274,7 +274,7 @@ def test_interrupted_before_training_it_leaves_nothing(
 
 
 def test_a_full_disk_is_told_with_the_way_to_go_on(classify: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastft.finetune import pipeline
+    from fastft.commands.finetune import pipeline
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -343,7 +343,7 @@ def test_a_digest_is_of_what_is_in_a_folder_and_how_it_is_called(tmp_path: Path)
 
 KILLED_IN_THE_FIRST_STEP = """
 import os, signal
-from fastft.finetune import training
+from fastft.commands.finetune import training
 
 class Killed(training.Stop):
     def on_pre_optimizer_step(self, args, state, control, **_):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fastft.finetune.errors import InputError
-from fastft.finetune.options import (
+from fastft.commands.finetune.errors import InputError
+from fastft.commands.finetune.options import (
     FIELDS,
     POLICIES,
     Options,

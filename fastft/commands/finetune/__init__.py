@@ -37,7 +37,7 @@ def run(flags: Mapping[str, Any], config: Path | None = None) -> int:
     the checkpoints.
 
     Args:
-        flags: texts by the names of :class:`fastft.finetune.options.Options`' fields; booleans for switches.
+        flags: texts by the names of :class:`fastft.commands.finetune.options.Options`' fields; booleans for switches.
         config: a YAML file with more of them.
     """
     missing = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fastft import cli, finetune
+from fastft.commands import cli, finetune
 
 Options = dict[str, Any]
 
@@ -304,7 +304,7 @@ def test_a_config_file_and_flags_that_override_it(classify: Options, tmp_path: P
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The rows of each batch that the model is trained on, as (ids, labels)."""
-    from fastft.finetune import training
+    from fastft.commands.finetune import training
 
     seen: list[Any] = []
     compute = training.Trainer.compute_loss
@@ -394,7 +394,7 @@ def test_synonyms_and_noise(classify: Options, tmp_path: Path, monkeypatch: pyte
     assert report_of(tmp_path / "synonyms")["data"]["sha256"].keys() == {"model", "train", "eval", "augment"}
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_commands_of_the_documentation_run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,7 +465,7 @@ def test_missing_packages_are_named_with_the_way_to_install_them(
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    from fastft.finetune.options import FIELDS, flag_of
+    from fastft.commands.finetune.options import FIELDS, flag_of
 
     with pytest.raises(SystemExit) as left:
         cli.main(["finetune", "--help"])

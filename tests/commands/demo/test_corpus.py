@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from fastft.demo import corpus
-from fastft.demo.corpus import Review, Sense
+from fastft.commands.demo import corpus
+from fastft.commands.demo.corpus import Review, Sense
 
 
 def rated(text: str, rating: float) -> dict[str, str]:

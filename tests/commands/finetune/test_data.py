@@ -10,12 +10,12 @@ import datasets
 import finetune_cases as cases
 import pytest
 
+from fastft.commands.finetune import data
+from fastft.commands.finetune.data import Data, Rows, check_labels, held_out, read, tokenized
+from fastft.commands.finetune.errors import InputError
+from fastft.commands.finetune.model import load_tokenizer
+from fastft.commands.finetune.options import given, options_from
 from fastft.data import FileError
-from fastft.finetune import data
-from fastft.finetune.data import Data, Rows, check_labels, held_out, read, tokenized
-from fastft.finetune.errors import InputError
-from fastft.finetune.model import load_tokenizer
-from fastft.finetune.options import given, options_from
 
 FORMATS = ("csv", "csv.gz", "tsv", "tsv.gz", "jsonl", "jsonl.gz", "parquet")
 ROWS = [

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from fastft.demo.evaluate import difference, own_rank, standard_error
-from fastft.demo.report import running_mean, verdict
-from fastft.demo.train import Classifier, fit_linear_probe, shuffled
+from fastft.commands.demo.evaluate import difference, own_rank, standard_error
+from fastft.commands.demo.report import running_mean, verdict
+from fastft.commands.demo.train import Classifier, fit_linear_probe, shuffled
 from fastft.optim import warm_up_then_decay
 
 

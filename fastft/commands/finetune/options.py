@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastft.anchor import closest
 from fastft.data.text import parts_of_spec
+from fastft.names import closest
 from fastft.optim.adamw import check_pull
 from fastft.unfreeze import (
     LISA,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fastft
-from fastft import _C, _core, cli, demo
+from fastft import _C, _core
+from fastft.commands import cli, demo
 
 
 def test_info_names_versions_devices_and_why_cuda_cannot_be_used(
@@ -34,7 +35,7 @@ def test_there_is_a_reason_where_cuda_cannot_be_used() -> None:
 
 
 def test_info_works_as_a_process() -> None:
-    done = subprocess.run([sys.executable, "-m", "fastft.cli", "info"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "fastft.commands.cli", "info"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("fastft ")
 

@@ -77,7 +77,7 @@ def finetune(values: Mapping[str, Any]) -> str:
     """Run with these values of :class:`Options`; the table to print.
 
     Raises :class:`InputError` for what the user has to change, and then nothing was written;
-    :class:`fastft.finetune.training.Stopped` after a signal, with a checkpoint left to go on from.
+    :class:`fastft.commands.finetune.training.Stopped` after a signal, with a checkpoint left to go on from.
     """
     began = time.perf_counter()
     with quiet_transformers(), quiet_datasets():
