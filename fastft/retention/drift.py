@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastft.anchor import Anchor
+from fastft.layers import layer_groups
 from fastft.layers.groups import GroupPatterns
-from fastft.unfreeze import layer_groups
+from fastft.tables import aligned, markdown
 
 from .anchored import find_anchored, pieces
-from .tables import aligned, markdown
 
 
 @dataclass(frozen=True)

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise ImportError("plot needs matplotlib: install it, or fastft[plots]") from error
+from fastft.plotting import BLUE, GREY, figure
 
 from .report import Estimate, pareto_front
 
 if TYPE_CHECKING:
     from .drift import DriftReport
     from .report import RetentionReport
-
-GREY, BLUE = "#6b6b6b", "#0072b2"
-
-
-@contextmanager
-def axes_for(path: Path, height: float) -> Iterator[Axes]:
-    """Axes to draw in; saved at the end. Without pyplot: no display, and no global state of the caller's touched."""
-    figure = Figure(figsize=(7.5, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    yield axes
-    figure.savefig(path)
 
 
 def plot_retention(report: RetentionReport, path: Path) -> None:
@@ -42,7 +20,7 @@ def plot_retention(report: RetentionReport, path: Path) -> None:
     means = [report.means(name) for name in names]
     area = report.hypervolume()
     points = [(report.points * x.value, report.points * y.value) for x, y in means]
-    with axes_for(path, 5.2) as axes:
+    with figure(path, 7.5, 5.2) as axes:
         front = [points[i] for i in pareto_front(points)]
         axes.step(*zip(*front, strict=True), where="pre", color=BLUE, alpha=0.5, linewidth=2, label="Pareto front")
         for name, point, (x, y) in zip(names, points, means, strict=True):
@@ -81,7 +59,7 @@ def axis_title(report: RetentionReport, role: str) -> str:
 
 def plot_drift(report: DriftReport, path: Path) -> None:
     """The relative drift of each layer group, from input (top) to output."""
-    with axes_for(path, 1.4 + 0.28 * len(report.groups)) as axes:
+    with figure(path, 7.5, 1.4 + 0.28 * len(report.groups)) as axes:
         names = [drift.group for drift in report.groups]
         axes.barh(names, [100.0 * (drift.relative or 0.0) for drift in report.groups], color=BLUE)
         for i, drift in enumerate(report.groups):

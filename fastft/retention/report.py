@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .tables import markdown
+from fastft.tables import markdown
 
 FORMAT = "fastft.retention 1"
 Scores: TypeAlias = "float | Sequence[float] | npt.NDArray[Any] | Tensor"

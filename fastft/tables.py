@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+__all__ = ["aligned", "markdown"]
+
 
 def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right."""
@@ -12,8 +14,8 @@ def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
 
 
-def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table in Markdown, aligned the same way."""
-    rule = ["---", *["---:"] * (len(titles) - 1)]
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a table in Markdown: the first ``left`` columns to the left, the others to the right."""
+    rule = ["---"] * left + ["---:"] * (len(titles) - left)
     lines = [[cell.replace("|", "\\|") for cell in line] for line in (titles, *rows)]
     return [f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])]
