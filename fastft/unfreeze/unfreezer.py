@@ -74,7 +74,7 @@ class Unfreezer:
             "train" leaves them alone.
         rewarm_steps: a group that opens during training takes its first steps with lr · 1/n, 2/n, ..., n/n. What the
             schedulers see is the full lr. Needs optimizer groups of one layer group each, such as
-            :func:`fastft.optim.discriminative_lr` makes.
+            :func:`fastft.optim.layerwise_lr` makes.
         tied: what to do where open and closed groups share a weight: "raise"; "closed": it stays closed until all
             groups that use it are open.
         wrapped: what is around ``model`` where a framework hands out the inner module only: "ddp", "data_parallel",
@@ -455,7 +455,7 @@ class Unfreezer:
                 names = [self.groups[i].name for i in found]
                 raise ValueError(
                     f"rewarm_steps: expected 0, or optimizer groups of one layer group each, and param_groups[{at}] "
-                    f"has parameters of {shortened(names)}; make them with fastft.optim.discriminative_lr"
+                    f"has parameters of {shortened(names)}; make them with fastft.optim.layerwise_lr"
                 )
             layers.append(found[0] if len(found) == 1 else None)
         return layers
