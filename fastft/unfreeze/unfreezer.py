@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from fastft.checks import check_choice, check_count
 from fastft.layers.groups import GroupPatterns, layer_groups, shortened
-from fastft.layers.wrappers import clean, peel, reentrant_checkpointing, requiring_inputs, wrapped_for
+from fastft.layers.wrappers import peel, reentrant_checkpointing, requiring_inputs, wrapped_for
+from fastft.names import clean
 from fastft.optim import AdamW
 
 from .hooks import ClosedForward, ModuleHook, StillNorms, norms_in
