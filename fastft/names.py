@@ -95,9 +95,8 @@ class NameIndex:
         for shorten, by_short in self.shortened:
             found = by_short.get(shorten(name), [])
             if len(found) > 1:
-                raise ValueError(
-                    f"{name}: expected one of this name, got {', '.join(found)}, which wrappers tell apart"
-                )
+                several = ", ".join(found)
+                raise ValueError(f"{name}: expected one name that differs by wrappers' parts only, got {several}")
             if found:
                 return found[0]
         return None

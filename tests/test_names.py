@@ -40,14 +40,18 @@ def fsdp_like(model: nn.Module) -> nn.Module:
     return nn.Sequential(*(Inside("_fsdp_wrapped_module", child) for child in model))
 
 
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda model: model,
     "ddp": nn.DataParallel,  # its prefix is DDP's, and it needs no process group
-    "compile": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+    "compile": compiled,
     "peft": peft_like,
     "fsdp": fsdp_like,
-    "compiled_ddp": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),  # type: ignore[return-value]
-    "ddp_of_compiled_peft": lambda model: nn.DataParallel(torch.compile(peft_like(model), backend="eager")),  # type: ignore[arg-type]
+    "compiled_ddp": lambda model: compiled(nn.DataParallel(model)),
+    "ddp_of_compiled_peft": lambda model: nn.DataParallel(compiled(peft_like(model))),
 }
 PREFIXES = {
     "plain": "",
@@ -201,15 +205,14 @@ class Holder(nn.Module):
 
 def test_a_child_called_module_is_not_taken_for_a_wrapper() -> None:
     anchor = Anchor.snapshot(Holder(0))
-    compiled: Any = torch.compile(Holder(1), backend="eager")
-    found = {name: anchor.find(p, name) for name, p in compiled.named_parameters()}
+    found = {name: anchor.find(p, name) for name, p in compiled(Holder(1)).named_parameters()}
     assert found == {f"_orig_mod.{name}": name for name in ("weight", "module.weight", "module.bias")}
 
 
 def test_the_parameter_itself_goes_before_its_name() -> None:
     model = net()
     anchor = Anchor.snapshot(model)
-    assert anchor.find(model[0].weight, "2.weight") == "0.weight"
+    assert anchor.find(next(model.parameters()), "2.weight") == "0.weight"
     assert anchor.find(nn.Parameter(torch.ones(2)), "2.weight") == "2.weight"
     assert anchor.find(nn.Parameter(torch.ones(2))) is None
     assert anchor.find("3.weight") is anchor.find(nn.Parameter(torch.ones(2)), "module.3.weight") is None
@@ -218,7 +221,7 @@ def test_the_parameter_itself_goes_before_its_name() -> None:
 def test_several_that_only_wrappers_tell_apart_are_an_error() -> None:
     anchor = Anchor.snapshot([("a.weight", torch.ones(2)), ("_orig_mod.a.weight", torch.zeros(2))])
     assert anchor.find("a.weight") == "a.weight" and anchor.find("_orig_mod.a.weight") == "_orig_mod.a.weight"
-    message = "base_model.model.a.weight: expected one name like it .*, got a.weight, _orig_mod.a.weight"
+    message = "base_model.model.a.weight: expected one name .*, got a.weight, _orig_mod.a.weight"
     with pytest.raises(ValueError, match=message):
         anchor.find("base_model.model.a.weight")
 
