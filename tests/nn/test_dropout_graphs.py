@@ -13,6 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fastft.nn
+from fastft import _C
+from fastft.nn import autograd, kernels
 from fastft.nn import functional as fn
 
 ops: Any = torch.ops.fastft
@@ -39,6 +41,13 @@ def needs_grad(*size: int, seed: int = 0, dtype: torch.dtype = torch.float64) ->
 
 
 # -- the operations ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ("bias_dropout_add", "dropout_add_norm"))
+def test_an_operation_and_its_backward_have_one_name_at_every_level(name: str) -> None:
+    for level in (_C, kernels, ops):
+        assert callable(getattr(level, name)) and callable(getattr(level, f"{name}_backward"))
+    assert hasattr(autograd, name.title().replace("_", ""))
 
 
 def norm_results(rms: bool) -> tuple[Tensor, ...]:

@@ -35,7 +35,7 @@ def values(*size: int, seed: int = 0) -> Tensor:
 
 
 def build(make: Callable[[], nn.Module], seed: int = 0) -> Any:
-    """In float64, so that another order of operations is told from another result."""
+    """In float64, where another order of operations differs much less than another result."""
     torch.manual_seed(seed)
     return make().double()
 
