@@ -30,7 +30,7 @@ from unfreeze_cases import Stack, backward, batch, bits, params, state_tensors
 
 import fastft
 from fastft.optim import RewarmLR, SlantedTriangularLR, discriminative_lr
-from fastft.optim.step import is_dtensor
+from fastft.optim.tensors import is_dtensor
 from fastft.unfreeze import LISA, GradualUnfreeze, OnPlateau, Unfreezer, layer_groups
 from fastft.unfreeze.policies import dearest
 

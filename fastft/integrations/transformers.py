@@ -29,7 +29,7 @@ from fastft.anchor import Anchor
 from fastft.integrations.progress import go_on, numbers
 from fastft.names import matching
 from fastft.optim import AdamW
-from fastft.optim.adamw import check_anchor_options, check_pull
+from fastft.optim.anchoring import check_anchor_options, check_pull
 from fastft.unfreeze import Policy, Unfreezer
 from fastft.unfreeze.unfreezer import unwrapped
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastft.anchor import Anchor
 from fastft.layers.wrappers import clean
-from fastft.optim.step import is_dtensor
+from fastft.optim.tensors import is_dtensor
 
 # Elements of a piece: small enough that what is computed from it is still in cache when it is read again.
 PIECE = 1 << 18

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastft.names import closest
 from fastft.optim import AdamW
-from fastft.optim.step import is_dtensor
+from fastft.optim.tensors import is_dtensor
 
 
 def child_tuning_(
