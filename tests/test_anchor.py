@@ -96,7 +96,7 @@ def test_tied_parameters_share_one_copy() -> None:
     anchor = Anchor.snapshot(model.named_parameters(remove_duplicate=False))
     assert set(anchor) == {"embedding.weight", "body.weight", "body.bias", "head.weight"}
     assert anchor["head.weight"] is anchor["embedding.weight"]
-    assert anchor.name_of(model.head.weight) == "embedding.weight"
+    assert anchor.find(model.head.weight) == "embedding.weight"
     assert anchor[model.head.weight] is anchor["head.weight"]
     assert "102 elements" not in repr(anchor) and "96 elements" in repr(anchor)  # 54 + 36 + 6, counted once
 
@@ -221,7 +221,7 @@ def test_weights_from_a_file(form: str, tmp_path: Path) -> None:
     assert anchor.source is not None and anchor.source["path"] == str(path)
     assert not anchor.offloaded
     for name, p in model.named_parameters():
-        assert anchor.name_of(p) == name
+        assert anchor.find(p) == name
 
 
 def test_one_file_is_preferred_to_shards_beside_it(tmp_path: Path) -> None:
@@ -415,8 +415,8 @@ def test_lookup_by_name_and_by_parameter() -> None:
     assert "0.bias" in anchor and model[0].bias in anchor
     assert "3.bias" not in anchor and model[3].bias not in anchor
     assert anchor.get("3.bias") is None and anchor.get(model[3].bias, "default") == "default"
-    assert anchor.name_of(model[0].bias) == "0.bias" and anchor.name_of(model[3].bias) is None
-    assert anchor.name_of(model[0].bias.detach().clone()) is None
+    assert anchor.find(model[0].bias) == "0.bias" and anchor.find(model[3].bias) is None
+    assert anchor.find(model[0].bias.detach().clone()) is None
     assert 3 not in anchor
     with pytest.raises(KeyError, match=r"0\.biass: not anchored; closest: 0\.bias"):
         anchor["0.biass"]
@@ -429,7 +429,7 @@ def test_an_id_that_is_used_again_is_another_parameter() -> None:
     anchor = Anchor.snapshot([("w", nn.Parameter(torch.ones(3)))])
     gc.collect()
     for _ in range(50):
-        assert anchor.name_of(nn.Parameter(torch.zeros(3))) is None
+        assert anchor.find(nn.Parameter(torch.zeros(3))) is None
 
 
 def test_an_anchor_keeps_no_parameter_alive() -> None:
@@ -447,9 +447,9 @@ def test_bind_tells_which_parameters_are_meant(tmp_path: Path) -> None:
     for anchor in (Anchor.snapshot(model), Anchor.from_safetensors(file_of(tmp_path, weights(model)), model)):
         assert other[0].weight not in anchor
         anchor.bind([*other.named_parameters(), ("unknown", nn.Parameter(torch.ones(2)))])
-        assert anchor.name_of(other[0].weight) == "0.weight"
+        assert anchor.find(other[0].weight) == "0.weight"
         assert torch.equal(anchor[other[0].weight], model[0].weight)
-        assert anchor.name_of(model[0].weight) == "0.weight"
+        assert anchor.find(model[0].weight) == "0.weight"
 
 
 def test_bind_refuses_other_shapes_and_then_binds_nothing() -> None:
@@ -861,8 +861,8 @@ def test_a_state_dict_brings_everything_back(kind: str, tmp_path: Path) -> None:
     assert_same([other.importance_of(n) for n in NAMES], [anchor.importance_of(n) for n in NAMES], "importance")
     assert other.offloaded is anchor.offloaded
     # Known parameters stay known, under names that are there.
-    assert other.name_of(model[0].weight) == ("0.weight" if kind != "empty" else None)
-    assert other.name_of(model[3].weight) is None
+    assert other.find(model[0].weight) == ("0.weight" if kind != "empty" else None)
+    assert other.find(model[3].weight) is None
     assert_same(other.state_dict(), anchor.state_dict(), "state dict")
 
 
@@ -911,7 +911,7 @@ def test_a_wrong_state_dict_changes_nothing(edit: Callable[[dict[str, Any]], Any
     with pytest.raises(ValueError, match=message):
         anchor.load_state_dict(saved)
     assert_same(contents(anchor), before, "contents")
-    assert anchor.name_of(model[0].bias) == "0.bias"
+    assert anchor.find(model[0].bias) == "0.bias"
 
 
 def test_a_changed_file_is_refused(tmp_path: Path) -> None:
@@ -941,9 +941,9 @@ def test_a_copy_made_with_the_model_knows_the_models_copy(
     anchor.tensor_for(model[0].weight)
     other_model, other = copied((model, anchor))
     for (name, p), original in zip(other_model.named_parameters(), model.parameters(), strict=True):
-        assert other.name_of(p) == name
-        assert other.name_of(original) is None
-        assert anchor.name_of(original) == name
+        assert other.find(p) == name
+        assert other.find(original) is None
+        assert anchor.find(original) == name
     assert_same(contents(other), contents(anchor), "contents")
     if kind == "snapshot":
         other["0.bias"].zero_()
@@ -955,7 +955,7 @@ def test_a_copy_made_with_the_model_knows_the_models_copy(
 def test_a_copy_made_alone_is_found_by_name() -> None:
     model = net()
     other = copy.deepcopy(Anchor.snapshot(model))
-    assert other.name_of(model[0].weight) is None
+    assert other.find(model[0].weight) is None
     optimizer = fastft.AdamW(model.named_parameters(), lr=0.25, weight_decay=0.0, anchor=other, anchor_decay=4.0)
     with torch.no_grad():
         model[0].weight.add_(1.0)

@@ -508,10 +508,8 @@ class AdamW(torch.optim.AdamW):
         return next(name for _, p, name in self._parameters() if p is param)
 
     def _anchor_name(self, p: Tensor, name: str) -> str | None:
-        """What the anchor calls a parameter; None if it does not know it."""
-        if self._anchor is None:
-            return None
-        return self._anchor.name_of(p) or (name if name in self._anchor else None)
+        """The parameter's name in the anchor; None if it is not anchored."""
+        return None if self._anchor is None else self._anchor.find(p, name)
 
     # -- copies and checkpoints ----------------------------------------------------------------------------
 
