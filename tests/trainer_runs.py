@@ -229,7 +229,7 @@ def tiny(folder: Path, kill_at: int | None, policy: Any, **options: Any) -> Run:
 
 
 def lisa(folder: Path, kill_at: int | None = None) -> Run:
-    return tiny(folder, kill_at, LISA(1, every=2, seed=3), mode="mask", state_policy="reset")
+    return tiny(folder, kill_at, LISA(1, every=2, seed=3), mode="freeze", state_policy="reset")
 
 
 def plateau(folder: Path, kill_at: int | None = None) -> Run:
@@ -257,7 +257,7 @@ def train_and_die(folder: Path) -> None:
 
 
 def whole(
-    folder: Path, model: Path, rows_at_once: int, resume: Path | None = None, mode: str = "mask", rank: int = 0
+    folder: Path, model: Path, rows_at_once: int, resume: Path | None = None, mode: str = "freeze", rank: int = 0
 ) -> dict[str, Any]:
     """A run of 8 rows a step, however many processes these are spread over; ``eval_m`` is another on each of them."""
     bert = tiny_bert(model, dropout=0.0)

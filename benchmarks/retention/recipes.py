@@ -180,7 +180,7 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
                 unfreezer.step()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     if unfreezer is not None:
-        unfreezer.close()
+        unfreezer.undo()
     few = max(1, len(losses) // 10)
     restored = restore(problem, model, recipe)
     return Trained(restored, mean(losses[:few]), mean(losses[-few:]), len(steps), wall, cpu)
