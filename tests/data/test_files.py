@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fastft.commands.demo import corpus
 from fastft.data import FileError, read_table
+from fastft.problems import corpus
 
 datasets = pytest.importorskip("datasets")
 
