@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fastft.commands.bench.command import significant, verdict
-from fastft.commands.bench.harness import CpuClock, Measurement, Work, alternate, environment, quartiles
+from fastft.commands.bench import CpuClock, Measurement, Work, alternate, environment, significant, verdict
 from fastft.commands.demo.corpus import read_table
 from fastft.commands.demo.experiment import load_tokenizer
 from fastft.data import (
@@ -178,7 +177,7 @@ def figures(measured: Measurement, batches: Mapping[str, int]) -> dict[str, dict
     for title, count in batches.items():
         found[title] = {"ms_per_batch": significant(1e3 * measured.median(title) / count)}
         if title != PLAIN:
-            lower, median, upper = map(significant, quartiles(measured.ratios(title, PLAIN)))
+            lower, median, upper = map(significant, measured.quartiles(title, PLAIN))
             found[title] |= {"ratio": median, "ratio_quartiles": [lower, upper]}
     return found
 

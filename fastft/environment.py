@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
-import fastft
+from fastft._core import __version__
+
+__all__ = ["environment", "quiet_transformers"]
 
 
 def environment(packages: Iterable[str]) -> dict[str, Any]:
     """Versions of fastft, torch, Python and these packages; the platform, and the threads that torch uses."""
     return {
         "versions": {
-            "fastft": fastft.__version__,
+            "fastft": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             **{package: metadata.version(package) for package in packages},

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastft.errors import UserError
 from fastft.names import closest
 
 FORMATS = ".csv, .tsv, .jsonl (each also with .gz) or .parquet"
@@ -21,7 +22,7 @@ MOST_LISTED = 12
 Row = Mapping[str, Any]
 
 
-class FileError(Exception):
+class FileError(UserError):
     """A file cannot be read as asked: one line that names it, and the place in it."""
 
 

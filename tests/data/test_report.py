@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastft.commands import cli
+from fastft.commands import shell
 from fastft.data import DataReport, data_report
 
 datasets = pytest.importorskip("datasets")
@@ -158,14 +158,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_command_writes_a_folder(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["data-report", "train.jsonl", "--eval", "other/train.csv", "--output", "page"]) == 0
+    assert shell.main(["data-report", "train.jsonl", "--eval", "other/train.csv", "--output", "page"]) == 0
     printed = capsys.readouterr()
     assert "evaluation texts" in printed.out and "Written to page" in printed.out and not printed.err
     assert sorted(path.name for path in (files / "page").iterdir()) == ["plot.png", "report.json", "report.md"]
-    assert cli.main(["data-report", "train.jsonl"]) == 0
+    assert shell.main(["data-report", "train.jsonl"]) == 0
     assert (files / "fastft-data-report" / "report.md").exists()
-    assert cli.main(["data-report", "train.jsonl"]) == 2  # there already
-    assert cli.main(["data-report", "train.jsonl", "--overwrite", "--label-column", "text"]) == 0
+    assert shell.main(["data-report", "train.jsonl"]) == 2  # there already
+    assert shell.main(["data-report", "train.jsonl", "--overwrite", "--label-column", "text"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_wrong_usage_is_one_line_and_leaves_nothing(
     (files / "only.csv").write_text("text\nx\n")
     (files / "number.csv").write_text("n\n1\n")
     before = sorted(files.rglob("*"))
-    assert cli.main(["data-report", *arguments]) == 2
+    assert shell.main(["data-report", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("fastft data-report: ") and said in printed.err and printed.err.count("\n") == 1
     assert not printed.out and sorted(files.rglob("*")) == before
@@ -210,13 +210,13 @@ def test_failures_on_the_way_leave_nothing(
             raise error
 
         monkeypatch.setattr(DataReport, "write", fail)
-        assert cli.main(["data-report", "train.jsonl"]) == status
+        assert shell.main(["data-report", "train.jsonl"]) == status
         assert said in capsys.readouterr().err and sorted(files.rglob("*")) == before
 
 
 def test_missing_packages_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.main(["data-report", "train.jsonl"]) == 2
-    assert 'missing datasets, datasketch, matplotlib; install what it needs with: pip install "fastft[data]"' in (
+    assert shell.main(["data-report", "train.jsonl"]) == 2
+    assert 'missing datasets, datasketch, matplotlib; install what this needs with: pip install "fastft[data]"' in (
         capsys.readouterr().err
     )

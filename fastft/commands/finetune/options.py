@@ -365,6 +365,7 @@ def flag_of(name: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` a flag for every option, and ``--config``."""
+    parser.allow_abbrev = False  # an abbreviation would mean something else once there is another option
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with any of these options; flags override it")
     groups: dict[str, Any] = {}
     for name, field in FIELDS.items():
