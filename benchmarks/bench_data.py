@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from itertools import permutations
@@ -31,9 +32,9 @@ from fastft.data import (
     SynonymReplacement,
     TextAugment,
     TokenDropout,
+    find_duplicates,
     find_leakage,
 )
-from fastft.data.duplicates import words_of
 
 RESULTS = Path(__file__).resolve().parent / "results" / "data" / "loaders"
 PLAIN = "plain DataLoader"
@@ -187,9 +188,9 @@ def figures(measured: Measurement, batches: Mapping[str, int]) -> dict[str, dict
 
 def near_copies() -> dict[str, Any]:
     """The share of one-word edits that is found, and of texts taken for near copies of texts of another origin."""
-    different = {name: list({" ".join(words_of(text)): text for text in texts(name)}.values()) for name in CORPORA}
+    different = {name: without_repetitions(texts(name)) for name in CORPORA}
     draw = random.Random(0)
-    originals = [text for text in different["movie_reviews"] if len(words_of(text)) >= 5]
+    originals = [text for text in different["movie_reviews"] if len(re.findall(r"\w+", text)) >= 5]
     words = " ".join(originals[:200]).split()
     found = {match.index for match in find_leakage(originals, [edited(text, draw, words) for text in originals])}
     false = {}
@@ -201,6 +202,12 @@ def near_copies() -> dict[str, Any]:
         "one_word_edits_found": significant(len(found) / len(originals)),
         "false_positive_rates": false,
     }
+
+
+def without_repetitions(texts: list[str]) -> list[str]:
+    """The texts that differ in more than case, spacing and punctuation."""
+    repeated = {match.index for match in find_duplicates(texts, near=None)}
+    return [text for i, text in enumerate(texts) if i not in repeated]
 
 
 def edited(text: str, draw: random.Random, others: list[str]) -> str:

@@ -8,6 +8,10 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+__all__ = ["closest", "covers", "listed", "matching", "named_tensors"]
+
+MOST_LISTED = 12
+
 
 def named_tensors(source: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """(name, parameter) pairs, each name once."""
@@ -51,3 +55,10 @@ def closest(name: str, names: Iterable[str]) -> str:
     """A hint at what may have been meant."""
     near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f"; closest: {', '.join(near)}" if near else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in quotes, separated by commas; of many the first, and how many more there are."""
+    shown = [repr(name) for name in names]
+    more = len(shown) - MOST_LISTED
+    return ", ".join(shown[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")

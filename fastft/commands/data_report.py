@@ -53,4 +53,4 @@ def run(options: argparse.Namespace) -> str:
         except ValueError as error:  # no column of texts, or one that holds something else
             raise UserError(str(error)) from error
         report.write(folder)
-    return f"{report.summary()}\nWritten to {options.output}: report.md, plot.png, report.json"
+    return f"{report}\nWritten to {options.output}: report.md, plot.png, report.json"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fastft.commands import shell
-from fastft.data import DataReport, data_report
+from fastft.data import data_report
+from fastft.data.report import DataReport
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("datasketch")
@@ -57,14 +58,14 @@ def test_every_fault_is_found_with_what_to_do() -> None:
     assert len(report.findings) == 10
     assert report.findings[0].what.startswith("1 of 2 evaluation texts")  # the worst first
     assert [(match.index, match.of) for match in report.conflicts] == [(2, 0)]
-    assert len(report.summary().splitlines()) == 11
+    assert len(str(report).splitlines()) == 11
 
 
 def test_a_clean_set_is_called_so() -> None:
     clean = [(f"all {word} differ in what they say of {word}", i % 2) for i, word in enumerate("abcdefghijkl")]
     report = data_report(table(clean), table([("what they say of all they differ in", 0)]), near=None)
-    assert report.findings == [] and "Nothing wrong was found." in report.summary()
-    assert "and no evaluation text in the training data" in report.markdown()
+    assert report.findings == [] and "Nothing wrong was found." in str(report)
+    assert "and no evaluation text in the training data" in report.to_markdown()
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ def test_numbers_are_told_from_classes(values: list[Any], expected: dict[Any, in
     report = data_report(table([(f"text {i} {i * i}", value) for i, value in enumerate(values)]), near=None)
     balance = report.train.balance
     assert (balance.counts if balance is not None else None) == expected
-    assert ("Numbers, not classes." in report.markdown()) == (expected is None)
-    assert report.as_json()["train"]["labels"].keys() >= ({"numbers"} if expected is None else {"counts"})
+    assert ("Numbers, not classes." in report.to_markdown()) == (expected is None)
+    assert json.loads(report.to_json())["train"]["labels"].keys() >= ({"numbers"} if expected is None else {"counts"})
 
 
 def test_labels_that_are_numbers_conflict_where_they_are_far_apart() -> None:
@@ -109,7 +110,7 @@ def test_it_goes_without_labels_and_without_texts(tmp_path: Path) -> None:
     report = data_report(table([("", None), ("", None)]).select_columns(["text"]))
     report.write(tmp_path)
     assert "2 rows of 2 have no text" in (tmp_path / "report.md").read_text()
-    assert report.as_json()["train"]["labels"] is None
+    assert json.loads(report.to_json())["train"]["labels"] is None
     data_report(table([("a b c", None), ("d e", None)])).write(tmp_path)
 
 
@@ -140,7 +141,7 @@ def test_the_page_the_figures_and_the_plot(tmp_path: Path) -> None:
 
 def test_texts_cannot_break_the_page() -> None:
     odd = "a | b <img src=x> `c` *d*\n# e"
-    page = data_report(table([(odd, 1), (odd, 1)])).markdown()
+    page = data_report(table([(odd, 1), (odd, 1)])).to_markdown()
     assert "a \\| b &lt;img src=x&gt; \\`c\\` \\*d\\* \\# e" in page
 
 

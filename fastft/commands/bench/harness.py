@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import fastft
-from fastft import _C
+from fastft.environment import cpu_instruction_set
 
 ROOT = Path(__file__).resolve().parents[3]
 Work = Callable[[], object]
@@ -190,7 +190,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "fastft": fastft.__version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "cpu_instruction_set": _C.cpu_instruction_set(),
+        "cpu_instruction_set": cpu_instruction_set(),
     }
 
 
