@@ -65,7 +65,7 @@ class Anchor:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
         named = named_tensors(module_or_named_parameters)
-        excluded = matching(exclude, [name for name, _ in named])
+        excluded = set(matching(exclude, [name for name, _ in named]))
         kept = [(name, p) for name, p in named if name not in excluded]
         for name, p in kept:
             if p.dtype not in DTYPES or p.layout != torch.strided or p.is_meta:
@@ -106,7 +106,7 @@ class Anchor:
         """
         file = WeightFile.open(path)
         named = named_tensors(module)
-        excluded = matching(exclude, [name for name, _ in named])
+        excluded = set(matching(exclude, [name for name, _ in named]))
         # A tied parameter has several names, and the file may know only one of them.
         aliases: dict[int, list[str]] = {}
         for alias, parameter in module.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Parameter names: pairs of them, patterns over them, and the closest to one that was mistyped."""
+"""Parameter names: pairs with parameters, patterns over them, wrappers' prefixes, and the closest to a mistyped one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+
+__all__ = ["closest", "covers", "listed", "matching", "named_tensors"]
+
+MOST_LISTED = 12
 
 
 def named_tensors(source: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -26,18 +30,35 @@ def named_tensors(source: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tupl
     return named
 
 
-def matching(exclude: str | Iterable[str], names: list[str]) -> set[str]:
-    """The names that any pattern (a name, a glob, a module) takes in."""
-    found: set[str] = set()
-    for pattern in [exclude] if isinstance(exclude, str) else exclude:
-        hits = {n for n in names if n == pattern or n.startswith(pattern + ".") or fnmatchcase(n, pattern)}
+def covers(pattern: str, name: str) -> bool:
+    """Whether a pattern (a name, a glob pattern, or a module that the name lies in) covers a name."""
+    return name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
+
+
+def matching(patterns: str | Iterable[str], names: Iterable[str], argument: str = "exclude") -> list[str]:
+    """The names that any of the patterns covers, each once.
+
+    Raises:
+        ValueError: a pattern covers none; ``argument`` is where it was given.
+    """
+    known = list(names)
+    found: dict[str, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = [name for name in known if covers(pattern, name)]
         if not hits:
-            raise ValueError(f"exclude: {pattern!r} matches no parameter{closest(pattern, names)}")
-        found |= hits
-    return found
+            raise ValueError(f"{argument}: {pattern!r} matches no parameter{closest(pattern, known)}")
+        found.update(dict.fromkeys(hits))
+    return list(found)
 
 
 def closest(name: str, names: Iterable[str]) -> str:
     """A hint at what may have been meant."""
     near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f"; closest: {', '.join(near)}" if near else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in quotes, separated by commas; of many the first, and how many more there are."""
+    shown = [repr(name) for name in names]
+    more = len(shown) - MOST_LISTED
+    return ", ".join(shown[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastft.commands import cli
+from fastft.commands import shell
 from fastft.problems import corpus
 
 Row = Mapping[str, Any]
@@ -149,7 +149,7 @@ def finetune(**options: Any) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            status = cli.main(["finetune", *flags(**options)])
+            status = shell.main(["finetune", *flags(**options)])
         except SystemExit as left:
             status = int(left.code or 0)
     return Done(status, out.getvalue(), err.getvalue())
@@ -157,7 +157,9 @@ def finetune(**options: Any) -> Done:
 
 def finetune_apart(first: str, **options: Any) -> Done:
     """``fastft finetune`` in a process of its own that executes ``first`` before, with as many threads as here."""
-    program = f"{first}\nimport sys\nfrom fastft.commands import cli\nsys.exit(cli.main(['finetune', *sys.argv[1:]]))"
+    program = (
+        f"{first}\nimport sys\nfrom fastft.commands import shell\nsys.exit(shell.main(['finetune', *sys.argv[1:]]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, *flags(**options)],
         capture_output=True,

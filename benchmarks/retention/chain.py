@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastft.commands.bench.harness import environment
+from fastft.commands.bench import environment
 from fastft.problems import Classifier
 
 from . import records

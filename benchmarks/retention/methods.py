@@ -30,11 +30,11 @@ from fastft.data import (
     TokenDropout,
     neftune,
 )
+from fastft.layers import layer_groups
 from fastft.nn import Mixout, fuse_dropout_
 from fastft.optim import layer_decay, warm_up_then_decay
-from fastft.recipes import opening_by
 from fastft.retention import distillation_loss, interpolate_
-from fastft.unfreeze import Unfreezer, layer_groups
+from fastft.unfreeze import GradualUnfreeze, Unfreezer
 
 from .problem import Batch, Problem
 
@@ -153,7 +153,7 @@ def fine_tune(problem: Problem, method: Method, epochs: int, seed: int) -> Train
     schedule = LambdaLR(optimizer, warm_up_then_decay(len(steps), WARMUP))
     unfreezer = None
     if method.strength("gradual"):
-        opening = opening_by(method.strength("gradual"), len(steps), layer_groups(model))
+        opening = GradualUnfreeze.open_by(method.strength("gradual"), len(steps), layer_groups(model))
         unfreezer = Unfreezer(model, optimizer, opening)
     extra = extra_losses(problem, method, seed + 1)
     noise = neftune(model.encoder, alpha) if (alpha := method.strength("neftune")) else nullcontext()

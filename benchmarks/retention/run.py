@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastft.commands.bench.harness import environment
+from fastft.commands.bench import environment
 
 from . import records
 from .methods import INGREDIENTS, Method, blended, fine_tune

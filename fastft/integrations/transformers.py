@@ -43,6 +43,8 @@ except ImportError as error:
         'python -m pip install "fastft[transformers]"'
     ) from error
 
+__all__ = ["UnfreezeCallback", "new_parameters", "optimizer_cls_and_kwargs", "optimizer_of"]
+
 STATE_KEY = "fastft_unfreezer"
 # LoRA's factors, also of embeddings: what they add to the pre-trained weights is zero where they are.
 LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\b")
@@ -89,7 +91,7 @@ def optimizer_cls_and_kwargs(
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         factors = {name for name in trained if LORA_FACTOR.search(name)}
         if exclude is not None:
-            free = matching(exclude, list(trained))
+            free = set(matching(exclude, trained))
             factors -= free
         else:
             free = new_parameters(model) if factors < set(trained) else set()
@@ -110,6 +112,21 @@ def optimizer_cls_and_kwargs(
         "anchor_decay": anchor_decay,
     }
     return AdamW, {**kwargs, **options}
+
+
+def optimizer_of(trainer: Trainer) -> AdamW:
+    """The :class:`fastft.AdamW` that a Trainer trains with, without what accelerate wraps around it.
+
+    For what the wrapper does not pass on, such as ``grad_norm`` and ``skipped_steps``. The Trainer makes its optimizer
+    when training begins.
+
+    Raises:
+        TypeError: it has no optimizer yet, or one of another class.
+    """
+    inner = unwrapped(trainer.optimizer)
+    if not isinstance(inner, AdamW):
+        raise TypeError(f"trainer: expected one that trains with fastft.AdamW, got {type(inner).__name__}")
+    return inner
 
 
 def new_parameters(model: nn.Module) -> set[str]:

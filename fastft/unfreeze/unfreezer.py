@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastft.checks import check_choice, check_count
 from fastft.layers.groups import GroupPatterns, layer_groups, shortened
 from fastft.layers.wrappers import clean, peel, reentrant_checkpointing, requiring_inputs, wrapped_for
 from fastft.optim import AdamW
 
 from .hooks import ClosedForward, ModuleHook, StillNorms, norms_in
 from .moments import bring_back, drop, offload, state_bytes
-from .policies import Event, GoesBack, GroupInfo, OnPlateau, Policy, Progress, check_choice, check_count, open_groups
+from .policies import Event, GoesBack, GroupInfo, OnPlateau, Policy, Progress, open_groups
 from .report import Report, Row
 
 VERSION = 1

@@ -24,7 +24,12 @@ from unfreeze_cases import assert_equal, bits
 
 import fastft
 from fastft.integrations import transformers as integration
-from fastft.integrations.transformers import UnfreezeCallback, new_parameters, optimizer_cls_and_kwargs
+from fastft.integrations.transformers import (
+    UnfreezeCallback,
+    new_parameters,
+    optimizer_cls_and_kwargs,
+    optimizer_of,
+)
 from fastft.optim import biases_and_norms, layer_decay
 from fastft.unfreeze import GradualUnfreeze, OnPlateau, layer_groups
 
@@ -486,6 +491,20 @@ def test_a_state_of_other_layers_is_refused_and_leaves_all_open(bert: Any, tmp_p
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     unfreeze.close()
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_optimizer_of_a_trainer_is_found_behind_accelerates(bert: Any, tmp_path: Path) -> None:
+    ours = (fastft.AdamW, {"lr": 1e-3})
+    run = trainer(bert(), arguments(tmp_path, num_train_epochs=1), optimizer_cls_and_kwargs=ours)
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer, got NoneType"):
+        optimizer_of(run)
+    run.train()
+    optimizer = optimizer_of(run)
+    assert type(optimizer) is fastft.AdamW and optimizer is not run.optimizer
+    assert int(optimizer.skipped_steps) == 0
+    run.optimizer = torch.optim.AdamW(run.model.parameters())
+    with pytest.raises(TypeError, match=r"trainer: expected one that trains with fastft\.AdamW, got AdamW"):
+        optimizer_of(run)
 
 
 def test_flags_of_a_compiled_model_are_not_flipped(bert: Any, tmp_path: Path) -> None:

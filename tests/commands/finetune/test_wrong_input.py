@@ -10,7 +10,7 @@ from typing import Any
 import finetune_cases as cases
 import pytest
 
-from fastft.commands import cli
+from fastft.commands import shell
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ from fastft.commands import cli
         ({"batch_size": "many"}, "--batch-size: expected a whole number of at least 1"),
         ({"batch_siez": "8"}, "unrecognized arguments: --batch-siez 8; see fastft finetune --help"),
         ({"layer_groups": ["bert.embeddings", "heda"]}, "'heda' matches no parameter"),
-        ({"unfreeze": ["lisa", "n_layers=9"]}, "LISA: n_layers: expected at most the 3 blocks, got 9"),
-        ({"config": "late.yaml"}, "Phases: open: 'bodi' matches no group"),
+        ({"unfreeze": ["lisa", "n_layers=9"]}, "n_layers: expected at most the 3 blocks, got 9"),
+        ({"config": "late.yaml"}, "open: 'bodi' matches no group"),
         ({"config": "none.yaml"}, "--config: cannot read none.yaml"),
         ({"warmup": 40}, "--warmup: expected at most the 4 steps of the run, got 40"),
         ({"steps": None, "epochs": 1, "warmup": 40}, "warmup: expected up to 10 steps"),
@@ -94,7 +94,7 @@ def test_one_line_status_2_and_nothing_written(
 
 
 def test_all_of_the_usage_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["finetune"]) == 2
+    assert shell.main(["finetune"]) == 2
     said = capsys.readouterr().err
     assert said == "fastft finetune: missing --model, --train, --task, --text-column, --output\n"
 
