@@ -86,7 +86,7 @@ def recipe(
         ValueError: a number out of range, a pattern that matches nothing, or a model that has no layers to tell apart.
     """
     found = layer_groups(model, groups)
-    opening = opening_by(open_by, total_steps, found)
+    opening = GradualUnfreeze.open_by(open_by, total_steps, found)
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup: expected a part of the steps from 0 to below 1, got {warmup!r}")
     anchor = Anchor.snapshot(model, exclude=exclude)
@@ -104,9 +104,4 @@ def recipe(
 
 def opening_by(part: float, total_steps: int, groups: list[LayerGroup]) -> GradualUnfreeze:
     """From the topmost group down, evenly, the lowest after a part of the steps."""
-    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
-        raise ValueError(f"total_steps: expected a whole number of at least 1, got {total_steps!r}")
-    if not 0 < part <= 1:
-        raise ValueError(f"open_by: expected a part of the steps above 0 up to 1, got {part!r}")
-    later = max(1, len(groups) - 1)
-    return GradualUnfreeze(every=max(1, round(part * total_steps / later)))
+    return GradualUnfreeze.open_by(part, total_steps, groups)

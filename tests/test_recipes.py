@@ -131,8 +131,8 @@ def test_a_short_run_opens_a_layer_a_step(model: Net) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"total_steps": 0}, "total_steps: expected a whole number of at least 1, got 0"),
-        ({"total_steps": 2.5}, "total_steps: expected a whole number of at least 1, got 2.5"),
+        ({"total_steps": 0}, "total_steps: expected an integer >= 1, got 0"),
+        ({"total_steps": 2.5}, "total_steps: expected an integer >= 1, got 2.5"),
         ({"open_by": 0}, "open_by: expected a part of the steps above 0 up to 1, got 0"),
         ({"open_by": 1.5}, "open_by: expected a part of the steps above 0 up to 1, got 1.5"),
         ({"warmup": 1}, "warmup: expected a part of the steps from 0 to below 1, got 1"),

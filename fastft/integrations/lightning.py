@@ -21,6 +21,8 @@ from torch import nn
 from fastft.integrations.progress import go_on, numbers
 from fastft.unfreeze import Policy, Unfreezer
 
+__all__ = ["UnfreezeCallback"]
+
 
 def callback_class() -> Any:
     """``Callback`` of the package that is in use already, or else of the one that is installed."""

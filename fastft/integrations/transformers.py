@@ -29,7 +29,7 @@ from fastft.anchor import Anchor
 from fastft.integrations.progress import go_on, numbers
 from fastft.names import matching
 from fastft.optim import AdamW
-from fastft.optim.adamw import check_anchor_options, check_pull
+from fastft.optim.anchoring import check_anchor_options, check_pull
 from fastft.unfreeze import Policy, Unfreezer
 from fastft.unfreeze.unfreezer import unwrapped
 
@@ -42,6 +42,8 @@ except ImportError as error:
         f"fastft.integrations.transformers needs transformers and accelerate ({error}): "
         'python -m pip install "fastft[transformers]"'
     ) from error
+
+__all__ = ["UnfreezeCallback", "new_parameters", "optimizer_cls_and_kwargs", "optimizer_of"]
 
 STATE_KEY = "fastft_unfreezer"
 # LoRA's factors, also of embeddings: what they add to the pre-trained weights is zero where they are.
@@ -74,7 +76,7 @@ def optimizer_cls_and_kwargs(
         anchor: where to pull to; None: to what the trained parameters that are not new hold now.
         exclude: names, glob patterns or module names of what is new and stays free. None: what
             :func:`new_parameters` finds.
-        params: groups of named parameters, such as ``layer_decay(layer_groups(model), args.learning_rate)`` of
+        params: groups of named parameters, such as ``layerwise_lr(layer_groups(model), args.learning_rate)`` of
             :mod:`fastft.optim` makes. None: as the Trainer divides them, into those with and without weight decay.
         **options: more of :class:`fastft.AdamW`'s. With ``max_grad_norm``, pass ``max_grad_norm=0.0`` to
             ``TrainingArguments``, or the Trainer clips too.
@@ -89,7 +91,7 @@ def optimizer_cls_and_kwargs(
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         factors = {name for name in trained if LORA_FACTOR.search(name)}
         if exclude is not None:
-            free = matching(exclude, list(trained))
+            free = set(matching(exclude, trained))
             factors -= free
         else:
             free = new_parameters(model) if factors < set(trained) else set()
@@ -110,6 +112,21 @@ def optimizer_cls_and_kwargs(
         "anchor_decay": anchor_decay,
     }
     return AdamW, {**kwargs, **options}
+
+
+def optimizer_of(trainer: Trainer) -> AdamW:
+    """The :class:`fastft.AdamW` that a Trainer trains with, without what accelerate wraps around it.
+
+    For what the wrapper does not pass on, such as ``grad_norm`` and ``skipped_steps``. The Trainer makes its optimizer
+    when training begins.
+
+    Raises:
+        TypeError: it has no optimizer yet, or one of another class.
+    """
+    inner = unwrapped(trainer.optimizer)
+    if not isinstance(inner, AdamW):
+        raise TypeError(f"trainer: expected one that trains with fastft.AdamW, got {type(inner).__name__}")
+    return inner
 
 
 def new_parameters(model: nn.Module) -> set[str]:

@@ -1,5 +1,5 @@
-"""Which layers a model has, and what is wrapped around it."""
+"""Layer groups of a model, and the wrappers around it."""
 
-from fastft.layers.groups import GroupPatterns, LayerGroup, layer_groups
+from fastft.layers.groups import LayerGroup, layer_groups
 
-__all__ = ["GroupPatterns", "LayerGroup", "layer_groups"]
+__all__ = ["LayerGroup", "layer_groups"]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from itertools import chain, count, groupby, takewhile
 from typing import Any, Literal
 
 from torch import nn
 
-from fastft.names import closest
+from fastft.names import clean, matching
 
-from .wrappers import clean, peel
+from .wrappers import peel
 
 Kind = Literal["embeddings", "block", "norm", "head", "other"]
 # What a group that was given by name is, unless a block.
@@ -266,13 +265,8 @@ def chosen(groups: GroupPatterns, named: Mapping[str, nn.Parameter]) -> list[Dra
     """The groups that the patterns describe."""
     drafts: list[Draft] = []
     for name, patterns in listed(groups):
-        uses: dict[str, None] = {}
-        for pattern in map(clean, patterns):
-            hits = [n for n in named if n == pattern or n.startswith(pattern + ".") or fnmatchcase(n, pattern)]
-            if not hits:
-                raise ValueError(f"groups: {pattern!r} matches no parameter{closest(pattern, named)}")
-            uses.update(dict.fromkeys(hits))
-        drafts.append(Draft(unique(name, drafts), KIND_OF_NAME.get(name, "block"), list(uses)))
+        uses = matching(map(clean, patterns), named, "groups")
+        drafts.append(Draft(unique(name, drafts), KIND_OF_NAME.get(name, "block"), uses))
     takers: dict[str, list[str]] = {}
     for draft in drafts:
         for name in draft.uses:

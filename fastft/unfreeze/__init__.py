@@ -1,6 +1,8 @@
-"""Open a model's layers over time: layer groups, policies that say when, and the ``Unfreezer`` that does it."""
+"""Open a model's layers over time: policies that say when, and the ``Unfreezer`` that does it."""
 
-from fastft.layers.groups import LayerGroup, layer_groups
+# Exported by fastft.layers; importable from here as well.
+from fastft.layers import LayerGroup as LayerGroup
+from fastft.layers import layer_groups as layer_groups
 from fastft.unfreeze.policies import (
     LISA,
     Always,
@@ -8,16 +10,14 @@ from fastft.unfreeze.policies import (
     Budget,
     ChainThaw,
     Event,
-    GoesBack,
     GradualUnfreeze,
-    GroupInfo,
     LinearProbeThenFinetune,
     OnPlateau,
     Phases,
     Policy,
     Progress,
+    open_at,
 )
-from fastft.unfreeze.report import Report
 from fastft.unfreeze.unfreezer import Unfreezer
 
 __all__ = [
@@ -27,16 +27,12 @@ __all__ = [
     "Budget",
     "ChainThaw",
     "Event",
-    "GoesBack",
     "GradualUnfreeze",
-    "GroupInfo",
-    "LayerGroup",
     "LinearProbeThenFinetune",
     "OnPlateau",
     "Phases",
     "Policy",
     "Progress",
-    "Report",
     "Unfreezer",
-    "layer_groups",
+    "open_at",
 ]

@@ -1,4 +1,4 @@
-"""Policies: pure functions from how far training has got to which layer groups are open."""
+"""Policies: pure functions from how far training has got to the layer groups that are open."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
@@ -16,11 +15,12 @@ from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from torch import nn
 
+from fastft.checks import check_choice, check_count, check_not_negative, check_positive
 from fastft.layers.groups import LayerGroup
 from fastft.layers.wrappers import wrapped_for
-from fastft.names import closest
+from fastft.names import closest, covers
 
-Unit = Literal["step", "epoch"]
+ScheduleUnit = Literal["step", "epoch"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Event:
 
 
 class GroupInfo(NamedTuple):
-    """What a policy knows of a layer group."""
+    """A layer group as a policy sees it."""
 
     name: str
     kind: str
@@ -41,34 +41,66 @@ class GroupInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training has got: all that a policy may go by."""
+    """How far training has got: all that a policy may depend on."""
 
     step: int
     """Optimizer steps done."""
     groups: tuple[GroupInfo, ...]
-    """From input to output."""
+    """From input to output, each with a ``name`` and a ``kind``."""
     epoch: float = 0.0
-    """What :meth:`Unfreezer.step` was last told; 0 if never."""
+    """The epoch last passed to :meth:`Unfreezer.step`; 0 if none was."""
     events: tuple[Event, ...] = ()
-    """All events so far, the oldest first."""
+    """All metrics that were logged, the oldest first: each with a ``step``, an ``epoch`` and a dict ``metrics``."""
 
 
 Policy = Callable[[Progress], Iterable[int | str]]
-"""Indices or names of the open groups. Any function will do that depends on its argument alone."""
+"""A function from a :class:`Progress` to the indices or names of the open groups; it depends on its argument alone.
+
+One that also has a method ``best_event(progress) -> Event | None`` makes the :class:`Unfreezer` go back, when a group
+opens, to the parameters that the model had at this event; None: it goes on from the present ones.
+"""
 
 
 @runtime_checkable
 class GoesBack(Protocol):
-    """A policy that, when it opens a group, wants training to go on from the parameters of an earlier event."""
+    """A policy that, when it opens a group, sets the parameters back to those of an earlier event."""
 
     def best_event(self, progress: Progress) -> Event | None:
-        """The event whose parameters to go back to; None: there is none yet, or it does not want to."""
+        """The event whose parameters to go back to; None: stay with the present ones."""
+
+
+def open_at(
+    policy: Policy,
+    groups: Iterable[LayerGroup],
+    step: int,
+    *,
+    epoch: float = 0.0,
+    events: Iterable[Event] = (),
+) -> tuple[str, ...]:
+    """The names of the groups that a policy opens after ``step`` optimizer steps, from input to output.
+
+    To look at a schedule, or to check that it fits a model, before training.
+
+    Args:
+        policy: one of :mod:`fastft.unfreeze`, or a function of your own.
+        groups: of :func:`fastft.layers.layer_groups`.
+        step: optimizer steps done.
+        epoch: epochs done, for policies that count these.
+        events: metrics that were logged, for policies that depend on them.
+
+    Raises:
+        ValueError: the policy opens no group, or one that does not exist.
+    """
+    infos = tuple(GroupInfo(group.name, group.kind) for group in groups)
+    opened = open_groups(policy, Progress(step, infos, epoch, tuple(events)))
+    return tuple(info.name for i, info in enumerate(infos) if i in opened)
 
 
 def open_groups(policy: Policy, progress: Progress) -> frozenset[int]:
     """The indices of the groups that the policy opens.
 
-    Raises ``ValueError`` if it opens none, or names one that does not exist.
+    Raises:
+        ValueError: it opens none, or one that does not exist.
     """
     names = [group.name for group in progress.groups]
     found = set()
@@ -98,32 +130,17 @@ def last(progress: Progress, count: int) -> Iterable[int]:
     return range(max(0, len(progress.groups) - count), len(progress.groups))
 
 
-def elapsed(progress: Progress, unit: Unit) -> float:
+def elapsed(progress: Progress, unit: ScheduleUnit) -> float:
     """Steps or epochs done."""
     return progress.step if unit == "step" else progress.epoch
 
 
-# -- checks: each names what it was given to, what it expected, what it got ----------------------------------
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise unless ``value`` is an integer and large enough."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise unless ``value`` is among the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 def check_period(name: str, value: Any, unit: Any) -> None:
-    """Raise unless ``value`` is a whole number of steps, or a number of epochs."""
+    """Raise a ``ValueError`` unless ``value`` is a whole number of steps, or a number of epochs."""
     if unit == "step":
         check_count(name, value)
-    elif not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+    else:
+        check_positive(name, value)
 
 
 # -- by the clock --------------------------------------------------------------------------------------------
@@ -141,35 +158,53 @@ class Always:
 class GradualUnfreeze:
     """From the top down: ``start`` groups at first, one more after ``every`` steps or epochs.
 
-    Howard & Ruder 2018 (ULMFiT), https://arxiv.org/abs/1801.06146, who open one more each epoch.
+    ULMFiT (Howard & Ruder 2018, https://arxiv.org/abs/1801.06146) opens one more each epoch.
     """
 
     every: float
     start: int = 1
-    unit: Unit = "step"
+    unit: ScheduleUnit = "step"
 
     def __post_init__(self) -> None:
-        check_choice("GradualUnfreeze: unit", self.unit, ("step", "epoch"))
-        check_period("GradualUnfreeze: every", self.every, self.unit)
-        check_count("GradualUnfreeze: start", self.start)
+        check_choice("unit", self.unit, ("step", "epoch"))
+        check_period("every", self.every, self.unit)
+        check_count("start", self.start)
 
     def __call__(self, progress: Progress) -> Iterable[int]:
         return last(progress, self.start + int(elapsed(progress, self.unit) // self.every))
+
+    @classmethod
+    def open_by(cls, part: float, total_steps: int, groups: Sequence[LayerGroup]) -> GradualUnfreeze:
+        """One group at first, and more at equal distances, so that all are open after a part of the run.
+
+        Args:
+            part: of the run's steps, above 0 and up to 1.
+            total_steps: optimizer steps of the run.
+            groups: of :func:`fastft.layers.layer_groups`. Where there are more of them than steps, one opens each step.
+
+        Raises:
+            ValueError: a number out of range.
+        """
+        check_count("total_steps", total_steps)
+        if not 0 < part <= 1:
+            raise ValueError(f"open_by: expected a part of the steps above 0 up to 1, got {part!r}")
+        later = max(1, len(groups) - 1)
+        return cls(every=max(1, round(part * total_steps / later)))
 
 
 @dataclass(frozen=True)
 class ChainThaw:
     """The head alone, then each other group alone from the bottom up, then all; ``every`` steps or epochs each.
 
-    Felbo et al. 2017 (DeepMoji), https://arxiv.org/abs/1708.00524.
+    DeepMoji (Felbo et al. 2017, https://arxiv.org/abs/1708.00524).
     """
 
     every: float
-    unit: Unit = "step"
+    unit: ScheduleUnit = "step"
 
     def __post_init__(self) -> None:
-        check_choice("ChainThaw: unit", self.unit, ("step", "epoch"))
-        check_period("ChainThaw: every", self.every, self.unit)
+        check_choice("unit", self.unit, ("step", "epoch"))
+        check_period("every", self.every, self.unit)
 
     def __call__(self, progress: Progress) -> Iterable[int]:
         n = len(progress.groups)
@@ -181,13 +216,13 @@ class ChainThaw:
 class LinearProbeThenFinetune:
     """The head alone for ``probe_steps``, then everything, so that features are not bent to fit a random head.
 
-    Kumar et al. 2022 (LP-FT), https://arxiv.org/abs/2202.10054. Without a head, the last group is probed.
+    LP-FT (Kumar et al. 2022, https://arxiv.org/abs/2202.10054). Without a head, the last group is probed.
     """
 
     probe_steps: int
 
     def __post_init__(self) -> None:
-        check_count("LinearProbeThenFinetune: probe_steps", self.probe_steps, least=0)
+        check_count("probe_steps", self.probe_steps, least=0)
 
     def __call__(self, progress: Progress) -> Iterable[int]:
         if progress.step >= self.probe_steps:
@@ -199,7 +234,7 @@ class LinearProbeThenFinetune:
 class LISA:
     """``n_layers`` random blocks, drawn anew ``every`` steps; all that is no block is always open.
 
-    Pan et al. 2024, https://arxiv.org/abs/2403.17919. Which blocks is a function of (seed, step // every) alone.
+    (Pan et al. 2024, https://arxiv.org/abs/2403.17919.) The draw is a function of (seed, step // every) alone.
     """
 
     n_layers: int = 2
@@ -207,13 +242,13 @@ class LISA:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("LISA: n_layers", self.n_layers)
-        check_count("LISA: every", self.every)
+        check_count("n_layers", self.n_layers)
+        check_count("every", self.every)
 
     def __call__(self, progress: Progress) -> Iterable[int]:
         blocks = [i for i, group in enumerate(progress.groups) if group.kind == "block"]
         if len(blocks) < self.n_layers:
-            raise ValueError(f"LISA: n_layers: expected at most the {len(blocks)} blocks, got {self.n_layers}")
+            raise ValueError(f"n_layers: expected at most the {len(blocks)} blocks, got {self.n_layers}")
         drawn = random.Random(f"{self.seed}/{progress.step // self.every}").sample(blocks, self.n_layers)
         return ({*range(len(progress.groups))} - {*blocks}) | {*drawn}
 
@@ -222,7 +257,7 @@ class LISA:
 class BlockCoordinate:
     """One group at a time, ``every`` steps each, round and round.
 
-    Luo et al. 2024 (BAdam), https://arxiv.org/abs/2404.02827; they drop a group's moments when they leave it:
+    BAdam (Luo et al. 2024, https://arxiv.org/abs/2404.02827) drops a group's moments when it leaves the group:
     ``state_policy="reset"``. ``order="descending"`` begins at the output; "random" is another order each round.
     """
 
@@ -231,8 +266,8 @@ class BlockCoordinate:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("BlockCoordinate: every", self.every)
-        check_choice("BlockCoordinate: order", self.order, ("descending", "ascending", "random"))
+        check_count("every", self.every)
+        check_choice("order", self.order, ("descending", "ascending", "random"))
 
     def __call__(self, progress: Progress) -> Iterable[int]:
         n = len(progress.groups)
@@ -247,7 +282,7 @@ class BlockCoordinate:
 
 @dataclass(frozen=True)
 class OnPlateau:
-    """From the top down: one more group each time that a metric has stopped to improve.
+    """From the top down: one more group each time that a metric has stopped improving.
 
     Replays the logged events that hold ``metric``, so log it where you evaluate, ``unfreezer.step(val_loss=...)``,
     rather than in every step. In a distributed run, log the same value on every process.
@@ -256,7 +291,7 @@ class OnPlateau:
         metric: the name it is logged under.
         patience: open one more after so many events in a row without improvement.
         mode: whether lower ("min") or higher ("max") is better.
-        threshold: what counts as an improvement: better than the best so far by more than this.
+        threshold: a value has improved if it is better than the best so far by more than this.
         start: open at first.
         restore_best: when a group opens, go on from the parameters of the best event. Moments stay as they are.
     """
@@ -270,12 +305,11 @@ class OnPlateau:
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, str) or not self.metric:
-            raise ValueError(f"OnPlateau: metric: expected a name, got {self.metric!r}")
-        check_count("OnPlateau: patience", self.patience)
-        check_choice("OnPlateau: mode", self.mode, ("min", "max"))
-        check_count("OnPlateau: start", self.start)
-        if not isinstance(self.threshold, (int, float)) or not 0 <= self.threshold < float("inf"):
-            raise ValueError(f"OnPlateau: threshold: expected a finite number >= 0, got {self.threshold!r}")
+            raise ValueError(f"metric: expected a name, got {self.metric!r}")
+        check_count("patience", self.patience)
+        check_choice("mode", self.mode, ("min", "max"))
+        check_count("start", self.start)
+        check_not_negative("threshold", self.threshold)
 
     def __call__(self, progress: Progress) -> Iterable[int]:
         return last(progress, self._replay(progress)[0])
@@ -307,8 +341,8 @@ class Budget:
     """As many groups, from the top down, as fit a budget.
 
     Args:
-        costs: what a step costs with the last k groups open, for k = 1, 2, ...; see :meth:`measure`.
-        limit: the most that a step may cost.
+        costs: the cost of a step with the last k groups open, for k = 1, 2, ...; see :meth:`measure`.
+        limit: the highest cost of a step, in the unit of ``costs``.
     """
 
     costs: Sequence[float]
@@ -317,16 +351,14 @@ class Budget:
     def __post_init__(self) -> None:
         object.__setattr__(self, "costs", tuple(float(cost) for cost in self.costs))
         if not self.costs or not all(0 <= cost < float("inf") for cost in self.costs):
-            raise ValueError(f"Budget: costs: expected finite numbers >= 0, got {self.costs}")
+            raise ValueError(f"costs: expected finite numbers >= 0, got {self.costs}")
         if not min(self.costs) <= self.limit:
-            raise ValueError(
-                f"Budget: limit: expected at least {min(self.costs):g}, the cheapest step, got {self.limit}"
-            )
+            raise ValueError(f"limit: expected at least {min(self.costs):g}, the cheapest step, got {self.limit}")
 
     def __call__(self, progress: Progress) -> Iterable[int]:
         if len(self.costs) != len(progress.groups):
             raise ValueError(
-                f"Budget: costs: expected one for each of the {len(progress.groups)} groups, got {len(self.costs)}"
+                f"costs: expected one for each of the {len(progress.groups)} groups, got {len(self.costs)}"
             )
         return last(progress, max(k for k, cost in enumerate(self.costs, start=1) if cost <= self.limit))
 
@@ -341,23 +373,27 @@ class Budget:
         unit: Literal["seconds", "flops"] = "seconds",
         repeats: int = 5,
     ) -> Budget:
-        """Measure what a step costs with the last k groups open, for every k.
+        """Measure the cost of a step with the last k groups open, for every k.
 
-        Once made, the policy is as pure as any. ``requires_grad``, gradients, buffers and random states are as
-        before afterwards. In a distributed run the dearest process counts.
+        The policy that is made measures nothing any more. ``requires_grad``, gradients, buffers and random states are
+        as before afterwards. In a distributed run the highest cost of all processes counts.
 
         Args:
-            model: the plain model, as flags are flipped: neither compiled nor wrapped for DDP.
-            groups: of :func:`layer_groups`.
+            model: the plain model, neither compiled nor wrapped for DDP: its ``requires_grad`` flags are changed.
+            groups: of :func:`fastft.layers.layer_groups`.
             run: does a forward and a backward pass, and no optimizer step.
-            limit: the most that a step may cost, in ``unit``.
+            limit: the highest cost of a step, in ``unit``.
             unit: "seconds", the median of ``repeats`` runs after one to warm up; or "flops" as
                 ``torch.utils.flop_counter`` counts them, in one run.
+            repeats: timed runs for each k.
+
+        Raises:
+            ValueError: a wrapped or compiled model, an unknown unit, or no k that fits the limit.
         """
-        check_choice("Budget: unit", unit, ("seconds", "flops"))
-        check_count("Budget: repeats", repeats)
+        check_choice("unit", unit, ("seconds", "flops"))
+        check_count("repeats", repeats)
         if wrappers := wrapped_for(model) & {"ddp", "compile", "fsdp1"}:
-            raise ValueError(f"Budget: model: expected a plain model, got one for {', '.join(sorted(wrappers))}")
+            raise ValueError(f"model: expected a plain model, got one for {', '.join(sorted(wrappers))}")
         trained = [[p for p in group.parameters if p.requires_grad] for group in groups]
         parameters = list(model.parameters())
         grads = [(p, p.grad) for p in parameters]
@@ -417,7 +453,7 @@ def dearest(costs: list[float]) -> list[float]:
 
 
 class Phase(NamedTuple):
-    """From when on what is open."""
+    """The groups that are open from a step or epoch on."""
 
     start: float
     open: tuple[str | int, ...]
@@ -425,37 +461,50 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Phases:
-    """What was written down: ``Phases([{"from": 0, "open": ["head"]}, {"from": 100, "open": ["block", "head"]}])``.
+    """A schedule in a list: ``Phases([{"from": 0, "open": ["head"]}, {"from": 100, "open": ["block", "head"]}])``.
 
     Args:
         phases: dicts with ``from``, the step or epoch at which the phase begins (the first at 0), and ``open``, a
-            list of group names, glob patterns of them, kinds of groups, or indices. The last phase has no end.
-        unit: what ``from`` counts.
+            list of group names, of modules that hold groups, glob patterns, kinds of groups, or indices. The last
+            phase has no end.
+        unit: of ``from``.
+
+    Raises:
+        ValueError: phases that are not of this form, or, when asked about a model, match none of its groups.
     """
 
     phases: Sequence[Phase | Mapping[str, Any]]
-    unit: Unit = "step"
+    unit: ScheduleUnit = "step"
 
     def __post_init__(self) -> None:
-        check_choice("Phases: unit", self.unit, ("step", "epoch"))
+        check_choice("unit", self.unit, ("step", "epoch"))
         if not isinstance(self.phases, Sequence) or isinstance(self.phases, str) or not self.phases:
-            raise ValueError(f"Phases: expected a list of phases, got {self.phases!r:.80}")
+            raise ValueError(f"phases: expected a list of phases, got {self.phases!r:.80}")
         phases = tuple(phase if isinstance(phase, Phase) else as_phase(phase) for phase in self.phases)
         starts = [phase.start for phase in phases]
         if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
-            raise ValueError(f"Phases: from: expected 0 and then ever larger numbers, got {starts}")
+            raise ValueError(f"from: expected 0 and then ever larger numbers, got {starts}")
         object.__setattr__(self, "phases", phases)
 
     def __call__(self, progress: Progress) -> Iterable[int]:
         now = elapsed(progress, self.unit)
         phase = next(p for p in reversed(cast(tuple[Phase, ...], self.phases)) if p.start <= now)
-        return [i for wanted in phase.open for i in matching(wanted, progress.groups)]
+        return [i for wanted in phase.open for i in indices_of(wanted, progress.groups)]
+
+    @property
+    def starts(self) -> tuple[float, ...]:
+        """The steps or epochs at which the phases begin, the first of them 0."""
+        return tuple(phase.start for phase in cast(tuple[Phase, ...], self.phases))
 
     @classmethod
     def from_yaml(cls, path_or_text: str | Path) -> Phases:
         """From a YAML file (a path that ends in .yaml or .yml) or text; needs PyYAML.
 
         The document is the list of phases, or a dict with ``phases`` and ``unit``.
+
+        Raises:
+            ValueError: the document is something else.
+            ImportError: PyYAML is not installed.
         """
         try:
             yaml: Any = importlib.import_module("yaml")
@@ -465,31 +514,31 @@ class Phases:
         document = yaml.safe_load(Path(path_or_text).read_text("utf-8") if is_path else path_or_text)
         options = document if isinstance(document, dict) else {"phases": document}
         if "phases" not in options or options.keys() - {"phases", "unit"}:
-            raise ValueError(f'Phases: expected a list, or a dict with "phases" and "unit", got {sorted(options)}')
+            raise ValueError(f'phases: expected a list, or a dict with "phases" and "unit", got {sorted(options)}')
         return cls(**options)
 
 
 def as_phase(phase: Any) -> Phase:
     """A phase from its dict."""
     if not isinstance(phase, Mapping) or set(phase) != {"from", "open"}:
-        raise ValueError(f'Phases: expected a dict with "from" and "open", got {phase!r:.80}')
+        raise ValueError(f'phases: expected a dict with "from" and "open", got {phase!r:.80}')
     start, names = phase["from"], phase["open"]
     if not isinstance(start, (int, float)) or isinstance(start, bool):
-        raise ValueError(f"Phases: from: expected a number, got {start!r}")
+        raise ValueError(f"from: expected a number, got {start!r}")
     names = [names] if isinstance(names, (str, int)) else names
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, (str, int)) for name in names):
-        raise ValueError(f"Phases: open: expected a list of names, patterns, kinds or indices, got {names!r:.80}")
+        raise ValueError(f"open: expected a list of names, patterns, kinds or indices, got {names!r:.80}")
     return Phase(start, tuple(names))
 
 
-def matching(wanted: str | int, groups: Sequence[GroupInfo]) -> Iterable[int]:
+def indices_of(wanted: str | int, groups: Sequence[GroupInfo]) -> Iterable[int]:
     """The indices of the groups that a name, pattern, kind or index means."""
     if isinstance(wanted, int):
         return [wanted]
     names = [group.name for group in groups]
     if wanted in names:
         return [names.index(wanted)]
-    hits = [i for i, group in enumerate(groups) if group.kind == wanted or fnmatchcase(group.name, wanted)]
+    hits = [i for i, group in enumerate(groups) if group.kind == wanted or covers(wanted, group.name)]
     if not hits:
-        raise ValueError(f"Phases: open: {wanted!r} matches no group{closest(wanted, names)}")
+        raise ValueError(f"open: {wanted!r} matches no group{closest(wanted, names)}")
     return hits

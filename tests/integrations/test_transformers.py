@@ -24,8 +24,13 @@ from unfreeze_cases import assert_equal, bits
 
 import fastft
 from fastft.integrations import transformers as integration
-from fastft.integrations.transformers import UnfreezeCallback, new_parameters, optimizer_cls_and_kwargs
-from fastft.optim import biases_and_norms, layer_decay
+from fastft.integrations.transformers import (
+    UnfreezeCallback,
+    new_parameters,
+    optimizer_cls_and_kwargs,
+    optimizer_of,
+)
+from fastft.optim import biases_and_norms, layerwise_lr
 from fastft.unfreeze import GradualUnfreeze, OnPlateau, layer_groups
 
 HEAD = {"classifier.weight", "classifier.bias"}
@@ -102,7 +107,7 @@ def test_each_layer_may_have_its_own_lr(adapters: bool, bert: Any, tmp_path: Pat
     args = arguments(tmp_path / "run", num_train_epochs=1)
     model = lora(tmp_path) if adapters else bert()
     groups = layer_groups(model)
-    params = layer_decay(groups, args.learning_rate, 0.5, no_decay=biases_and_norms)
+    params = layerwise_lr(groups, args.learning_rate, 0.5, no_decay=biases_and_norms)
     adamw = optimizer_cls_and_kwargs(args, model, params=params, anchor_decay=30.0)
     unfreeze = UnfreezeCallback(GradualUnfreeze(every=1), rewarm_steps=2)
     run = trainer(model, args, unfreeze, optimizer_cls_and_kwargs=adamw)
@@ -485,6 +490,20 @@ def test_a_state_of_other_layers_is_refused_and_leaves_all_open(bert: Any, tmp_p
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     unfreeze.close()
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_optimizer_of_a_trainer_is_found_behind_accelerates(bert: Any, tmp_path: Path) -> None:
+    ours = (fastft.AdamW, {"lr": 1e-3})
+    run = trainer(bert(), arguments(tmp_path, num_train_epochs=1), optimizer_cls_and_kwargs=ours)
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer, got NoneType"):
+        optimizer_of(run)
+    run.train()
+    optimizer = optimizer_of(run)
+    assert type(optimizer) is fastft.AdamW and optimizer is not run.optimizer
+    assert int(optimizer.skipped_steps) == 0
+    run.optimizer = torch.optim.AdamW(run.model.parameters())
+    with pytest.raises(TypeError, match=r"trainer: expected one that trains with fastft\.AdamW, got AdamW"):
+        optimizer_of(run)
 
 
 def test_flags_of_a_compiled_model_are_not_flipped(bert: Any, tmp_path: Path) -> None:

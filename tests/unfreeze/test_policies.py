@@ -23,18 +23,17 @@ from fastft.unfreeze import (
     Budget,
     ChainThaw,
     Event,
-    GoesBack,
     GradualUnfreeze,
-    GroupInfo,
     LinearProbeThenFinetune,
     OnPlateau,
     Phases,
     Policy,
     Progress,
     layer_groups,
+    open_at,
     policies,
 )
-from fastft.unfreeze.policies import open_groups
+from fastft.unfreeze.policies import GoesBack, GroupInfo, open_groups
 
 GROUPS = (
     GroupInfo("embeddings", "embeddings"),
@@ -110,7 +109,7 @@ def test_lisa_draws_blocks_and_leaves_the_rest_open() -> None:
     assert min(counts) > 15  # 30 expected, standard deviation 3.9
     assert [opened(LISA(2, 20, seed=4), at(20 * i)) for i in range(60)] != draws
     assert opened(LISA(n_layers=4), at(0)) == ALL
-    with pytest.raises(ValueError, match="LISA: n_layers: expected at most the 4 blocks, got 5"):
+    with pytest.raises(ValueError, match="n_layers: expected at most the 4 blocks, got 5"):
         opened(LISA(n_layers=5), at(0))
 
 
@@ -211,7 +210,7 @@ def test_replaying_events_is_what_a_loop_would_have_done(
 def test_a_budget_is_spent_from_the_top(limit: float, count: int) -> None:
     budget = Budget([1, 2, 3, 4.5, 4.4, 6, 7], limit)
     assert opened(budget, at(0)) == opened(budget, at(10**5)) == TOP[count]
-    with pytest.raises(ValueError, match="Budget: costs: expected one for each of the 3 groups, got 7"):
+    with pytest.raises(ValueError, match="costs: expected one for each of the 3 groups, got 7"):
         budget(Progress(0, GROUPS[:3]))
 
 
@@ -351,36 +350,36 @@ def test_other_answers_are_refused(answer: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GradualUnfreeze(0), r"GradualUnfreeze: every: expected an integer >= 1, got 0"),
-        (lambda: GradualUnfreeze(1.5), r"GradualUnfreeze: every: expected an integer >= 1, got 1\.5"),
+        (lambda: GradualUnfreeze(0), r"every: expected an integer >= 1, got 0"),
+        (lambda: GradualUnfreeze(1.5), r"every: expected an integer >= 1, got 1\.5"),
         (lambda: GradualUnfreeze(True), r"every: expected an integer >= 1, got True"),
         (lambda: GradualUnfreeze(0.0, unit="epoch"), r"every: expected a finite number > 0, got 0\.0"),
-        (lambda: GradualUnfreeze(3, start=0), r"GradualUnfreeze: start: expected an integer >= 1, got 0"),
+        (lambda: GradualUnfreeze(3, start=0), r"start: expected an integer >= 1, got 0"),
         (lambda: GradualUnfreeze(3, unit="hour"), r"unit: expected one of 'step', 'epoch', got 'hour'"),  # type: ignore[arg-type]
-        (lambda: ChainThaw(-1), r"ChainThaw: every: expected an integer >= 1, got -1"),
-        (lambda: ChainThaw(1, unit="x"), r"ChainThaw: unit: expected one of"),  # type: ignore[arg-type]
+        (lambda: ChainThaw(-1), r"every: expected an integer >= 1, got -1"),
+        (lambda: ChainThaw(1, unit="x"), r"unit: expected one of"),  # type: ignore[arg-type]
         (lambda: LinearProbeThenFinetune(-1), r"probe_steps: expected an integer >= 0, got -1"),
-        (lambda: LISA(0), r"LISA: n_layers: expected an integer >= 1, got 0"),
-        (lambda: LISA(every=0), r"LISA: every: expected an integer >= 1, got 0"),
-        (lambda: BlockCoordinate(0), r"BlockCoordinate: every: expected an integer >= 1"),
-        (lambda: BlockCoordinate(1, "up"), r"BlockCoordinate: order: expected one of 'desc"),  # type: ignore[arg-type]
-        (lambda: OnPlateau(""), r"OnPlateau: metric: expected a name, got ''"),
-        (lambda: OnPlateau("loss", patience=0), r"OnPlateau: patience: expected an integer >= 1, got 0"),
-        (lambda: OnPlateau("loss", mode="lower"), r"OnPlateau: mode: expected one of 'min', 'max', got 'lower'"),  # type: ignore[arg-type]
-        (lambda: OnPlateau("loss", threshold=-1), r"OnPlateau: threshold: expected a finite number >= 0, got -1"),
-        (lambda: OnPlateau("loss", start=0), r"OnPlateau: start: expected an integer >= 1"),
-        (lambda: Budget([], 1), r"Budget: costs: expected finite numbers >= 0, got \(\)"),
-        (lambda: Budget([1, float("nan")], 1), r"Budget: costs: expected finite numbers"),
-        (lambda: Budget([2, 3], 1), r"Budget: limit: expected at least 2, the cheapest step, got 1"),
-        (lambda: Phases([]), r"Phases: expected a list of phases, got \[\]"),
-        (lambda: Phases("head"), r"Phases: expected a list of phases, got 'head'"),  # type: ignore[arg-type]
-        (lambda: Phases([{"from": 1, "open": ["head"]}]), r"Phases: from: expected 0 and then .* got \[1\]"),
+        (lambda: LISA(0), r"n_layers: expected an integer >= 1, got 0"),
+        (lambda: LISA(every=0), r"every: expected an integer >= 1, got 0"),
+        (lambda: BlockCoordinate(0), r"every: expected an integer >= 1"),
+        (lambda: BlockCoordinate(1, "up"), r"order: expected one of 'desc"),  # type: ignore[arg-type]
+        (lambda: OnPlateau(""), r"metric: expected a name, got ''"),
+        (lambda: OnPlateau("loss", patience=0), r"patience: expected an integer >= 1, got 0"),
+        (lambda: OnPlateau("loss", mode="lower"), r"mode: expected one of 'min', 'max', got 'lower'"),  # type: ignore[arg-type]
+        (lambda: OnPlateau("loss", threshold=-1), r"threshold: expected a finite number >= 0, got -1"),
+        (lambda: OnPlateau("loss", start=0), r"start: expected an integer >= 1"),
+        (lambda: Budget([], 1), r"costs: expected finite numbers >= 0, got \(\)"),
+        (lambda: Budget([1, float("nan")], 1), r"costs: expected finite numbers"),
+        (lambda: Budget([2, 3], 1), r"limit: expected at least 2, the cheapest step, got 1"),
+        (lambda: Phases([]), r"phases: expected a list of phases, got \[\]"),
+        (lambda: Phases("head"), r"phases: expected a list of phases, got 'head'"),  # type: ignore[arg-type]
+        (lambda: Phases([{"from": 1, "open": ["head"]}]), r"from: expected 0 and then .* got \[1\]"),
         (lambda: Phases([*WRITTEN, WRITTEN[1]]), r"ever larger numbers, got \[0, 100, 250, 300, 100\]"),
-        (lambda: Phases([{"from": 0}]), r'Phases: expected a dict with "from" and "open", got'),
-        (lambda: Phases([{"from": "0", "open": ["head"]}]), r"Phases: from: expected a number, got '0'"),
-        (lambda: Phases([{"from": 0, "open": []}]), r"Phases: open: expected a list of names, .* got \[\]"),
-        (lambda: Phases([{"from": 0, "open": [None]}]), r"Phases: open: .* got \[None\]"),
-        (lambda: Phases(WRITTEN, unit="steps"), r"Phases: unit: expected one of"),  # type: ignore[arg-type]
+        (lambda: Phases([{"from": 0}]), r'phases: expected a dict with "from" and "open", got'),
+        (lambda: Phases([{"from": "0", "open": ["head"]}]), r"from: expected a number, got '0'"),
+        (lambda: Phases([{"from": 0, "open": []}]), r"open: expected a list of names, .* got \[\]"),
+        (lambda: Phases([{"from": 0, "open": [None]}]), r"open: .* got \[None\]"),
+        (lambda: Phases(WRITTEN, unit="steps"), r"unit: expected one of"),  # type: ignore[arg-type]
         (lambda: Phases.from_yaml("{unit: step}"), r'expected a list, or a dict with "phases" and "unit"'),
         (lambda: opened(Phases([{"from": 0, "open": ["heads"]}]), at(0)), r"'heads' matches no group; closest: head"),
     ],
@@ -388,6 +387,60 @@ def test_other_answers_are_refused(answer: Any, message: str) -> None:
 def test_policies_refuse_what_makes_no_sense(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# -- a schedule before training -------------------------------------------------------------------------------
+
+
+def test_what_is_open_after_a_step() -> None:
+    groups = layer_groups(Stack())
+    names = tuple(group.name for group in groups)
+    assert open_at(GradualUnfreeze(every=10), groups, 0) == names[-1:]
+    assert open_at(GradualUnfreeze(every=10), groups, 20) == names[-3:]
+    assert open_at(GradualUnfreeze(every=1, unit="epoch"), groups, 0, epoch=1.5) == names[-2:]
+    assert open_at(OnPlateau("loss", patience=1), groups, 3, events=at(0, 0.0, 1.0, 1.0).events) == names[-2:]
+    assert open_at(lambda progress: ["head", 0], groups, 0) == (names[0], names[-1])  # from input to output
+    with pytest.raises(ValueError, match="n_layers: expected at most the 3 blocks, got 9"):
+        open_at(LISA(9), groups, 0)
+    with pytest.raises(ValueError, match=r"policy: expected names .* the 6 groups, got 'haed' .*closest: head"):
+        open_at(lambda progress: ["haed"], groups, 7)
+
+
+@pytest.mark.parametrize(
+    ("part", "total_steps", "every"), [(0.5, 100, 10), (1.0, 100, 20), (0.5, 101, 10), (0.1, 10, 1), (0.5, 1, 1)]
+)
+def test_all_are_open_by_a_part_of_the_run(part: float, total_steps: int, every: int) -> None:
+    groups = layer_groups(Stack())
+    policy = GradualUnfreeze.open_by(part, total_steps, groups)
+    assert policy == GradualUnfreeze(every=every)
+    assert len(open_at(policy, groups, every * 5 - 1)) == 5 and len(open_at(policy, groups, every * 5)) == 6
+
+
+def test_a_model_of_one_group_can_be_opened_by_any_step() -> None:
+    assert GradualUnfreeze.open_by(0.5, 100, layer_groups(nn.Sequential(nn.Linear(2, 2)))).every == 50
+
+
+@pytest.mark.parametrize(
+    ("part", "total_steps", "message"),
+    [
+        (0, 10, "open_by: expected a part of the steps above 0 up to 1, got 0"),
+        (1.1, 10, "open_by: expected a part of the steps above 0 up to 1, got 1.1"),
+        (0.5, 0, "total_steps: expected an integer >= 1, got 0"),
+        (0.5, True, "total_steps: expected an integer >= 1, got True"),
+    ],
+)
+def test_open_by_refuses_numbers_out_of_range(part: float, total_steps: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GradualUnfreeze.open_by(part, total_steps, layer_groups(Stack()))
+
+
+def test_phases_know_their_starts() -> None:
+    assert Phases(WRITTEN).starts == (0, 100, 250, 300)
+
+
+def test_a_phase_opens_what_lies_in_a_module() -> None:
+    groups = layer_groups(Stack())
+    assert open_at(Phases([{"from": 0, "open": ["blocks"]}]), groups, 0) == ("blocks.0", "blocks.1", "blocks.2")
 
 
 # -- measuring a budget --------------------------------------------------------------------------------------
@@ -465,11 +518,11 @@ def test_flags_are_given_back_when_the_measured_run_fails() -> None:
 @pytest.mark.parametrize(("options", "message"), [({"unit": "hours"}, "unit"), ({"repeats": 0}, "repeats")])
 def test_measuring_refuses_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
     model = Stack(2)
-    with pytest.raises(ValueError, match=f"Budget: {message}: expected"):
+    with pytest.raises(ValueError, match=f"{message}: expected"):
         Budget.measure(model, layer_groups(model), lambda: None, limit=1.0, **options)
 
 
 def test_flags_of_a_compiled_model_are_not_flipped() -> None:
     model = torch.compile(Stack(2), backend="eager")
-    with pytest.raises(ValueError, match="Budget: model: expected a plain model, got one for compile"):
+    with pytest.raises(ValueError, match="model: expected a plain model, got one for compile"):
         Budget.measure(model, layer_groups(model), lambda: None, limit=1.0)

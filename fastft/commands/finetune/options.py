@@ -16,7 +16,7 @@ from typing import Any
 
 from fastft.data.text import parts_of_spec
 from fastft.names import closest
-from fastft.optim.adamw import check_pull
+from fastft.optim.anchoring import check_pull
 from fastft.unfreeze import (
     LISA,
     BlockCoordinate,
