@@ -26,10 +26,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastft.commands.demo import corpus
-from fastft.commands.demo.experiment import model_folder
 from fastft.integrations.transformers import UnfreezeCallback, optimizer_cls_and_kwargs
 from fastft.optim import biases_and_norms, layerwise_lr
+from fastft.problems import corpus, model_folder
 from fastft.unfreeze import LISA, GradualUnfreeze, OnPlateau, layer_groups
 
 Rows = list[dict[str, Any]]
@@ -95,7 +94,7 @@ def review_rows(train: int, test: int, length: int = 16) -> tuple[Rows, Rows]:
             for ids, mask, review in zip(inputs["input_ids"], inputs["attention_mask"], reviews, strict=True)
         ]
 
-    for_training, for_testing = corpus.split_reviews(corpus.load_reviews(), train, test)
+    for_training, for_testing = corpus.split_reviews("movie", train, test)
     return rows(for_training), rows(for_testing)
 
 

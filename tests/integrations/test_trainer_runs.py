@@ -20,7 +20,7 @@ from trainer_runs import KILL_AT, RESUME_AT, RUNS
 from transformers import AutoModelForSequenceClassification
 from unfreeze_cases import assert_equal, one_thread
 
-from fastft.commands.demo.experiment import model_folder
+from fastft.problems import model_folder
 
 SCRIPT = Path(trainer_runs.__file__)
 NAMES = ("embeddings", *(f"bert.encoder.layer.{i}" for i in range(3)), "head")

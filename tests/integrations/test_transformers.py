@@ -230,10 +230,9 @@ def test_an_anchor_in_a_file_is_not_copied_into_checkpoints(bert: Any, tmp_path:
 
 # -- adapters ------------------------------------------------------------------------------------------------
 
-peft = pytest.importorskip("peft")
-
 
 def lora(folder: Path, **options: Any) -> Any:
+    peft = pytest.importorskip("peft")
     model = tiny_gpt2(folder / "gpt2", GPT2ForSequenceClassification)
     config = peft.LoraConfig(
         task_type="SEQ_CLS", r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1, **options
@@ -266,6 +265,7 @@ def test_lora_is_pulled_to_where_the_model_was_pretrained_without_a_copy(tmp_pat
 
 
 def test_lora_alone_needs_not_know_what_is_new(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
     base = copy.deepcopy(tiny_gpt2(tmp_path / "gpt2", GPT2LMHeadModel))  # which nobody knows to be loaded
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
     args = arguments(tmp_path / "run")
