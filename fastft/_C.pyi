@@ -16,9 +16,39 @@ def connect_torch(
 ) -> None: ...
 def overlapping(tensors: list[torch.Tensor]) -> list[int]: ...
 
+class Anchoring:  # csrc/math/adamw.h
+    __members__: dict[str, Anchoring]
+    none: Anchoring
+    selective: Anchoring
+
+class AdamWRecord:
+    tensors: tuple[str, ...]  # the names that the constructor, replaced and attributes take
+    param: torch.Tensor
+    group: int
+    dormant: bool
+    name: str
+    anchoring: Anchoring
+    counts_on_device: bool
+    steps: bool
+    def __init__(
+        self,
+        param: torch.Tensor,
+        group: int,
+        *,
+        dormant: bool = False,
+        name: str = "",
+        anchoring: Anchoring = ...,
+        counts_on_device: bool = False,
+        **tensors: torch.Tensor | None,
+    ) -> None: ...
+    def replaced(self, **tensors: torch.Tensor | None) -> AdamWRecord: ...
+    def unstepped(self) -> AdamWRecord: ...
+    def __getattr__(self, name: str) -> Any: ...  # a tensor by its name, or None
+
 class AdamWPlan:
-    def __init__(self, entries: list[tuple[Any, ...]]) -> None: ...
-    def gather(self, parameter_lists: list[list[torch.Tensor]], state: dict[Any, Any]) -> list[int] | bool: ...
+    def __init__(self, records: list[AdamWRecord]) -> None: ...
+    def gather(self, parameter_lists: list[list[torch.Tensor]], state: dict[Any, Any]) -> bool: ...
+    def unread(self) -> list[int]: ...
     def set_grad(self, position: int, grad: torch.Tensor) -> None: ...
     def stepped(self, position: int) -> torch.Tensor | None: ...
     def written(self) -> list[torch.Tensor]: ...
@@ -30,7 +60,8 @@ class AdamWPlan:
     def step(
         self,
         device: tuple[int, int],
-        groups: list[tuple[Any, ...]],
+        groups: list[dict[str, Any]],
+        lrs: list[float | torch.Tensor],
         sum_of_squares: torch.Tensor | None,
         max_grad_norm: float,
         skip_nonfinite: bool,
@@ -43,7 +74,7 @@ class AdamWPlan:
 # Dropout. `random`: (p, seed, offset), or (p, state) with an int64[2] tensor on the device.
 def dropout_takes(tensor: object, /) -> bool: ...
 def dropout(x: torch.Tensor, random: tuple[Any, ...], /) -> torch.Tensor: ...
-def dropout_add(
+def bias_dropout_add(
     x: torch.Tensor,
     y: torch.Tensor,
     random: tuple[Any, ...],
@@ -52,14 +83,14 @@ def dropout_add(
     residual: torch.Tensor | None = None,
     /,
 ) -> None: ...
-def dropout_bias_grad(
+def bias_dropout_add_backward(
     dy: torch.Tensor,
     dx: torch.Tensor,
     dbias: torch.Tensor,
     random: tuple[Any, ...],
     workspace: torch.Tensor | None,
 ) -> None: ...
-def dropout_norm(
+def dropout_add_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor | None,
@@ -72,7 +103,7 @@ def dropout_norm(
     eps: float,
     random: tuple[Any, ...],
 ) -> None: ...
-def dropout_norm_grad(
+def dropout_add_norm_backward(
     dy: torch.Tensor,
     dsum: torch.Tensor | None,
     sum: torch.Tensor,

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from fastft.integrations.transformers import UnfreezeCallback, optimizer_cls_and_kwargs
-from fastft.optim import biases_and_norms, layer_decay
+from fastft.optim import biases_and_norms, layerwise_lr
 from fastft.problems import corpus, model_folder
 from fastft.unfreeze import LISA, GradualUnfreeze, OnPlateau, layer_groups
 
@@ -199,7 +199,7 @@ def minilm(folder: Path, kill_at: int | None = None) -> Run:
         save_total_limit=2,
     )
     unfreeze = UnfreezeCallback(GradualUnfreeze(every=3), rewarm_steps=2)
-    layers = layer_decay(layer_groups(model), args.learning_rate, 0.8, no_decay=biases_and_norms, weight_decay=0.1)
+    layers = layerwise_lr(layer_groups(model), args.learning_rate, 0.8, no_decay=biases_and_norms, weight_decay=0.1)
     adamw = optimizer_cls_and_kwargs(args, model, anchor_decay=30.0, params=layers, max_grad_norm=0.5)
     trainer = Trainer(
         model,
@@ -228,7 +228,7 @@ def tiny(folder: Path, kill_at: int | None, policy: Any, **options: Any) -> Run:
 
 
 def lisa(folder: Path, kill_at: int | None = None) -> Run:
-    return tiny(folder, kill_at, LISA(1, every=2, seed=3), mode="mask", state_policy="reset")
+    return tiny(folder, kill_at, LISA(1, every=2, seed=3), mode="freeze", state_policy="reset")
 
 
 def plateau(folder: Path, kill_at: int | None = None) -> Run:
@@ -256,7 +256,7 @@ def train_and_die(folder: Path) -> None:
 
 
 def whole(
-    folder: Path, model: Path, rows_at_once: int, resume: Path | None = None, mode: str = "mask", rank: int = 0
+    folder: Path, model: Path, rows_at_once: int, resume: Path | None = None, mode: str = "freeze", rank: int = 0
 ) -> dict[str, Any]:
     """A run of 8 rows a step, however many processes these are spread over; ``eval_m`` is another on each of them."""
     bert = tiny_bert(model, dropout=0.0)

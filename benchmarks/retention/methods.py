@@ -32,7 +32,7 @@ from fastft.data import (
 )
 from fastft.layers import layer_groups
 from fastft.nn import Mixout, fuse_dropout_
-from fastft.optim import layer_decay, warm_up_then_decay
+from fastft.optim import layerwise_lr, warm_up_then_decay
 from fastft.retention import distillation_loss, interpolate_
 from fastft.unfreeze import GradualUnfreeze, Unfreezer
 
@@ -181,7 +181,7 @@ def fine_tune(problem: Problem, method: Method, epochs: int, seed: int) -> Train
                 unfreezer.step()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     if unfreezer is not None:
-        unfreezer.close()
+        unfreezer.undo()
     few = max(1, len(losses) // 10)
     restored = restore(problem, model, method)
     return Trained(restored, mean(losses[:few]), mean(losses[-few:]), len(steps), wall, cpu)
@@ -256,7 +256,7 @@ def parameter_groups(model: Any, method: Method) -> list[dict[str, Any]]:
     """The parameters that are trained, with their learning rates."""
     groups = [{"params": list(model.named_parameters()), "lr": method.lr}]
     if factor := method.strength("layer_decay"):
-        groups = layer_decay(layer_groups(model), method.lr, factor)
+        groups = layerwise_lr(layer_groups(model), method.lr, factor)
     for group in groups:
         group["params"] = [(name, p) for name, p in group["params"] if p.requires_grad]
     return [group for group in groups if group["params"]]

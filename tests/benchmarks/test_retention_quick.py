@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs
 
 ROOT = Path(__file__).parents[2]
 
-pytest.importorskip("peft")
-pytest.importorskip("sklearn")
+pytestmark = needs("peft", "sklearn")
 
 
 @pytest.fixture(scope="module", autouse=True)

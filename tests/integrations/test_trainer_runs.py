@@ -152,6 +152,6 @@ def test_two_processes_resume_from_one_checkpoint(pair: tuple[Path, list[dict[st
 
 def test_flags_of_a_ddp_model_are_not_flipped(pair: tuple[Path, list[dict[str, Any]]]) -> None:
     assert [end["refused"] for end in pair[1]] == [
-        'mode: expected "mask", together with fastft.AdamW, for a model that is wrapped in DistributedDataParallel: '
+        'mode: expected "freeze", together with fastft.AdamW, for a model that is wrapped in DistributedDataParallel: '
         "DistributedDataParallel settles when it is made which gradients it waits for"
     ] * 2

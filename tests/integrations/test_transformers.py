@@ -30,7 +30,7 @@ from fastft.integrations.transformers import (
     optimizer_cls_and_kwargs,
     optimizer_of,
 )
-from fastft.optim import biases_and_norms, layer_decay
+from fastft.optim import biases_and_norms, layerwise_lr
 from fastft.unfreeze import GradualUnfreeze, OnPlateau, layer_groups
 
 HEAD = {"classifier.weight", "classifier.bias"}
@@ -107,7 +107,7 @@ def test_each_layer_may_have_its_own_lr(adapters: bool, bert: Any, tmp_path: Pat
     args = arguments(tmp_path / "run", num_train_epochs=1)
     model = lora(tmp_path) if adapters else bert()
     groups = layer_groups(model)
-    params = layer_decay(groups, args.learning_rate, 0.5, no_decay=biases_and_norms)
+    params = layerwise_lr(groups, args.learning_rate, 0.5, no_decay=biases_and_norms)
     adamw = optimizer_cls_and_kwargs(args, model, params=params, anchor_decay=30.0)
     unfreeze = UnfreezeCallback(GradualUnfreeze(every=1), rewarm_steps=2)
     run = trainer(model, args, unfreeze, optimizer_cls_and_kwargs=adamw)
@@ -230,10 +230,9 @@ def test_an_anchor_in_a_file_is_not_copied_into_checkpoints(bert: Any, tmp_path:
 
 # -- adapters ------------------------------------------------------------------------------------------------
 
-peft = pytest.importorskip("peft")
-
 
 def lora(folder: Path, **options: Any) -> Any:
+    peft = pytest.importorskip("peft")
     model = tiny_gpt2(folder / "gpt2", GPT2ForSequenceClassification)
     config = peft.LoraConfig(
         task_type="SEQ_CLS", r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1, **options
@@ -266,6 +265,7 @@ def test_lora_is_pulled_to_where_the_model_was_pretrained_without_a_copy(tmp_pat
 
 
 def test_lora_alone_needs_not_know_what_is_new(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
     base = copy.deepcopy(tiny_gpt2(tmp_path / "gpt2", GPT2LMHeadModel))  # which nobody knows to be loaded
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
     args = arguments(tmp_path / "run")
@@ -344,7 +344,7 @@ def test_epochs_and_optimizer_steps_are_counted(bert: Any, tmp_path: Path) -> No
 
 
 def test_what_is_closed_does_not_move(bert: Any, tmp_path: Path) -> None:
-    for mode in ("requires_grad", "mask"):
+    for mode in ("requires_grad", "freeze"):
         model = bert()
         before = values(model.named_parameters())
         args = arguments(tmp_path, num_train_epochs=1)
@@ -489,7 +489,9 @@ def test_a_state_of_other_layers_is_refused_and_leaves_all_open(bert: Any, tmp_p
     run = trainer(model, args, unfreeze)
     with pytest.raises(ValueError, match=r"state_dict: expected the groups \['bert', 'classifier'\], got"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    unfreeze.close()
+    with pytest.warns(DeprecationWarning, match=r"close\(\) is called undo\(\) now"):
+        unfreeze.close()
+    unfreeze.undo()
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -509,7 +511,7 @@ def test_the_optimizer_of_a_trainer_is_found_behind_accelerates(bert: Any, tmp_p
 
 def test_flags_of_a_compiled_model_are_not_flipped(bert: Any, tmp_path: Path) -> None:
     args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
-    with pytest.raises(ValueError, match=r'mode: expected "mask", .* for a model that is compiled'):
+    with pytest.raises(ValueError, match=r'mode: expected "freeze", .* for a model that is compiled'):
         trainer(bert(), args, UnfreezeCallback(GradualUnfreeze(every=2))).train()
 
 
@@ -517,10 +519,10 @@ def test_flags_of_a_compiled_model_are_not_flipped(bert: Any, tmp_path: Path) ->
     ("theirs", "ours", "mode", "around", "warned"),
     [
         (1.0, 0.5, "requires_grad", set(), "the Trainer clips before fastft.AdamW does"),
-        (1.0, None, "mask", {"ddp"}, "the norm that the Trainer clips by counts closed groups, too"),
-        (0.0, 0.5, "mask", {"ddp"}, None),
+        (1.0, None, "freeze", {"ddp"}, "the norm that the Trainer clips by counts closed groups, too"),
+        (0.0, 0.5, "freeze", {"ddp"}, None),
         (1.0, None, "requires_grad", set(), None),
-        (1.0, None, "mask", set(), None),
+        (1.0, None, "freeze", set(), None),
     ],
 )
 def test_clipping_twice_is_warned_of(

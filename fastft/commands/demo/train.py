@@ -158,7 +158,7 @@ def train(model: Classifier, batches: list[Batch], method: Method, config: Confi
     if tuner.anchor is not None:
         log.anchor_bytes = sum(tensor.nbytes for tensor in tuner.anchor.state_dict()["tensors"].values())
     if tuner.unfreezer is not None:
-        tuner.unfreezer.close()
+        tuner.unfreezer.undo()
     return log
 
 
