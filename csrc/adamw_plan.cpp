@@ -16,18 +16,51 @@ Device parse_device(const py::tuple& t) {
   return {static_cast<dlpack::DeviceType>(t[0].cast<int32_t>()), t[1].cast<int32_t>()};
 }
 
-void check_device(const TensorRef& t, Device device, const std::string& argument) {
-  check(t.view().device == device, argument, ": expected a tensor on ", device.str(), ", got one on ",
-        t.view().device.str());
-}
-
 // One scalar in float32 or float64.
 double read_scalar(const TensorView& view) {
   return view.dtype == DType::f64 ? *static_cast<const double*>(view.data) : *static_cast<const float*>(view.data);
 }
 
-const void* data_or_null(const TensorRef& t) {
-  return t ? t.view().data : nullptr;
+PyObject* item(const py::dict& group, const char* key) {
+  PyObject* value = PyDict_GetItemString(group.ptr(), key);
+  if (value == nullptr) throw py::key_error(text("param_groups: expected the key ", key));
+  return value;
+}
+
+double number(PyObject* value) {
+  const double x = PyFloat_AsDouble(value);
+  if (x == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return x;
+}
+
+bool flag(PyObject* value) {
+  const int truth = PyObject_IsTrue(value);
+  if (truth < 0) throw py::error_already_set();
+  return truth == 1;
+}
+
+// The numbers of one of the optimizer's param_groups; lr: a float, or a tensor on the device.
+AdamWGroup read_group(const py::dict& group, const py::object& lr, Device device) {
+  AdamWGroup read = {};
+  if (PyFloat_Check(lr.ptr())) {
+    read.options.lr = PyFloat_AS_DOUBLE(lr.ptr());
+  } else {
+    const TensorView view = read_tensor(lr, "lr");
+    check(is_floating(view.dtype) && view.numel == 1 && view.device == device,
+          "lr: expected one floating-point number on ", device.str(), ", got ", view.numel, " ", name(view.dtype),
+          " on ", view.device.str());
+    read.lr = view.data;
+    read.lr_dtype = view.dtype;
+  }
+  const py::sequence betas = py::reinterpret_borrow<py::sequence>(item(group, "betas"));
+  read.options.beta1 = number(py::object(betas[0]).ptr());
+  read.options.beta2 = number(py::object(betas[1]).ptr());
+  read.options.eps = number(item(group, "eps"));
+  read.options.weight_decay = number(item(group, "weight_decay"));
+  read.options.anchor_decay = number(item(group, "anchor_decay"));
+  read.options.amsgrad = flag(item(group, "amsgrad"));
+  read.options.maximize = flag(item(group, "maximize"));
+  return read;
 }
 
 // The data of an optional one-element tensor on the given device; null for None.
@@ -42,117 +75,122 @@ T* scalar_data(const py::object& tensor, DType dtype, Device device, const char*
 
 }  // namespace
 
-AdamWPlan::AdamWPlan(const py::list& entries) : slots_(entries.size()) {
+AdamWPlan::AdamWPlan(const py::list& records) : slots_(records.size()) {
   for (size_t i = 0; i < slots_.size(); ++i) {
-    const py::tuple t = entries[i];
     Slot& slot = slots_[i];
-    slot.param = py::object(t[0]).ptr();
-    slot.group = t[1].cast<int32_t>();
-    if (t.size() > 3)
-      fill(slot, t);
-    else if (t[2].cast<bool>())
+    const AdamWRecord& record = py::object(records[i]).cast<const AdamWRecord&>();
+    slot.param = record.param.ptr();
+    slot.group = record.group;
+    if (record.steps())
+      fill(slot, record);
+    else if (record.dormant)
       slot.kind = Kind::dormant;
   }
 }
 
-void AdamWPlan::fill(Slot& slot, const py::tuple& t) {
+void AdamWPlan::fill(Slot& slot, const AdamWRecord& record) {
   slot.kind = Kind::live;
-  slot.name = t[2].cast<std::string>();
+  slot.name = record.name;
   const std::string& who = slot.name;
-  const auto optional = [&](size_t i, const char* what, TensorRef::Hold hold) {
-    return t[i].is_none() ? TensorRef() : TensorRef(t[i], who + ": " + what, hold);
-  };
-  slot.wrapped = !t[3].is(t[0]);
-  slot.counts_versions = !t[3].attr("is_inference")().cast<bool>();
-  // The parameter holds its own data, and the state dict holds the moments; but not their local parts.
-  const TensorRef::Hold hold = slot.wrapped ? TensorRef::kOwned : TensorRef::kWeak;
-  slot.stepped = TensorRef(t[3], who, slot.wrapped ? TensorRef::kOwned : TensorRef::kBorrowed);
-  slot.exp_avg = TensorRef(t[4], who + ": exp_avg", hold);
-  slot.exp_avg_sq = TensorRef(t[5], who + ": exp_avg_sq", hold);
-  slot.max_exp_avg_sq = optional(6, "max_exp_avg_sq", hold);
-  slot.step = TensorRef(t[7], who + ": step", TensorRef::kWeak);
-  slot.anchor = optional(8, "anchor", TensorRef::kOwned);
-  slot.importance = optional(9, "importance", TensorRef::kOwned);
-  slot.mask = optional(10, "update_mask", TensorRef::kOwned);
-  slot.rows = optional(11, "rows", TensorRef::kOwned);
-
-  const TensorView& p = slot.stepped.view();
+  const py::object& stepped = record.tensors[Field::stepped];
+  slot.wrapped = !stepped.is(record.param);
+  slot.counts_versions = !stepped.attr("is_inference")().cast<bool>();
+  for (size_t i = 0; i < Field::count_; ++i) {
+    if (record.tensors[i].is_none() && !kRecordTensors[i].needed) continue;
+    // The parameter holds its own data, and the state dict holds the moments; but not their local parts.
+    const bool kept = kRecordTensors[i].keeper == Keeper::plan || (slot.wrapped && kRecordTensors[i].like_param);
+    const TensorRef::Hold hold = kept                  ? TensorRef::kOwned
+                                 : i == Field::stepped ? TensorRef::kBorrowed
+                                                       : TensorRef::kWeak;
+    const std::string argument = i == Field::stepped ? who : text(who, ": ", kRecordTensors[i].name);
+    slot.tensors[i] = TensorRef(record.tensors[i], argument, hold);
+  }
+  const TensorView& p = slot[Field::stepped].view();
   check(is_floating(p.dtype), who, ": expected a float32, bfloat16, float16 or float64 parameter, got ", name(p.dtype));
   check(p.dense(), who,
         ": expected a parameter whose elements each have a place of their own, without gaps; got shape ",
         p.shape_str());
   check_kernel_device(p.device, who);
-
-  const DType state = slot.exp_avg.view().dtype;
-  const bool sixteen_bit = item_size(p.dtype) == 2;
-  check(state == p.dtype || (sixteen_bit && state == DType::f32), who, ": exp_avg: expected ", name(p.dtype),
-        sixteen_bit ? " or float32" : "", ", got ", name(state));
-  const auto check_like_param = [&](const TensorRef& ref, const char* what) {
-    if (!ref) return;
-    check(ref.view().same_layout(p), who, ": ", what, ": expected the parameter's shape ", p.shape_str(),
-          " in the parameter's memory order, got shape ", ref.view().shape_str());
-    check_device(ref, p.device, who + ": " + what);
-  };
-  check_like_param(slot.exp_avg, "exp_avg");
-  check_like_param(slot.exp_avg_sq, "exp_avg_sq");
-  check_like_param(slot.max_exp_avg_sq, "max_exp_avg_sq");
-  check_like_param(slot.anchor, "anchor");
-  check_like_param(slot.importance, "importance");
-  check_like_param(slot.mask, "update_mask");
-  for (const TensorRef* ref : {&slot.exp_avg_sq, &slot.max_exp_avg_sq})
-    check(!*ref || ref->view().dtype == state, who, ": exp_avg_sq and max_exp_avg_sq: expected exp_avg's dtype ",
-          name(state), ", got ", *ref ? name(ref->view().dtype) : "");
-  const auto check_narrow = [&](const TensorRef& ref, const char* what) {
-    if (!ref) return;
-    const DType t = ref.view().dtype;
-    check(is_floating(t) && (t != DType::f64 || p.dtype == DType::f64), who, ": ", what,
-          ": expected float32, bfloat16 or float16 (float64 with a float64 parameter), got ", name(t));
-  };
-  check_narrow(slot.anchor, "anchor");
-  check_narrow(slot.importance, "importance");
-  check(!slot.importance || slot.anchor, who, ": importance: expected None without an anchor");
-  check(!slot.mask || slot.mask.view().dtype == DType::boolean, who, ": update_mask: expected bool, got ",
-        slot.mask ? name(slot.mask.view().dtype) : "");
-  if (slot.rows) {
-    const TensorView& rows = slot.rows.view();
-    check(rows.dtype == DType::int64 && rows.shape.size() == 1 && p.rows_contiguous() && rows.device == p.device, who,
-          ": rows: expected ascending int64 indices into rows that lie in one piece");
-  }
-  const TensorView& step = slot.step.view();
-  const bool counts_on_device = t[12].cast<bool>();
-  check(step.numel == 1 && (step.dtype == DType::f32 || step.dtype == DType::f64), who,
-        ": step: expected one float32 or float64, got ", step.numel, " ", name(step.dtype));
-  check(counts_on_device ? step.device == p.device && step.dtype == DType::f32 : step.device.type == dlpack::kCPU, who,
-        ": step: expected ", counts_on_device ? "a float32 on " + p.device.str() : "a tensor on cpu", ", got ",
-        name(step.dtype), " on ", step.device.str());
+  for (size_t i = Field::stepped + 1; i < Field::count_; ++i)
+    if (slot.tensors[i]) check_tensor(slot, i, record.counts_on_device);
+  check(!slot[Field::importance] || slot[Field::anchor], who, ": importance: expected None without an anchor");
+  const AnchorForm form = form_of(record.anchoring);
+  const AnchorForm given = slot[Field::importance] ? AnchorForm::weighted
+                           : slot[Field::anchor]   ? AnchorForm::plain
+                                                   : AnchorForm::none;
+  check(form == given || (form == AnchorForm::selective && given == AnchorForm::plain), who,
+        ": anchoring: ", kAnchorings[static_cast<size_t>(record.anchoring)],
+        " does not go with the anchor and importance given");
 
   AdamWEntry& e = slot.entry;
+  const auto data = [&](size_t i) { return slot.tensors[i] ? slot.tensors[i].view().data : nullptr; };
+  const auto dtype = [&](size_t i) { return slot.tensors[i] ? slot.tensors[i].view().dtype : DType::f32; };
   e.param = p.data;
-  e.exp_avg = slot.exp_avg.view().data;
-  e.exp_avg_sq = slot.exp_avg_sq.view().data;
-  e.max_exp_avg_sq = const_cast<void*>(data_or_null(slot.max_exp_avg_sq));
-  e.anchor = data_or_null(slot.anchor);
-  e.importance = data_or_null(slot.importance);
-  e.mask = static_cast<const uint8_t*>(data_or_null(slot.mask));
-  e.rows = static_cast<const int64_t*>(data_or_null(slot.rows));
+  e.exp_avg = data(Field::exp_avg);
+  e.exp_avg_sq = data(Field::exp_avg_sq);
+  e.max_exp_avg_sq = data(Field::max_exp_avg_sq);
+  e.anchor = data(Field::anchor);
+  e.importance = data(Field::importance);
+  e.mask = static_cast<const uint8_t*>(data(Field::update_mask));
+  e.rows = static_cast<const int64_t*>(data(Field::rows));
   e.numel = p.numel;
   e.row_size = !p.shape.empty() && p.shape[0] > 0 ? p.numel / p.shape[0] : 0;
-  e.live_rows = slot.rows ? slot.rows.view().numel : 0;
+  e.live_rows = slot[Field::rows] ? slot[Field::rows].view().numel : 0;
   static const int64_t no_row = 0;  // a list of no rows may have no data: still not "all rows"
-  if (slot.rows && e.rows == nullptr) e.rows = &no_row;
-  e.device_step = counts_on_device ? static_cast<float*>(step.data) : nullptr;
+  if (slot[Field::rows] && e.rows == nullptr) e.rows = &no_row;
+  e.device_step = record.counts_on_device ? static_cast<float*>(data(Field::step)) : nullptr;
   e.group = slot.group;
   e.dtype = p.dtype;
-  e.state_dtype = state;
-  e.anchor_dtype = slot.anchor ? slot.anchor.view().dtype : DType::f32;
-  e.importance_dtype = slot.importance ? slot.importance.view().dtype : DType::f32;
-  const bool selective = t[13].cast<bool>();
-  check(!selective || (slot.anchor && !slot.importance), who,
-        ": selective: expected False without an anchor and with an importance");
-  e.anchoring = selective         ? Anchoring::selective
-                : slot.importance ? Anchoring::weighted
-                : slot.anchor     ? Anchoring::plain
-                                  : Anchoring::none;
+  e.state_dtype = dtype(Field::exp_avg);
+  e.anchor_dtype = dtype(Field::anchor);
+  e.importance_dtype = dtype(Field::importance);
+  e.anchoring = record.anchoring;
+}
+
+// Throws ArgumentError unless the slot's tensor i fits its parameter as kRecordTensors asks.
+void AdamWPlan::check_tensor(const Slot& slot, size_t i, bool counts_on_device) {
+  const std::string& who = slot.name;
+  const RecordTensor& rule = kRecordTensors[i];
+  const TensorView &t = slot.tensors[i].view(), &p = slot[Field::stepped].view();
+  const DType state = slot[Field::exp_avg].view().dtype;
+  if (rule.like_param) {
+    check(t.same_layout(p), who, ": ", rule.name, ": expected the parameter's shape ", p.shape_str(),
+          " in the parameter's memory order, got shape ", t.shape_str());
+    check(t.device == p.device, who, ": ", rule.name, ": expected a tensor on ", p.device.str(), ", got one on ",
+          t.device.str());
+  }
+  switch (rule.dtypes) {
+    case Dtypes::floating:
+      break;
+    case Dtypes::moment: {
+      const bool sixteen_bit = item_size(p.dtype) == 2;
+      check(t.dtype == p.dtype || (sixteen_bit && t.dtype == DType::f32), who, ": ", rule.name, ": expected ",
+            name(p.dtype), sixteen_bit ? " or float32" : "", ", got ", name(t.dtype));
+      break;
+    }
+    case Dtypes::as_exp_avg:
+      check(t.dtype == state, who, ": ", rule.name, ": expected exp_avg's dtype ", name(state), ", got ",
+            name(t.dtype));
+      break;
+    case Dtypes::readable:
+      check(is_floating(t.dtype) && (t.dtype != DType::f64 || p.dtype == DType::f64), who, ": ", rule.name,
+            ": expected float32, bfloat16 or float16 (float64 with a float64 parameter), got ", name(t.dtype));
+      break;
+    case Dtypes::boolean:
+      check(t.dtype == DType::boolean, who, ": ", rule.name, ": expected bool, got ", name(t.dtype));
+      break;
+    case Dtypes::indices:
+      check(t.dtype == DType::int64 && t.shape.size() == 1 && p.rows_contiguous() && t.device == p.device, who, ": ",
+            rule.name, ": expected ascending int64 indices into rows that lie in one piece");
+      break;
+    case Dtypes::count:
+      check(t.numel == 1 && (t.dtype == DType::f32 || t.dtype == DType::f64), who, ": ", rule.name,
+            ": expected one float32 or float64, got ", t.numel, " ", name(t.dtype));
+      check(counts_on_device ? t.device == p.device && t.dtype == DType::f32 : t.device.type == dlpack::kCPU, who, ": ",
+            rule.name, ": expected ", counts_on_device ? "a float32 on " + p.device.str() : "a tensor on cpu", ", got ",
+            name(t.dtype), " on ", t.device.str());
+      break;
+  }
 }
 
 void AdamWPlan::remember_state(PyObject* state) {
@@ -187,12 +225,17 @@ bool AdamWPlan::state_is_unchanged(PyObject* state) const {
   return item == end;
 }
 
-py::object AdamWPlan::gather(const py::list& parameter_lists, const py::dict& state) {
+bool AdamWPlan::gather(const py::list& parameter_lists, const py::dict& state) {
   release();
-  const py::object stale = py::bool_(false);
   if (!state_known_) remember_state(state.ptr());
-  if (!state_is_unchanged(state.ptr())) return stale;
-  py::list need_help;
+  if (!state_is_unchanged(state.ptr()) || !gather_from(parameter_lists)) {
+    release();
+    return false;
+  }
+  return true;
+}
+
+bool AdamWPlan::gather_from(const py::list& parameter_lists) {
   size_t position = 0;
   int32_t group_index = -1;
   for (const py::handle group : parameter_lists) {
@@ -202,48 +245,40 @@ py::object AdamWPlan::gather(const py::list& parameter_lists, const py::dict& st
     if (!sequence) throw py::error_already_set();
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.ptr()); ++i, ++position) {
       PyObject* param = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
-      if (position >= slots_.size() || slots_[position].param != param || slots_[position].group != group_index) {
-        release();
-        return stale;
-      }
+      if (position >= slots_.size() || slots_[position].param != param || slots_[position].group != group_index)
+        return false;
       Slot& slot = slots_[position];
       if (position + kAhead < slots_.size()) slots_[position + kAhead].prefetch();
       if (slot.kind == Kind::ignored) continue;
       py::object grad = grad_of(param);
       if (grad.is_none()) continue;
-      if (slot.kind == Kind::dormant || !slot.stepped.same_view() || !slot.exp_avg.same_data() ||
-          !slot.exp_avg_sq.same_data() || !slot.step.same_data() ||
-          (slot.max_exp_avg_sq && !slot.max_exp_avg_sq.same_data()) || (slot.anchor && !slot.anchor.same_data()) ||
-          (slot.importance && !slot.importance.same_data())) {
-        release();
-        return stale;
-      }
+      if (slot.kind == Kind::dormant || !slot.stands()) return false;
       slot.grad = std::move(grad);
       slot.active = true;
       hold(slot);
-      if (slot.wrapped || !accept_grad(slot)) need_help.append(position);
+      if (slot.wrapped || !accept_grad(slot)) unread_.push_back(position);
     }
   }
-  if (position != slots_.size()) {
-    release();
-    return stale;
-  }
-  return need_help;
+  return position == slots_.size();
+}
+
+py::list AdamWPlan::unread() const {
+  py::list positions;
+  for (const size_t position : unread_) positions.append(position);
+  return positions;
 }
 
 void AdamWPlan::hold(Slot& slot) {
-  slot.held[0] = py::reinterpret_borrow<py::object>(slot.param);
-  slot.held[1] = slot.exp_avg.keep();
-  slot.held[2] = slot.exp_avg_sq.keep();
-  slot.held[3] = slot.step.keep();
-  if (slot.max_exp_avg_sq) slot.held[4] = slot.max_exp_avg_sq.keep();
+  slot.held[Field::stepped] = py::reinterpret_borrow<py::object>(slot.param);
+  for (size_t i = Field::stepped + 1; i < Field::count_; ++i)
+    if (kRecordTensors[i].keeper == Keeper::state && slot.tensors[i]) slot.held[i] = slot.tensors[i].keep();
 }
 
 // Takes the slot's gradient as it is, if it is a plain tensor that lies like the parameter.
 bool AdamWPlan::accept_grad(Slot& slot) {
-  const TensorView& p = slot.stepped.view();
+  const TensorView& p = slot[Field::stepped].view();
   void* data = nullptr;
-  if (p.numel > 1 && slot.stepped.is_like(slot.grad.ptr(), &data)) {
+  if (p.numel > 1 && slot[Field::stepped].is_like(slot.grad.ptr(), &data)) {
     slot.entry.grad = data;
     slot.entry.grad_dtype = p.dtype;
     return true;
@@ -271,7 +306,7 @@ void AdamWPlan::set_grad(int64_t position, py::object grad) {
   slot.grad = std::move(grad);
   slot.active = true;
   hold(slot);
-  const TensorView& p = slot.stepped.view();
+  const TensorView& p = slot[Field::stepped].view();
   if (!accept_grad(slot))
     throw ArgumentError(text(slot.name, ": grad: expected a plain tensor of shape ", p.shape_str(), " on ",
                              p.device.str(), " in the parameter's memory order, got ",
@@ -281,7 +316,7 @@ void AdamWPlan::set_grad(int64_t position, py::object grad) {
 
 py::object AdamWPlan::stepped(int64_t position) const {
   const Slot& slot = slots_.at(position);
-  return slot.wrapped ? slot.stepped.keep() : py::none();
+  return slot.wrapped ? slot[Field::stepped].keep() : py::none();
 }
 
 py::list AdamWPlan::written() const {
@@ -289,12 +324,13 @@ py::list AdamWPlan::written() const {
   for (const Slot& slot : slots_) {
     if (!slot.active || !slot.counts_versions) continue;
     out.append(py::handle(slot.param));
-    if (slot.wrapped) out.append(slot.stepped.keep());
+    if (slot.wrapped) out.append(slot[Field::stepped].keep());
   }
   return out;
 }
 
 void AdamWPlan::release() {
+  unread_.clear();
   for (Slot& slot : slots_) {
     if (!slot.active) continue;
     slot.active = false;
@@ -306,8 +342,8 @@ void AdamWPlan::release() {
 py::list AdamWPlan::devices() const {
   std::vector<Device> found;
   for (const Slot& slot : slots_)
-    if (slot.active && std::find(found.begin(), found.end(), slot.stepped.view().device) == found.end())
-      found.push_back(slot.stepped.view().device);
+    if (slot.active && std::find(found.begin(), found.end(), slot[Field::stepped].view().device) == found.end())
+      found.push_back(slot[Field::stepped].view().device);
   py::list out;
   for (Device d : found) out.append(py::make_tuple(static_cast<int32_t>(d.type), d.index));
   return out;
@@ -322,10 +358,10 @@ std::vector<AdamWEntry> AdamWPlan::active_entries(Device device, const std::vect
   std::vector<AdamWEntry> entries;
   entries.reserve(slots_.size());
   for (Slot& slot : slots_) {
-    if (!slot.active || slot.stepped.view().device != device) continue;
+    if (!slot.active || slot[Field::stepped].view().device != device) continue;
     AdamWEntry& e = slot.entry;
     if (groups && e.device_step == nullptr) {
-      const double t = read_scalar(slot.step.view()) + 1.0;
+      const double t = read_scalar(slot[Field::step].view()) + 1.0;
       Last& known = last[e.group];
       if (known.t != t) {
         const AdamWOptions& o = (*groups)[e.group].options;
@@ -341,8 +377,8 @@ std::vector<AdamWEntry> AdamWPlan::active_entries(Device device, const std::vect
 
 void AdamWPlan::count_steps(Device device) {
   for (Slot& slot : slots_) {
-    if (!slot.active || slot.stepped.view().device != device || slot.entry.device_step) continue;
-    const TensorView& step = slot.step.view();
+    if (!slot.active || slot[Field::stepped].view().device != device || slot.entry.device_step) continue;
+    const TensorView& step = slot[Field::step].view();
     if (step.dtype == DType::f64)
       *static_cast<double*>(step.data) += 1.0;
     else
@@ -366,7 +402,7 @@ int64_t AdamWPlan::workspace_bytes([[maybe_unused]] const py::tuple& device) con
   if (!is_kernel_device(d)) return 0;
   std::vector<AdamWEntry> entries;
   for (const Slot& slot : slots_)
-    if (slot.kind == Kind::live && slot.stepped.view().device == d) entries.push_back(slot.entry);
+    if (slot.kind == Kind::live && slot[Field::stepped].view().device == d) entries.push_back(slot.entry);
   return cuda::AdamWTable::workspace_bytes(entries);
 #else
   return 0;
@@ -401,34 +437,15 @@ void AdamWPlan::sum_of_squares(const py::tuple& device, const py::object& out, c
   *result = cpu::sum_of_squares(entries);
 }
 
-void AdamWPlan::step(const py::tuple& device, const py::list& groups, const py::object& sum_of_squares,
-                     double max_grad_norm, bool skip_nonfinite, const py::object& grad_scale,
-                     const py::object& found_inf, const py::object& skipped_steps, const py::object& workspace) {
+void AdamWPlan::step(const py::tuple& device, const py::list& groups, const py::list& lrs,
+                     const py::object& sum_of_squares, double max_grad_norm, bool skip_nonfinite,
+                     const py::object& grad_scale, const py::object& found_inf, const py::object& skipped_steps,
+                     const py::object& workspace) {
   const Device d = parse_device(device);
+  check(groups.size() == lrs.size(), "lrs: expected one for each of ", groups.size(), " groups, got ", lrs.size());
   std::vector<AdamWGroup> options;
   options.reserve(groups.size());
-  for (const py::handle item : groups) {
-    const py::tuple g = py::reinterpret_borrow<py::tuple>(item);
-    AdamWGroup group = {};
-    if (PyFloat_Check(py::object(g[0]).ptr())) {
-      group.options.lr = g[0].cast<double>();
-    } else {
-      const TensorView lr = read_tensor(g[0], "lr");
-      check(is_floating(lr.dtype) && lr.numel == 1 && lr.device == d, "lr: expected one floating-point number on ",
-            d.str(), ", got ", lr.numel, " ", name(lr.dtype), " on ", lr.device.str());
-      group.lr = lr.data;
-      group.lr_dtype = lr.dtype;
-    }
-    group.options.beta1 = g[1].cast<double>();
-    group.options.beta2 = g[2].cast<double>();
-    group.options.eps = g[3].cast<double>();
-    group.options.weight_decay = g[4].cast<double>();
-    group.options.anchor_decay = g[5].cast<double>();
-    group.options.l2_anchor = g[6].cast<bool>();
-    group.options.amsgrad = g[7].cast<bool>();
-    group.options.maximize = g[8].cast<bool>();
-    options.push_back(group);
-  }
+  for (size_t i = 0; i < groups.size(); ++i) options.push_back(read_group(groups[i], lrs[i], d));
   const AdamWControl control = {
       scalar_data<const double>(sum_of_squares, DType::f64, d, "sum_of_squares"),
       scalar_data<const float>(grad_scale, DType::f32, d, "grad_scale"),

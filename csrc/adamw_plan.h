@@ -2,12 +2,14 @@
 // change; each step asks it whether it still holds, gathers the gradients and runs.
 #pragma once
 
+#include <array>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "adamw.h"
+#include "adamw_record.h"
 #include "torch_access.h"
 #if FASTFT_WITH_CUDA
 #include "cuda/adamw.h"
@@ -17,20 +19,16 @@ namespace fastft {
 
 class AdamWPlan {
  public:
-  // One tuple for each parameter, in the order of the groups:
-  //   (param, group, False)  never stepped here, whatever its gradient
-  //   (param, group, True)   no state yet: a gradient makes the plan stale
-  //   (param, group, name, stepped, exp_avg, exp_avg_sq, max_exp_avg_sq | None, step, anchor | None,
-  //    importance | None, mask | None, rows | None, counts_on_device, selective)
-  // where `stepped` is the plain tensor to step: param itself, or its local part. Throws ArgumentError. The plan keeps
-  // neither parameters nor their state alive (what a user takes out of a group or of the state is gone at once),
-  // only local parts, anchors, importances, masks and rows.
-  explicit AdamWPlan(const py::list& entries);
+  // One AdamWRecord for each parameter, in the order of the groups. Throws ArgumentError. The plan keeps neither parameters
+  // nor their state alive (what a user takes out of a group or of the state is gone at once), only local parts,
+  // anchors, importances, masks and rows.
+  explicit AdamWPlan(const py::list& records);
 
-  // Reads the gradients. Returns False if the plan no longer describes `parameter_lists` (one sequence a group) and
-  // `state`, else the list of positions whose gradient needs Python's help before set_grad (not plain, or laid out
-  // differently).
-  py::object gather(const py::list& parameter_lists, const py::dict& state);
+  // Whether the plan still describes `parameter_lists` (one sequence a group) and `state`; if so, their gradients are
+  // read, but for those at unread().
+  bool gather(const py::list& parameter_lists, const py::dict& state);
+  // Positions whose gradient cannot be read as it is (not plain, or laid out differently): to be given to set_grad.
+  py::list unread() const;
   // The local part that is stepped for the parameter at a position; None if that is the parameter itself.
   py::object stepped(int64_t position) const;
   void set_grad(int64_t position, py::object grad);
@@ -45,10 +43,10 @@ class AdamWPlan {
   // Writes Σ grad² over the live elements on a device into a float64 tensor there.
   void sum_of_squares(const py::tuple& device, const py::object& out, const py::object& workspace);
 
-  // Steps the parameters of a device. groups: tuples (lr, beta1, beta2, eps, weight_decay, anchor_decay, l2_anchor,
-  // amsgrad, maximize), lr a float or a tensor on the device.
-  void step(const py::tuple& device, const py::list& groups, const py::object& sum_of_squares, double max_grad_norm,
-            bool skip_nonfinite, const py::object& grad_scale, const py::object& found_inf,
+  // Steps the parameters of a device. groups: the optimizer's param_groups, of which betas, eps, weight_decay,
+  // anchor_decay, amsgrad and maximize are read; lrs: a float, or a tensor on the device, for each of them.
+  void step(const py::tuple& device, const py::list& groups, const py::list& lrs, const py::object& sum_of_squares,
+            double max_grad_norm, bool skip_nonfinite, const py::object& grad_scale, const py::object& found_inf,
             const py::object& skipped_steps, const py::object& workspace);
 
   // Bytes of zeroed memory to pass as `workspace`; 0 for the CPU.
@@ -67,16 +65,26 @@ class AdamWPlan {
     bool wrapped = false;  // stepped is not param itself
     bool counts_versions = true;
     std::string name;
-    TensorRef stepped, exp_avg, exp_avg_sq, max_exp_avg_sq, step, anchor, importance, mask, rows;
+    std::array<TensorRef, Field::count_> tensors;
     AdamWEntry entry = {};
     // This step:
     py::object grad;
-    py::object held[5];  // what is borrowed, since others may let go of it while the kernels run
+    std::array<py::object, Field::count_> held;  // what is borrowed: others may let go of it while the kernels run
     bool active = false;
+
+    const TensorRef& operator[](size_t field) const { return tensors[field]; }
+
+    // Whether all tensors lie where they lay when the plan was made.
+    bool stands() const {
+      if (!tensors[Field::stepped].same_view()) return false;
+      for (size_t i = Field::stepped + 1; i < Field::count_; ++i)
+        if (tensors[i] && !tensors[i].same_data()) return false;
+      return true;
+    }
 
     void prefetch() const {
       if (kind != Kind::live) return;
-      for (const TensorRef* tensor : {&stepped, &exp_avg, &exp_avg_sq, &step}) tensor->prefetch();
+      for (const size_t i : {Field::stepped, Field::exp_avg, Field::exp_avg_sq, Field::step}) tensors[i].prefetch();
     }
   };
 
@@ -87,14 +95,16 @@ class AdamWPlan {
 
   bool state_is_unchanged(PyObject* state) const;
   void remember_state(PyObject* state);
-  void fill(Slot& slot, const py::tuple& t);
+  void fill(Slot& slot, const AdamWRecord& record);
+  static void check_tensor(const Slot& slot, size_t i, bool counts_on_device);
+  bool gather_from(const py::list& parameter_lists);
   void hold(Slot& slot);
   bool accept_grad(Slot& slot);
-  bool runs_kernels(const Slot& slot) const;
   std::vector<AdamWEntry> active_entries(Device device, const std::vector<AdamWGroup>* groups);
   void count_steps(Device device);
 
   std::vector<Slot> slots_;
+  std::vector<size_t> unread_;
   bool state_known_ = false;
   std::vector<Snapshot> state_items_;  // of `state` and, behind each item, of the parameter's own dict
   std::vector<Py_ssize_t> state_item_sizes_;

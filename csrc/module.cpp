@@ -100,9 +100,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"),
         py::arg("columns"), py::arg("random"), py::arg("workspace"));
   m.def("dropout_workspace_bytes", &dropout_workspace_bytes, py::arg("tensor"), py::arg("columns"), py::arg("sums"));
+  bind_record(m);
   py::class_<AdamWPlan>(m, "AdamWPlan")
-      .def(py::init<const py::list&>(), py::arg("entries"))
+      .def(py::init<const py::list&>(), py::arg("records"))
       .def("gather", &AdamWPlan::gather, py::arg("parameter_lists"), py::arg("state"))
+      .def("unread", &AdamWPlan::unread)
       .def("set_grad", &AdamWPlan::set_grad, py::arg("position"), py::arg("grad"))
       .def("stepped", &AdamWPlan::stepped, py::arg("position"))
       .def("written", &AdamWPlan::written)
@@ -111,7 +113,7 @@ PYBIND11_MODULE(_C, m) {
       .def("workspace_bytes", &AdamWPlan::workspace_bytes, py::arg("device"))
       .def("launches", &AdamWPlan::launches, py::arg("device"))
       .def("sum_of_squares", &AdamWPlan::sum_of_squares, py::arg("device"), py::arg("out"), py::arg("workspace"))
-      .def("step", &AdamWPlan::step, py::arg("device"), py::arg("groups"), py::arg("sum_of_squares"),
+      .def("step", &AdamWPlan::step, py::arg("device"), py::arg("groups"), py::arg("lrs"), py::arg("sum_of_squares"),
            py::arg("max_grad_norm"), py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"),
            py::arg("skipped_steps"), py::arg("workspace"));
 }

@@ -16,9 +16,42 @@ def connect_torch(
 ) -> None: ...
 def overlapping(tensors: list[torch.Tensor]) -> list[int]: ...
 
+class Anchoring:
+    none: Anchoring
+    decoupled: Anchoring
+    l2: Anchoring
+    decoupled_weighted: Anchoring
+    l2_weighted: Anchoring
+    selective: Anchoring
+
+class AdamWRecord:
+    tensors: tuple[str, ...]  # the names that the constructor, replaced and attributes take
+    param: torch.Tensor
+    group: int
+    dormant: bool
+    name: str
+    anchoring: Anchoring
+    counts_on_device: bool
+    steps: bool
+    def __init__(
+        self,
+        param: torch.Tensor,
+        group: int,
+        *,
+        dormant: bool = False,
+        name: str = "",
+        anchoring: Anchoring = ...,
+        counts_on_device: bool = False,
+        **tensors: torch.Tensor | None,
+    ) -> None: ...
+    def replaced(self, **tensors: torch.Tensor | None) -> AdamWRecord: ...
+    def unstepped(self) -> AdamWRecord: ...
+    def __getattr__(self, name: str) -> Any: ...  # a tensor by its name, or None
+
 class AdamWPlan:
-    def __init__(self, entries: list[tuple[Any, ...]]) -> None: ...
-    def gather(self, parameter_lists: list[list[torch.Tensor]], state: dict[Any, Any]) -> list[int] | bool: ...
+    def __init__(self, records: list[AdamWRecord]) -> None: ...
+    def gather(self, parameter_lists: list[list[torch.Tensor]], state: dict[Any, Any]) -> bool: ...
+    def unread(self) -> list[int]: ...
     def set_grad(self, position: int, grad: torch.Tensor) -> None: ...
     def stepped(self, position: int) -> torch.Tensor | None: ...
     def written(self) -> list[torch.Tensor]: ...
@@ -30,7 +63,8 @@ class AdamWPlan:
     def step(
         self,
         device: tuple[int, int],
-        groups: list[tuple[Any, ...]],
+        groups: list[dict[str, Any]],
+        lrs: list[float | torch.Tensor],
         sum_of_squares: torch.Tensor | None,
         max_grad_norm: float,
         skip_nonfinite: bool,

@@ -1,4 +1,4 @@
-"""``Anchor``: the pre-trained weights that an optimizer pulls back to; where they come from, how they are kept."""
+"""``Anchor``: the pre-trained weights that an optimizer pulls back to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.names import closest, matching, named_tensors
+from fastft.names import NameIndex, clean, closest, matching, named_tensors
 from fastft.weight_file import FILE_DTYPES, WeightFile
 
 VERSION = 1
@@ -22,23 +22,24 @@ class Anchor:
     """Weights to stay near to (L2-SP: Li et al. 2018, https://arxiv.org/abs/1802.01483), by parameter name.
 
     Made by :meth:`snapshot` or :meth:`from_safetensors`, given to :class:`fastft.AdamW`. A parameter is found by
-    identity (that of the module it was made from) or by name. ``Anchor()`` is empty. :meth:`with_importance` adds how
-    much each element matters, for elastic weight consolidation.
+    identity (that of the module it was made from) or by name, see :meth:`find`. ``Anchor()`` is empty.
+    :meth:`with_importance` adds a weight for each element, for elastic weight consolidation.
     """
 
     def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}  # what is in memory
-        self._file: WeightFile | None = None  # where the rest is read from
+        self._tensors: dict[str, Tensor] = {}  # in memory
+        self._file: WeightFile | None = None  # the rest is read from here
         self._in_file: dict[str, str] = {}  # parameter name → name in the file
         self._importance: dict[str, Tensor] = {}
         self._offloaded = False
         self._bound: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id(parameter)
-        # Laid out like a parameter, with what they were laid out for; by what they are and by name.
+        self._index: NameIndex | None = None  # of all names; made when it is first needed
+        # Tensors laid out like a parameter, and its layout; by ("anchor" or "importance", name).
         self._ready: dict[tuple[str, str], tuple[Any, Tensor]] = {}
         self.changes = 0
-        """Counts updates, bindings and loads: while it stands, what was looked up here holds."""
+        """Version counter of updates, bindings and loads; cached lookups are valid while it is unchanged."""
 
-    # -- where it comes from -------------------------------------------------------------------------------
+    # -- making one ------------------------------------------------------------------------------------------
 
     @classmethod
     def snapshot(
@@ -56,11 +57,13 @@ class Anchor:
             dtype: float32, bfloat16 or float16 (float64 with float64 parameters); None: each parameter's own.
             device: None: beside each parameter. ``"cpu"`` with parameters on a GPU keeps the anchor in pinned
                 host memory, from where the optimizer brings it to the GPU a part ahead of the step.
-            exclude: names, glob patterns or module names (``"head"`` means all of ``head.*``) of what stays
-                free, such as a new head.
+            exclude: names, glob patterns or module names (``"head"`` means all of ``head.*``) of parameters that are
+                not anchored, such as a new head's.
 
-        Raises ``ValueError`` for a pattern that matches nothing, a name given twice, or a parameter that is not
-        a dense floating-point tensor.
+        Raises:
+            TypeError: neither a module nor (name, parameter) pairs.
+            ValueError: a pattern that matches nothing, a name given twice, or a parameter that is not a dense
+                floating-point tensor with values.
         """
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
@@ -97,12 +100,14 @@ class Anchor:
 
         Args:
             path: a ``.safetensors`` file, a ``.safetensors.index.json``, or a folder with ``model.safetensors``
-                or its index. Only headers are read now; a tensor is read when the optimizer first asks for it.
+                or its index. Only headers are read now; a tensor is read when the optimizer first needs it.
             module: the module to be tuned. Where its names differ from the file's by a prefix ("bert.") on one
-                side, the prefix is found.
+                side, or by what wrappers add, they are matched.
             exclude: as in :meth:`snapshot`.
 
-        Raises one ``ValueError`` with every parameter that the file lacks or holds in another shape.
+        Raises:
+            ValueError: the file lacks parameters or holds them in another shape, with all of their names; or there is
+                no such file.
         """
         file = WeightFile.open(path)
         named = named_tensors(module)
@@ -110,7 +115,7 @@ class Anchor:
         # A tied parameter has several names, and the file may know only one of them.
         aliases: dict[int, list[str]] = {}
         for alias, parameter in module.named_parameters(remove_duplicate=False):
-            aliases.setdefault(id(parameter), []).append(alias)
+            aliases.setdefault(id(parameter), []).extend(dict.fromkeys([alias, clean(alias)]))
         wanted = [(name, p) for name, p in named if name not in excluded]
         prefix = file.prefix_for([alias for _, p in wanted for alias in aliases[id(p)]])
 
@@ -138,7 +143,7 @@ class Anchor:
         return anchor
 
     def with_importance(self, importance: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> Anchor:
-        r"""The same anchor, with a weight F ≥ 0 for each element: how much it matters that this one stays.
+        r"""The same anchor, with a weight F ≥ 0 for each element: how strongly this one is pulled.
 
         With F the diagonal of the old task's Fisher information this is elastic weight consolidation (EWC; Kirkpatrick
         et al. 2017, https://arxiv.org/abs/1612.00796); synaptic intelligence and memory-aware synapses give other F.
@@ -148,13 +153,15 @@ class Anchor:
 
         Args:
             importance: parameter name → tensor of the parameter's shape, such as ``fastft.retention.estimate_fisher``
-                returns; finite, nowhere negative. Of tied parameters one name is enough. Names that are not anchored
-                are passed over. Copied; kept where the anchor is kept.
+                returns; finite, nowhere negative. Names are matched as in :meth:`find`; of tied parameters one is
+                enough, and those that are not anchored are passed over. Copied; kept where the anchor is kept.
             dtype: as in :meth:`snapshot`. Fisher informations reach down to 1e-12 and below, where float16 holds only
                 zeros: bfloat16 does not.
 
-        Raises one ``ValueError`` with every anchored name for which there is none, or one that cannot be. What is not
-        to be anchored at all is left out of the anchor, with ``exclude``.
+        Raises:
+            TypeError: ``importance`` is no dict.
+            ValueError: anchored names without an importance, or with one that is not of this form, all of them listed.
+                Parameters that are not to be anchored at all are left out of the anchor, with ``exclude``.
         """
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
@@ -163,11 +170,12 @@ class Anchor:
         tied: dict[int, list[str]] = {}
         for name, tensor in self._tensors.items():
             tied.setdefault(id(tensor), []).append(name)
+        index = NameIndex(importance)
         found: dict[str, Tensor] = {}
         problems = []
         for name in self.names:
             aliases = [name, *(tied[id(self._tensors[name])] if name in self._tensors else [])]
-            given = next((importance[alias] for alias in aliases if alias in importance), None)
+            given = next((importance[key] for key in map(index.find, aliases) if key is not None), None)
             problem = "missing" if given is None else why_no_importance(given, self._shape(name), dtype)
             if problem:
                 problems.append(f"  {name}: {problem}")
@@ -188,7 +196,11 @@ class Anchor:
         return weighted
 
     def update(self, other: Anchor) -> None:
-        """Take in everything that ``other`` has; raises ``ValueError`` if both know a name."""
+        """Add everything that ``other`` has.
+
+        Raises:
+            ValueError: both hold a name, or ``other`` lies in a file.
+        """
         both = set(self.names) & set(other.names)
         if both:
             raise ValueError(f"update: both anchors hold {', '.join(sorted(both))}")
@@ -198,6 +210,7 @@ class Anchor:
         self._importance.update(other._importance)
         self._bound.update(other._bound)
         self._offloaded |= other._offloaded
+        self._index = None
         self.changes += 1
 
     # -- lookup --------------------------------------------------------------------------------------------
@@ -223,12 +236,13 @@ class Anchor:
         return None if self._file is None else {"path": str(self._file.path), "sha256": self._file.sha256}
 
     def bind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Tell which parameters the names mean; names that are not anchored are passed over.
+        """Connect anchored names with parameters; names that are not anchored are passed over.
 
-        Raises ``ValueError`` with every shape that does not agree, and then binds nothing.
+        Raises:
+            ValueError: shapes that do not agree, all of them listed; nothing is bound then.
         """
-        known = [(name, p) for name, p in named_parameters if name in self]
-        shapes = [(name, list(p.shape), self._shape(name)) for name, p in known]
+        known = [(own, name, p) for name, p in named_parameters if (own := self.find(name)) is not None]
+        shapes = [(name, list(p.shape), self._shape(own)) for own, name, p in known]
         wrong = [
             f"  {name}: expected shape {expected}, the anchor has {got}"
             for name, expected, got in shapes
@@ -236,19 +250,40 @@ class Anchor:
         ]
         if wrong:
             raise ValueError("\n".join(["the anchor does not fit the parameters:", *wrong]))
-        for name, p in known:
-            self._bind(name, p)
+        for own, _, p in known:
+            self._bind(own, p)
         self.changes += 1
 
-    def name_of(self, param: Tensor) -> str | None:
-        """The name under which ``param`` itself is known; None if it is not."""
-        reference, name = self._bound.get(id(param), (None, None))
-        return name if reference is not None and reference() is param else None
+    def find(self, key: str | Tensor, name: str | None = None) -> str | None:
+        """The anchor's own name for a parameter; None if it is not anchored.
+
+        A parameter is found by identity; else by its name; else by its name without what wrappers (DDP, FSDP,
+        ``torch.compile``, activation checkpointing, PEFT) have added to it or to the anchor's.
+
+        Args:
+            key: a parameter, or a name.
+            name: the name of a parameter that may be anchored by its name only.
+
+        Raises:
+            ValueError: several anchored names are the same as this one without what wrappers add.
+        """
+        if isinstance(key, Tensor):
+            reference, own = self._bound.get(id(key), (None, None))
+            if reference is not None and reference() is key:
+                return own
+            if name is None:
+                return None
+            key = name
+        if key in self._tensors or key in self._in_file:
+            return key
+        if self._index is None:
+            self._index = NameIndex(self.names)
+        return self._index.find(key)
 
     def get(self, key: str | Tensor, default: Any = None) -> Any:
         """The weights of a name or parameter, as they are kept; ``default`` if there are none."""
-        name = key if isinstance(key, str) else self.name_of(key)
-        if name is None or name not in self:
+        name = self.find(key)
+        if name is None:
             return default
         if name not in self._tensors:
             assert self._file is not None
@@ -257,7 +292,7 @@ class Anchor:
 
     def importance_of(self, key: str | Tensor) -> Tensor | None:
         """The importance of a name's or parameter's elements, as it is kept; None if it has none."""
-        name = key if isinstance(key, str) else self.name_of(key)
+        name = self.find(key)
         return None if name is None else self._importance.get(name)
 
     def __getitem__(self, key: str | Tensor) -> Tensor:
@@ -269,9 +304,7 @@ class Anchor:
         return found  # type: ignore[no-any-return]
 
     def __contains__(self, key: object) -> bool:
-        if isinstance(key, Tensor):
-            return self.name_of(key) is not None
-        return key in self._tensors or key in self._in_file
+        return isinstance(key, (str, Tensor)) and self.find(key) is not None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -292,10 +325,13 @@ class Anchor:
     def tensor_for(self, param: Tensor, name: str | None = None) -> Tensor | None:
         """The weights as a step needs them: in the parameter's memory order, beside it unless offloaded.
 
-        Found by identity, else by ``name``; None if not anchored. The same tensor comes back until the
-        parameter's device or memory order changes. Raises ``ValueError`` if the shapes differ.
+        Found as in :meth:`find`; None if not anchored. The same tensor comes back until the parameter's device or
+        memory order changes.
+
+        Raises:
+            ValueError: the shapes differ.
         """
-        known = self.name_of(param) or (name if name is not None and name in self else None)
+        known = self.find(param, name)
         if known is None:
             return None
         if self._shape(known) != list(param.shape):
@@ -306,7 +342,7 @@ class Anchor:
 
     def importance_for(self, param: Tensor, name: str | None = None) -> Tensor | None:
         """The importance of its elements, as :meth:`tensor_for` gives the weights; None if it has none."""
-        known = self.name_of(param) or name
+        known = self.find(param, name)
         if known is None or known not in self._importance:
             return None
         return self._laid_out("importance", known, self._importance.__getitem__, param)
@@ -337,13 +373,13 @@ class Anchor:
         return self._file.headers[self._in_file[name]][1]
 
     def _bind(self, name: str, param: Tensor) -> None:
-        if self.name_of(param) is None:  # the first name of tied parameters counts
+        if self.find(param) is None:  # the first name of tied parameters counts
             self._bound[id(param)] = (weakref.ref(param), name)
 
     # -- checkpoints and copies ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs: plain values and tensors.
+        """Plain values and tensors, for :meth:`load_state_dict`.
 
         ``{"version", "source": None | {"path", "sha256", "names": {parameter: name in the file}}, "names",
         "offloaded", "tensors": {name: tensor}, "importance": {name: tensor}}``; ``tensors`` is empty for an anchor that
@@ -362,15 +398,16 @@ class Anchor:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, path: str | Path | None = None) -> None:
-        """Become what was saved. Bindings to parameters are kept where names and shapes still agree.
+        """Replace everything by what was saved. Bindings to parameters are kept where names and shapes still agree.
 
         Args:
             state_dict: from :meth:`state_dict`.
             path: where the file lies now, if it was moved. A file of the same content that this anchor already reads
                 from is found without.
 
-        Raises ``ValueError`` if the dict is not one of these, or the file is gone or has other content; the
-        anchor is then as before.
+        Raises:
+            ValueError: the dict is not one of these, or the file is gone or has other content; the anchor is then as
+                before.
         """
         version = state_dict.get("version")
         if version != VERSION:
@@ -399,14 +436,14 @@ class Anchor:
             if problem:
                 raise ValueError(f"anchor state: importance: {name}: {problem}")
             loaded._importance[name] = importance.detach().clone()
-        bound = [(name, p) for ref, name in self._bound.values() if (p := ref()) is not None]
-        loaded.bind((name, p) for name, p in bound if name in loaded and loaded._shape(name) == list(p.shape))
+        bound = [(loaded.find(name), p) for ref, name in self._bound.values() if (p := ref()) is not None]
+        loaded.bind((own, p) for own, p in bound if own is not None and loaded._shape(own) == list(p.shape))
         self.__dict__.update(loaded.__dict__, changes=self.changes + 1)
 
     def __getstate__(self) -> dict[str, Any]:
         # Parameters themselves, so that a deep copy or a pickle together with the model follows its copies.
         bound = [(p, name) for ref, name in self._bound.values() if (p := ref()) is not None]
-        return {**self.__dict__, "_bound": bound, "_ready": {}}
+        return {**self.__dict__, "_bound": bound, "_ready": {}, "_index": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -430,7 +467,7 @@ def copied_beside(tensor: Tensor, dtype: torch.dtype, kept: Tensor | None) -> Te
 
 
 def why_no_importance(given: Any, shape: list[int] | None, dtype: torch.dtype | None = None) -> str | None:
-    """Why this cannot be the importance of an anchored parameter of that shape, stored in ``dtype``."""
+    """Why this cannot be the importance of a parameter of that shape, stored in ``dtype``; None if it can."""
     if shape is None:
         return "not anchored"
     if not isinstance(given, Tensor) or given.dtype not in DTYPES or given.layout != torch.strided or given.is_meta:

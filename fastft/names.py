@@ -1,16 +1,21 @@
-"""Parameter names: pairs with parameters, patterns over them, wrappers' prefixes, and the closest to a mistyped one."""
+"""Parameter names: patterns over them, the parts that wrappers add, and the closest to a mistyped one."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-__all__ = ["closest", "covers", "listed", "matching", "named_tensors"]
+__all__ = ["NameIndex", "bare", "clean", "closest", "covers", "listed", "matching", "named_tensors"]
 
 MOST_LISTED = 12
+# Parts of a path that wrappers inside a model add: torch.compile, FSDP, activation checkpointing.
+ADDED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PEFT_PREFIX = "base_model.model."
+DDP_PREFIX = "module."
 
 
 def named_tensors(source: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -62,3 +67,46 @@ def listed(names: Iterable[str]) -> str:
     shown = [repr(name) for name in names]
     more = len(shown) - MOST_LISTED
     return ", ".join(shown[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def clean(name: str) -> str:
+    """The name of a parameter or module without the parts that wrappers inside a model add."""
+    return ADDED.sub("", name).removeprefix(PEFT_PREFIX)
+
+
+def bare(name: str) -> str:
+    """The name without the prefix of DDP as well. A model may have a child called "module": look for others first."""
+    name, before = clean(name), None
+    while name != before:
+        name, before = clean(name.removeprefix(DDP_PREFIX)), name
+    return name
+
+
+class NameIndex:
+    """Finds the one of several names that means the same parameter, whatever wrappers have added to either."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = dict.fromkeys(names)
+        self.shortened: list[tuple[Callable[[str], str], dict[str, list[str]]]] = []
+        for shorten in (clean, bare):
+            by_short: dict[str, list[str]] = {}
+            for name in self.names:
+                by_short.setdefault(shorten(name), []).append(name)
+            self.shortened.append((shorten, by_short))
+
+    def find(self, name: str) -> str | None:
+        """The name itself, or the one that is equal to it without what wrappers add; None if there is none.
+
+        Raises:
+            ValueError: several are equal to it then.
+        """
+        if name in self.names:
+            return name
+        for shorten, by_short in self.shortened:
+            found = by_short.get(shorten(name), [])
+            if len(found) > 1:
+                several = ", ".join(found)
+                raise ValueError(f"{name}: expected one name that differs by wrappers' parts only, got {several}")
+            if found:
+                return found[0]
+        return None

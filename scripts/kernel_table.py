@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "_generated" / "kernels.md"
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
-SOURCES: list[str] = SETUP["CUDA_SOURCES"]
+SOURCES: list[str] = [s for s in SETUP["CUDA_SOURCES"] if "__global__" in (ROOT / s).read_text(encoding="utf-8")]
 ARCHS = ("80", "90", "100")
 NVCC: Path | None = SETUP["find_nvcc"]()
 NVDISASM: str | None = next(
@@ -32,7 +32,7 @@ NVDISASM: str | None = next(
 CXXFILT = shutil.which("c++filt")
 MISSING = [name for name, tool in (("nvcc", NVCC), ("nvdisasm", NVDISASM), ("c++filt", CXXFILT)) if tool is None]
 
-ANCHORING = ("none", "plain", "weighted", "selective")  # as in csrc/math/adamw.h
+ANCHOR_FORMS = ("none", "plain", "weighted", "selective")  # as in csrc/math/adamw.h
 LAUNCH_HEAD = ("groups", "dtypes", "norm", "launches of a step")
 """What a launch count depends on."""
 
@@ -111,7 +111,7 @@ def demangled(names: list[str]) -> list[str]:
 def short_name(signature: str) -> str:
     """Without namespaces, arguments and what every name has; kinds of anchors by their names."""
     name = re.sub(r"(?:fastft|cuda|\(anonymous namespace\))::", "", signature).removeprefix("void ")
-    name = re.sub(r"\(Anchoring\)(\d)", lambda kind: ANCHORING[int(kind[1])], name)
+    name = re.sub(r"\(AnchorForm\)(\d)", lambda form: ANCHOR_FORMS[int(form[1])], name)
     return re.sub(r"\(.*\)$", "", name)
 
 

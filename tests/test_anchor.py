@@ -12,7 +12,7 @@ import io
 import json
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from torch import Tensor, nn
 import fastft
 from fastft import _C, Anchor
 from fastft.optim import AnchorDecayScheduler, reference
-from fastft.optim.adamw import parts_of
+from fastft.optim.entries import STAGED, Part, parts_of
 from fastft.optim.staging import PART_BYTES, Staging, aligned, staging_for
-from fastft.optim.step import Part
 
 NAMES = ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias")
 
@@ -97,7 +96,7 @@ def test_tied_parameters_share_one_copy() -> None:
     anchor = Anchor.snapshot(model.named_parameters(remove_duplicate=False))
     assert set(anchor) == {"embedding.weight", "body.weight", "body.bias", "head.weight"}
     assert anchor["head.weight"] is anchor["embedding.weight"]
-    assert anchor.name_of(model.head.weight) == "embedding.weight"
+    assert anchor.find(model.head.weight) == "embedding.weight"
     assert anchor[model.head.weight] is anchor["head.weight"]
     assert "102 elements" not in repr(anchor) and "96 elements" in repr(anchor)  # 54 + 36 + 6, counted once
 
@@ -222,7 +221,7 @@ def test_weights_from_a_file(form: str, tmp_path: Path) -> None:
     assert anchor.source is not None and anchor.source["path"] == str(path)
     assert not anchor.offloaded
     for name, p in model.named_parameters():
-        assert anchor.name_of(p) == name
+        assert anchor.find(p) == name
 
 
 def test_one_file_is_preferred_to_shards_beside_it(tmp_path: Path) -> None:
@@ -416,8 +415,8 @@ def test_lookup_by_name_and_by_parameter() -> None:
     assert "0.bias" in anchor and model[0].bias in anchor
     assert "3.bias" not in anchor and model[3].bias not in anchor
     assert anchor.get("3.bias") is None and anchor.get(model[3].bias, "default") == "default"
-    assert anchor.name_of(model[0].bias) == "0.bias" and anchor.name_of(model[3].bias) is None
-    assert anchor.name_of(model[0].bias.detach().clone()) is None
+    assert anchor.find(model[0].bias) == "0.bias" and anchor.find(model[3].bias) is None
+    assert anchor.find(model[0].bias.detach().clone()) is None
     assert 3 not in anchor
     with pytest.raises(KeyError, match=r"0\.biass: not anchored; closest: 0\.bias"):
         anchor["0.biass"]
@@ -430,7 +429,7 @@ def test_an_id_that_is_used_again_is_another_parameter() -> None:
     anchor = Anchor.snapshot([("w", nn.Parameter(torch.ones(3)))])
     gc.collect()
     for _ in range(50):
-        assert anchor.name_of(nn.Parameter(torch.zeros(3))) is None
+        assert anchor.find(nn.Parameter(torch.zeros(3))) is None
 
 
 def test_an_anchor_keeps_no_parameter_alive() -> None:
@@ -448,9 +447,9 @@ def test_bind_tells_which_parameters_are_meant(tmp_path: Path) -> None:
     for anchor in (Anchor.snapshot(model), Anchor.from_safetensors(file_of(tmp_path, weights(model)), model)):
         assert other[0].weight not in anchor
         anchor.bind([*other.named_parameters(), ("unknown", nn.Parameter(torch.ones(2)))])
-        assert anchor.name_of(other[0].weight) == "0.weight"
+        assert anchor.find(other[0].weight) == "0.weight"
         assert torch.equal(anchor[other[0].weight], model[0].weight)
-        assert anchor.name_of(model[0].weight) == "0.weight"
+        assert anchor.find(model[0].weight) == "0.weight"
 
 
 def test_bind_refuses_other_shapes_and_then_binds_nothing() -> None:
@@ -862,8 +861,8 @@ def test_a_state_dict_brings_everything_back(kind: str, tmp_path: Path) -> None:
     assert_same([other.importance_of(n) for n in NAMES], [anchor.importance_of(n) for n in NAMES], "importance")
     assert other.offloaded is anchor.offloaded
     # Known parameters stay known, under names that are there.
-    assert other.name_of(model[0].weight) == ("0.weight" if kind != "empty" else None)
-    assert other.name_of(model[3].weight) is None
+    assert other.find(model[0].weight) == ("0.weight" if kind != "empty" else None)
+    assert other.find(model[3].weight) is None
     assert_same(other.state_dict(), anchor.state_dict(), "state dict")
 
 
@@ -912,7 +911,7 @@ def test_a_wrong_state_dict_changes_nothing(edit: Callable[[dict[str, Any]], Any
     with pytest.raises(ValueError, match=message):
         anchor.load_state_dict(saved)
     assert_same(contents(anchor), before, "contents")
-    assert anchor.name_of(model[0].bias) == "0.bias"
+    assert anchor.find(model[0].bias) == "0.bias"
 
 
 def test_a_changed_file_is_refused(tmp_path: Path) -> None:
@@ -942,9 +941,9 @@ def test_a_copy_made_with_the_model_knows_the_models_copy(
     anchor.tensor_for(model[0].weight)
     other_model, other = copied((model, anchor))
     for (name, p), original in zip(other_model.named_parameters(), model.parameters(), strict=True):
-        assert other.name_of(p) == name
-        assert other.name_of(original) is None
-        assert anchor.name_of(original) == name
+        assert other.find(p) == name
+        assert other.find(original) is None
+        assert anchor.find(original) == name
     assert_same(contents(other), contents(anchor), "contents")
     if kind == "snapshot":
         other["0.bias"].zero_()
@@ -956,7 +955,7 @@ def test_a_copy_made_with_the_model_knows_the_models_copy(
 def test_a_copy_made_alone_is_found_by_name() -> None:
     model = net()
     other = copy.deepcopy(Anchor.snapshot(model))
-    assert other.name_of(model[0].weight) is None
+    assert other.find(model[0].weight) is None
     optimizer = fastft.AdamW(model.named_parameters(), lr=0.25, weight_decay=0.0, anchor=other, anchor_decay=4.0)
     with torch.no_grad():
         model[0].weight.add_(1.0)
@@ -969,90 +968,107 @@ def test_a_copy_made_alone_is_found_by_name() -> None:
 # without one; here tensors on the meta device stand for the parameters that lie elsewhere.
 
 
-def live_entry(p: Tensor, anchor: Tensor | None, importance: Tensor | None = None) -> tuple[Any, ...]:
-    """What tells a plan all about a parameter that it steps; the anchor stands at ANCHOR, its importance behind."""
+def stepped_record(p: Tensor, anchor: Tensor | None, importance: Tensor | None = None) -> _C.AdamWRecord:
+    """The record of a parameter that is stepped."""
     state = torch.zeros_like(p)
-    return (p, 0, "name", p, state, state.clone(), None, torch.zeros(()), anchor, importance, None, None, False, False)
+    kind = "none" if anchor is None else "decoupled" if importance is None else "decoupled_weighted"
+    return _C.AdamWRecord(
+        p,
+        0,
+        name="name",
+        anchoring=getattr(_C.Anchoring, kind),
+        stepped=p,
+        exp_avg=state,
+        exp_avg_sq=state.clone(),
+        step=torch.zeros(()),
+        anchor=anchor,
+        importance=importance,
+    )
 
 
-ANCHOR, IMPORTANCE = 8, 9
+def same_tensors(a: _C.AdamWRecord, b: _C.AdamWRecord, but: Sequence[str] = ()) -> bool:
+    """Whether two records hold the very same tensors, those of these names aside."""
+    return a.param is b.param and all(
+        getattr(a, name) is getattr(b, name) for name in _C.AdamWRecord.tensors if name not in but
+    )
 
 
-def stepped_positions(plan: list[tuple[Any, ...]]) -> list[int]:
-    return [i for i, entry in enumerate(plan) if len(entry) > ANCHOR]
+def stepped_positions(plan: list[_C.AdamWRecord]) -> list[int]:
+    return [i for i, record in enumerate(plan) if record.steps]
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[Any, ...]]]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[_C.AdamWRecord]]:
     """What plans are made of, in order; the real ones read no tensor on the meta device."""
-    made: list[list[tuple[Any, ...]]] = []
+    made: list[list[_C.AdamWRecord]] = []
     monkeypatch.setattr(_C, "AdamWPlan", made.append)
     return made
 
 
-def test_parameters_with_their_anchors_beside_them_make_one_part(plans: list[list[tuple[Any, ...]]]) -> None:
+def test_parameters_with_their_anchors_beside_them_make_one_part(plans: list[list[_C.AdamWRecord]]) -> None:
     params = [torch.ones(4, 4) for _ in range(5)]
-    entries = [live_entry(p, torch.ones(4, 4) if i % 2 else None) for i, p in enumerate(params)]
-    entries[3] = (params[3], 0, False)  # never stepped
-    (part,) = parts_of(entries, [0, 1, 2, 4])
+    records = [stepped_record(p, torch.ones(4, 4) if i % 2 else None) for i, p in enumerate(params)]
+    records[3] = _C.AdamWRecord(params[3], 0)  # never stepped
+    (part,) = parts_of(records)
     assert part.staging is None and part.process_groups == ()
-    assert plans == [entries]
+    (plan,) = plans
+    assert stepped_positions(plan) == [0, 1, 2, 4]
+    assert all(same_tensors(a, b) for a, b in zip(plan, records, strict=True))
 
 
 def test_a_plan_of_nothing_still_notices_the_first_gradient() -> None:
     p = nn.Parameter(torch.ones(3))
-    (part,) = parts_of([(p, 0, True)], [])
-    assert part.plan.gather([[p]], {}) == []
+    (part,) = parts_of([_C.AdamWRecord(p, 0, dormant=True)])
+    assert part.plan.gather([[p]], {}) and part.plan.unread() == []
     p.grad = torch.ones(3)
-    assert part.plan.gather([[p]], {}) is False
+    assert not part.plan.gather([[p]], {})
 
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
     """Parts of 1000 bytes of anchor instead of megabytes."""
-    monkeypatch.setattr(fastft.optim.adamw, "PART_BYTES", 1000)
+    monkeypatch.setattr(fastft.optim.entries, "PART_BYTES", 1000)
     return 1000
 
 
-def test_offloaded_anchors_come_in_parts_of_bounded_size(small_parts: int, plans: list[list[tuple[Any, ...]]]) -> None:
+def test_offloaded_anchors_come_in_parts_of_bounded_size(small_parts: int, plans: list[list[_C.AdamWRecord]]) -> None:
     sizes = [100, 100, 60, 2000, 10, 10, 200, 30]  # floats: 400, 400, 240 | 8000 | 40, 40, 800 | 120 bytes
     where = torch.device("meta")
-    beside = live_entry(torch.empty(7, device=where), torch.empty(7, device=where))
-    entries = [
+    beside = stepped_record(torch.empty(7, device=where), torch.empty(7, device=where))
+    records = [
         beside,
-        *(live_entry(torch.empty(n, device=where), torch.full((n,), float(i))) for i, n in enumerate(sizes)),
+        *(stepped_record(torch.empty(n, device=where), torch.full((n,), float(i))) for i, n in enumerate(sizes)),
     ]
-    parts = list(parts_of(entries, range(len(entries))))
+    parts = list(parts_of(records))
     assert parts[0].staging is None and stepped_positions(plans[0]) == [0]
     chunks = [stepped_positions(plan) for plan in plans[1:]]
     assert sorted(i for chunk in chunks for i in chunk) == list(range(1, 9))
     for part, plan, chunk in zip(parts[1:], plans[1:], chunks, strict=True):
-        assert len(chunk) == 1 or sum(entries[i][ANCHOR].nbytes for i in chunk) <= small_parts
+        assert len(chunk) == 1 or sum(records[i].anchor.nbytes for i in chunk) <= small_parts
         assert part.staging is not None
-        assert [host is entries[i][ANCHOR] for host, i in zip(part.staging.host, chunk, strict=True)] == [True] * len(
+        assert [host is records[i].anchor for host, i in zip(part.staging.host, chunk, strict=True)] == [True] * len(
             chunk
         )
         for view, i in zip(part.staging.views, chunk, strict=True):
-            assert (view.device, view.shape, view.dtype) == (where, entries[i][ANCHOR].shape, torch.float32)
-            expected = (*entries[i][:ANCHOR], view, *entries[i][ANCHOR + 1 :])
-            assert all(a is b for a, b in zip(plan[i], expected, strict=True))
-        assert [plan[i][0] for i in range(9)] == [entry[0] for entry in entries]
+            assert (view.device, view.shape, view.dtype) == (where, records[i].anchor.shape, torch.float32)
+            assert plan[i].anchor is view and same_tensors(plan[i], records[i], but=["anchor"])
+        assert [id(record.param) for record in plan] == [id(record.param) for record in records]
     stagings = [part.staging for part in parts[1:] if part.staging is not None]
     assert len(stagings) == len(chunks) == 4
     assert [staging.slot for staging in stagings] == [0, 1, 0, 1]
     assert len({id(staging.buffers) for staging in stagings}) == 1
 
 
-def test_an_offloaded_importance_comes_with_its_anchor(small_parts: int, plans: list[list[tuple[Any, ...]]]) -> None:
+def test_an_offloaded_importance_comes_with_its_anchor(small_parts: int, plans: list[list[_C.AdamWRecord]]) -> None:
     """Their bytes count together; one that lies beside its parameter stays there."""
     where = torch.device("meta")
     there = torch.empty(100, device=where)
     anchors = [torch.full((100,), float(i)) for i in range(5)]
     weights = [torch.full((100,), i + 0.5, dtype=torch.bfloat16) for i in range(5)]
-    entries = [live_entry(there, a, f) for a, f in zip(anchors, weights, strict=True)]
-    entries.append(live_entry(there, anchors[0], there.bfloat16()))
-    entries.append(live_entry(there, there, weights[0]))
-    parts = list(parts_of(entries, range(len(entries))))
+    records = [stepped_record(there, a, f) for a, f in zip(anchors, weights, strict=True)]
+    records.append(stepped_record(there, anchors[0], there.bfloat16()))
+    records.append(stepped_record(there, there, weights[0]))
+    parts = list(parts_of(records))
     assert [stepped_positions(plan) for plan in plans] == [[0], [1], [2], [3], [4, 5], [6]]
     staged = [part.staging.host for part in parts if part.staging is not None]
     expected = [[anchors[i], weights[i]] for i in range(4)]
@@ -1061,9 +1077,9 @@ def test_an_offloaded_importance_comes_with_its_anchor(small_parts: int, plans: 
     for plan, part in zip(plans[:4], parts, strict=False):
         (i,) = stepped_positions(plan)
         assert part.staging is not None
-        assert [plan[i][ANCHOR], plan[i][IMPORTANCE]] == part.staging.views
-        assert plan[i][IMPORTANCE].dtype == torch.bfloat16
-    assert plans[4][5][IMPORTANCE] is entries[5][IMPORTANCE] and plans[5][6][ANCHOR] is there
+        assert [id(plan[i].anchor), id(plan[i].importance)] == [id(view) for view in part.staging.views]
+        assert plan[i].importance.dtype == torch.bfloat16
+    assert plans[4][5].importance is records[5].importance and plans[5][6].anchor is there
 
 
 def test_parts_are_large_enough_to_hide_their_launch() -> None:
@@ -1137,18 +1153,15 @@ def test_a_step_through_staged_parts_is_the_step_without(
         torch.testing.assert_close(results[1][0][name], w, rtol=1e-6, atol=1e-7)
 
 
-def all_offloaded(entries: list[tuple[Any, ...]], live: Any) -> Any:
+def all_offloaded(records: list[_C.AdamWRecord]) -> Any:
     """Parts as if every anchor lay on another device: one for each two parameters."""
-    positions = list(live)
+    positions = stepped_positions(records)
     chunks = [positions[i : i + 2] for i in range(0, len(positions), 2)]
-    places = [ANCHOR] if entries[positions[0]][IMPORTANCE] is None else [ANCHOR, IMPORTANCE]
-    kept = [[entries[i][place] for i in chunk for place in places] for chunk in chunks]
+    names = [name for name in STAGED if getattr(records[positions[0]], name) is not None]
+    kept = [[getattr(records[i], name) for i in chunk for name in names] for chunk in chunks]
     for chunk, staging in zip(chunks, staging_for(torch.device("cpu"), kept), strict=True):
-        chosen = [(*entry[:2], False) for entry in entries]
+        chosen = [record.unstepped() for record in records]
         views = iter(staging.views)
         for position in chunk:
-            entry = list(entries[position])
-            for place in places:
-                entry[place] = next(views)
-            chosen[position] = tuple(entry)
+            chosen[position] = records[position].replaced(**{name: next(views) for name in names})
         yield Part(chosen, (), staging)

@@ -27,7 +27,7 @@ from cuda_on_cpu.kernel_cases import (
 from torch import Tensor, nn
 
 import fastft
-import fastft.optim.adamw
+import fastft.optim.entries
 from fastft import _C
 from fastft.optim import adamw_
 
@@ -303,7 +303,7 @@ def test_graph_capture_and_replay(lr_on_gpu: bool) -> None:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("part_bytes", [64 << 20, 1000, 100_000])
 def test_an_anchor_in_host_memory(part_bytes: int, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastft.optim.adamw, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(fastft.optim.entries, "PART_BYTES", part_bytes)
     results = []
     for device in (None, "cpu"):
         params = parameters()

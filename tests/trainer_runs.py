@@ -29,7 +29,7 @@ from transformers import (
 from fastft.commands.demo import corpus
 from fastft.commands.demo.experiment import model_folder
 from fastft.integrations.transformers import UnfreezeCallback, optimizer_cls_and_kwargs
-from fastft.optim import biases_and_norms, layer_decay
+from fastft.optim import biases_and_norms, layerwise_lr
 from fastft.unfreeze import LISA, GradualUnfreeze, OnPlateau, layer_groups
 
 Rows = list[dict[str, Any]]
@@ -200,7 +200,7 @@ def minilm(folder: Path, kill_at: int | None = None) -> Run:
         save_total_limit=2,
     )
     unfreeze = UnfreezeCallback(GradualUnfreeze(every=3), rewarm_steps=2)
-    layers = layer_decay(layer_groups(model), args.learning_rate, 0.8, no_decay=biases_and_norms, weight_decay=0.1)
+    layers = layerwise_lr(layer_groups(model), args.learning_rate, 0.8, no_decay=biases_and_norms, weight_decay=0.1)
     adamw = optimizer_cls_and_kwargs(args, model, anchor_decay=30.0, params=layers, max_grad_norm=0.5)
     trainer = Trainer(
         model,

@@ -29,8 +29,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from unfreeze_cases import Stack, backward, batch, bits, params, state_tensors
 
 import fastft
-from fastft.optim import RewarmLR, SlantedTriangularLR, discriminative_lr
-from fastft.optim.step import is_dtensor
+from fastft.optim import RewarmLR, SlantedTriangularLR, layerwise_lr
+from fastft.optim.tensors import is_dtensor
 from fastft.unfreeze import LISA, GradualUnfreeze, OnPlateau, Unfreezer, layer_groups
 from fastft.unfreeze.policies import dearest
 
@@ -84,7 +84,7 @@ class Run:
 
 def gradual() -> Run:
     model = Stack(4, dropout=0.2)
-    groups = discriminative_lr(layer_groups(model), 1e-2, weight_decay=0.1)
+    groups = layerwise_lr(layer_groups(model), 1e-2, decay=1 / 2.6, weight_decay=0.1)
     optimizer = torch.optim.AdamW(groups)
     scheduler = SlantedTriangularLR(optimizer, TOTAL, cut_frac=0.3)
     return Run(optimizer, model, scheduler, Unfreezer(model, optimizer, GradualUnfreeze(4), rewarm_steps=3))
@@ -92,7 +92,7 @@ def gradual() -> Run:
 
 def lisa() -> Run:
     model = Stack(4, dropout=0.2)
-    groups = discriminative_lr(layer_groups(model), 1e-2, weight_decay=0.1)
+    groups = layerwise_lr(layer_groups(model), 1e-2, decay=1 / 2.6, weight_decay=0.1)
     optimizer = fastft.AdamW(groups, anchor="init", anchor_decay=2.0, max_grad_norm=0.5)
     scheduler = RewarmLR(optimizer, TOTAL, 3, starts=(0, 10))
     policy = LISA(2, every=2, seed=7)
@@ -142,7 +142,7 @@ def whole(wrap: Callable[[Stack], nn.Module], part: Callable[[Tensor], Tensor], 
     """Trains on its part of every batch; the parameters after each step."""
     model = Stack(3)
     wrapped = wrap(model)
-    groups = discriminative_lr(layer_groups(wrapped), 1e-2, decay=1.5, weight_decay=0.1)
+    groups = layerwise_lr(layer_groups(wrapped), 1e-2, decay=1 / 1.5, weight_decay=0.1)
     optimizer = fastft.AdamW(groups, eps=1e-4, anchor="init", anchor_decay=2.0, max_grad_norm=0.5)
     unfreezer = Unfreezer(wrapped, optimizer, GradualUnfreeze(2), mode=mode, rewarm_steps=2)
     path, opened = [], []

@@ -31,10 +31,9 @@ from fastft.data import (
     neftune,
 )
 from fastft.nn import Mixout, fuse_dropout_
-from fastft.optim import layer_decay, warm_up_then_decay
-from fastft.recipes import opening_by
+from fastft.optim import layerwise_lr, warm_up_then_decay
 from fastft.retention import distillation_loss, interpolate_
-from fastft.unfreeze import Unfreezer, layer_groups
+from fastft.unfreeze import GradualUnfreeze, Unfreezer, layer_groups
 
 from .problem import Batch, Problem
 
@@ -153,7 +152,7 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
     schedule = LambdaLR(optimizer, warm_up_then_decay(len(steps), WARMUP))
     unfreezer = None
     if recipe.strength("gradual"):
-        opening = opening_by(recipe.strength("gradual"), len(steps), layer_groups(model))
+        opening = GradualUnfreeze.open_by(recipe.strength("gradual"), len(steps), layer_groups(model))
         unfreezer = Unfreezer(model, optimizer, opening)
     extra = extra_losses(problem, recipe, seed + 1)
     noise = neftune(model.encoder, alpha) if (alpha := recipe.strength("neftune")) else nullcontext()
@@ -256,7 +255,7 @@ def parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
     """What is trained, with its learning rates."""
     groups = [{"params": list(model.named_parameters()), "lr": recipe.lr}]
     if factor := recipe.strength("layer_decay"):
-        groups = layer_decay(layer_groups(model), recipe.lr, factor)
+        groups = layerwise_lr(layer_groups(model), recipe.lr, factor)
     for group in groups:
         group["params"] = [(name, p) for name, p in group["params"] if p.requires_grad]
     return [group for group in groups if group["params"]]

@@ -38,7 +38,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, const Work& work) {
 }
 
 bool is_selective(const AdamWEntry& e) {
-  return e.anchoring == Anchoring::selective;
+  return form_of(e.anchoring) == AnchorForm::selective;
 }
 
 const AdamWKernels& kernels() {

@@ -22,17 +22,17 @@ inline void for_each_run(const AdamWEntry& e, int64_t begin, int64_t end, const 
   }
 }
 
-template <Anchoring kAnchoring, bool kAmsgrad, bool kMasked, typename T>
+template <AnchorForm kForm, bool kAmsgrad, bool kMasked, typename T>
 inline void update_elements(T* __restrict p, const T* __restrict g, T* __restrict m, T* __restrict v,
                             T* __restrict vmax, const T* __restrict a, const T* __restrict f,
                             const uint8_t* __restrict mask, int64_t n, T grad_factor, const AdamWScalars<T>& scalars) {
-  constexpr bool kAnchored = kAnchoring != Anchoring::none, kWeighted = kAnchoring == Anchoring::weighted;
+  constexpr bool kAnchored = kForm != AnchorForm::none, kWeighted = kForm == AnchorForm::weighted;
   const AdamWScalars<T> s = scalars;
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     T pi = p[i], mi = m[i], vi = v[i], xi = kAmsgrad ? vmax[i] : T(0);
-    adamw_element(pi, g[i], mi, vi, xi, kAnchored ? a[i] : T(0), kWeighted ? f[i] : T(0), kAnchoring, kAmsgrad,
-                  grad_factor, s);
+    adamw_element(pi, g[i], mi, vi, xi, kAnchored ? a[i] : T(0), kWeighted ? f[i] : T(0), kForm, kAmsgrad, grad_factor,
+                  s);
     const bool live = !kMasked || mask[i] != 0;
     p[i] = live ? pi : p[i];
     m[i] = live ? mi : m[i];
@@ -45,26 +45,26 @@ template <typename T>
 using UpdateElements = void (*)(T*, const T*, T*, T*, T*, const T*, const T*, const uint8_t*, int64_t, T,
                                 const AdamWScalars<T>&);
 
-template <Anchoring kAnchoring, typename T>
+template <AnchorForm kForm, typename T>
 UpdateElements<T> choose(bool amsgrad, bool masked) {
   static constexpr UpdateElements<T> table[4] = {
-      update_elements<kAnchoring, false, false, T>,
-      update_elements<kAnchoring, false, true, T>,
-      update_elements<kAnchoring, true, false, T>,
-      update_elements<kAnchoring, true, true, T>,
+      update_elements<kForm, false, false, T>,
+      update_elements<kForm, false, true, T>,
+      update_elements<kForm, true, false, T>,
+      update_elements<kForm, true, true, T>,
   };
   return table[amsgrad * 2 + masked];
 }
 
 template <typename T>
-UpdateElements<T> choose(Anchoring anchoring, bool amsgrad, bool masked) {
-  switch (anchoring) {
-    case Anchoring::plain:
-      return choose<Anchoring::plain, T>(amsgrad, masked);
-    case Anchoring::weighted:
-      return choose<Anchoring::weighted, T>(amsgrad, masked);
+UpdateElements<T> choose(AnchorForm form, bool amsgrad, bool masked) {
+  switch (form) {
+    case AnchorForm::plain:
+      return choose<AnchorForm::plain, T>(amsgrad, masked);
+    case AnchorForm::weighted:
+      return choose<AnchorForm::weighted, T>(amsgrad, masked);
     default:
-      return choose<Anchoring::none, T>(amsgrad, masked);
+      return choose<AnchorForm::none, T>(amsgrad, masked);
   }
 }
 
@@ -121,7 +121,7 @@ template <typename T>
 void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
                SelectiveLanes* lanes) {
   const AdamWScalars<T> scalars = adamw_scalars<T>(options, e.bias1, e.bias2, e.anchoring);
-  const UpdateElements<T> elements = choose<T>(e.anchoring, options.amsgrad, e.mask != nullptr);
+  const UpdateElements<T> elements = choose<T>(form_of(e.anchoring), options.amsgrad, e.mask != nullptr);
   const T factor = static_cast<T>(grad_factor);
   alignas(64) T p_[kBlock], g_[kBlock], m_[kBlock], v_[kBlock], x_[kBlock], a_[kBlock], f_[kBlock];
   for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
@@ -154,7 +154,7 @@ void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptio
 void update(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
             SelectiveSums* sums) {
   const auto update = e.dtype == DType::f64 ? update_as<double> : update_as<float>;
-  if (e.anchoring != Anchoring::selective) return update(e, begin, end, options, grad_factor, nullptr);
+  if (form_of(e.anchoring) != AnchorForm::selective) return update(e, begin, end, options, grad_factor, nullptr);
   SelectiveLanes lanes;
   update(e, begin, end, options, grad_factor, &lanes);
   *sums = {total(lanes.uphill), total(lanes.before), total(lanes.after)};

@@ -31,13 +31,35 @@
 
 namespace fastft {
 
-// How a tensor is anchored. weighted: with an importance for each element; selective: by projection after the step.
-enum class Anchoring : uint8_t { none, plain, weighted, selective };
+// How a tensor is anchored: chosen in fastft/optim/anchoring.py, exported under these names, and all that the formulas
+// below go by. decoupled: p is pulled; l2: the penalty's gradient is added to g; each also weighted, by an importance F
+// of each element; selective: projection after the step.
+enum class Anchoring : uint8_t { none, decoupled, l2, decoupled_weighted, l2_weighted, selective };
+constexpr const char* kAnchorings[] = {"none", "decoupled", "l2", "decoupled_weighted", "l2_weighted", "selective"};
+
+// What the loops and kernels are instantiated for: nothing to read; the anchor; the anchor and its importance; the
+// anchor, for sums over the whole tensor. Many kinds may share a form.
+enum class AnchorForm : uint8_t { none, plain, weighted, selective };
+
+FASTFT_HD constexpr AnchorForm form_of(Anchoring anchoring) {
+  switch (anchoring) {
+    case Anchoring::decoupled:
+    case Anchoring::l2:
+      return AnchorForm::plain;
+    case Anchoring::decoupled_weighted:
+    case Anchoring::l2_weighted:
+      return AnchorForm::weighted;
+    case Anchoring::selective:
+      return AnchorForm::selective;
+    default:
+      return AnchorForm::none;
+  }
+}
 
 // What the user chose for one parameter group; doubles as in Python.
 struct AdamWOptions {
   double lr, beta1, beta2, eps, weight_decay, anchor_decay;
-  bool l2_anchor, amsgrad, maximize;
+  bool amsgrad, maximize;
 };
 
 // The same, made ready for step t: all that is equal for the elements of a tensor.
@@ -48,8 +70,8 @@ struct AdamWScalars {
   T rsqrt_bias2;  // 1 / √(1 − β₂ᵗ)
   T eps;
   T decay;  // lr·wd
-  T pull;   // min(1, lr·λ), weighted: lr·λ; 0 with the l2 anchor
-  T l2;     // λ with the l2 anchor, else 0
+  T pull;   // min(1, lr·λ), weighted: lr·λ; 0 with an l2 anchor
+  T l2;     // λ with an l2 anchor, else 0
 };
 
 // Of lr·λ and of lr·λ·F: far beyond what still makes a difference, and small enough to be computed with.
@@ -62,7 +84,8 @@ FASTFT_HD double adamw_bias(double beta, double t) {
 
 template <typename T>
 FASTFT_HD AdamWScalars<T> adamw_scalars(const AdamWOptions& o, double bias1, double bias2, Anchoring anchoring) {
-  const bool weighted = anchoring == Anchoring::weighted;
+  const bool weighted = form_of(anchoring) == AnchorForm::weighted;
+  const bool l2 = anchoring == Anchoring::l2 || anchoring == Anchoring::l2_weighted;
   double pull = o.lr * o.anchor_decay;
   const double most = weighted ? kMostWeighted : 1.0;
   if (!(pull < most)) pull = most;
@@ -75,8 +98,8 @@ FASTFT_HD AdamWScalars<T> adamw_scalars(const AdamWOptions& o, double bias1, dou
   s.rsqrt_bias2 = static_cast<T>(1.0 / square_root(bias2));
   s.eps = static_cast<T>(o.eps);
   s.decay = static_cast<T>(o.lr * o.weight_decay);
-  s.pull = static_cast<T>(o.l2_anchor ? 0.0 : pull);
-  s.l2 = static_cast<T>(o.l2_anchor ? o.anchor_decay : 0.0);
+  s.pull = static_cast<T>(l2 ? 0.0 : pull);
+  s.l2 = static_cast<T>(l2 ? o.anchor_decay : 0.0);
   return s;
 }
 
@@ -98,15 +121,15 @@ FASTFT_HD bool adamw_skips(bool skip_nonfinite, double norm, const float* found_
 
 // One element, in place. Reads a only if plain or weighted, the importance f only if weighted, vmax only if amsgrad.
 template <typename T>
-FASTFT_HD void adamw_element(T& p, T grad, T& m, T& v, T& vmax, T a, T f, Anchoring anchoring, bool amsgrad,
-                             T grad_factor, const AdamWScalars<T>& s) {
+FASTFT_HD void adamw_element(T& p, T grad, T& m, T& v, T& vmax, T a, T f, AnchorForm form, bool amsgrad, T grad_factor,
+                             const AdamWScalars<T>& s) {
   T g = grad * grad_factor;
   const T before = p;
   p = madd(-s.decay, before, before);
-  if (anchoring == Anchoring::plain || anchoring == Anchoring::weighted) {
+  if (form == AnchorForm::plain || form == AnchorForm::weighted) {
     const T delta = before - a;
     T pull = s.pull, l2 = s.l2;
-    if (anchoring == Anchoring::weighted) {
+    if (form == AnchorForm::weighted) {
       const T rate = s.pull * f, bounded = rate < T(kMostWeighted) ? rate : T(kMostWeighted);
       pull = bounded / (T(1) + bounded);
       l2 = s.l2 * f;

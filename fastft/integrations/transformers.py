@@ -29,7 +29,7 @@ from fastft.anchor import Anchor
 from fastft.integrations.progress import go_on, numbers
 from fastft.names import matching
 from fastft.optim import AdamW
-from fastft.optim.adamw import check_anchor_options, check_pull
+from fastft.optim.anchoring import check_anchor_options, check_pull
 from fastft.unfreeze import Policy, Unfreezer
 from fastft.unfreeze.unfreezer import unwrapped
 
@@ -76,7 +76,7 @@ def optimizer_cls_and_kwargs(
         anchor: where to pull to; None: to what the trained parameters that are not new hold now.
         exclude: names, glob patterns or module names of what is new and stays free. None: what
             :func:`new_parameters` finds.
-        params: groups of named parameters, such as ``layer_decay(layer_groups(model), args.learning_rate)`` of
+        params: groups of named parameters, such as ``layerwise_lr(layer_groups(model), args.learning_rate)`` of
             :mod:`fastft.optim` makes. None: as the Trainer divides them, into those with and without weight decay.
         **options: more of :class:`fastft.AdamW`'s. With ``max_grad_norm``, pass ``max_grad_norm=0.0`` to
             ``TrainingArguments``, or the Trainer clips too.

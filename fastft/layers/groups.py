@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastft.names import matching
+from fastft.names import clean, matching
 
-from .wrappers import clean, peel
+from .wrappers import peel
 
 Kind = Literal["embeddings", "block", "norm", "head", "other"]
 # What a group that was given by name is, unless a block.

@@ -1,23 +1,18 @@
-"""What is wrapped around a model or inside it: DDP, FSDP, torch.compile, PEFT, gradient checkpointing.
+"""Wrappers around a model or inside it: DDP, FSDP, torch.compile, PEFT, gradient checkpointing.
 
 Nothing here imports what is looked for; where it is not imported, it cannot be there.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-# Parts of a path that wrappers inside a model add: torch.compile, FSDP, activation checkpointing.
-ADDED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-PEFT_PREFIX = "base_model.model."
-
 
 def peel(module: nn.Module) -> nn.Module:
-    """The module without what is wrapped around it."""
+    """The module inside its wrappers."""
     while True:
         if isinstance(module, (DataParallel, DistributedDataParallel)) or is_fsdp1(module):
             inner = module.module
@@ -27,11 +22,6 @@ def peel(module: nn.Module) -> nn.Module:
             return module
         assert isinstance(inner, nn.Module)
         module = inner
-
-
-def clean(name: str) -> str:
-    """The name of a parameter or module without what wrappers added."""
-    return ADDED.sub("", name).removeprefix(PEFT_PREFIX)
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from fastft.optim import reference
 from fastft.optim.adamw import AdamW
 from fastft.optim.anchor_schedules import AnchorDecayScheduler, RecAdamScheduler
 from fastft.optim.functional import adamw_
-from fastft.optim.layer_lr import biases_and_norms, discriminative_lr, layer_decay
+from fastft.optim.layer_lr import biases_and_norms, layerwise_lr
 from fastft.optim.planning import TrainingPlan, plan_training
 from fastft.optim.schedules import RewarmLR, SlantedTriangularLR, warm_up_then_decay
 
@@ -20,8 +20,7 @@ __all__ = [
     "TrainingPlan",
     "adamw_",
     "biases_and_norms",
-    "discriminative_lr",
-    "layer_decay",
+    "layerwise_lr",
     "plan_training",
     "reference",
     "warm_up_then_decay",

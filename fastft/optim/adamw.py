@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
 from fastft import _C
 from fastft._core import disable_dynamo
 from fastft.anchor import Anchor
 
-from .masks import UpdateMask, check_mask
-from .staging import PART_BYTES, Staging, staging_for
-from .step import (
-    ANCHOR_MODES,
-    KERNEL_DTYPES,
-    Part,
-    fit_grad,
-    is_dtensor,
-    laid_out_like,
-    like,
-    local,
-    runs_kernels,
-    take_step,
-    torch_device,
-)
+from . import checkpoint
+from .anchoring import ANCHOR_MODES, AnchorMode, check_anchor_options, check_pull
+from .checks import check_max_grad_norm, check_scalar, refuse_unusable, why_not_fused
+from .entries import Part, parts_of, record_of
+from .masks import UpdateMask
+from .state import moment_dtype, prepare_state
+from .step import take_step
+from .tensors import fit_grad, local, torch_device
+from .torch_step import TorchStep
 
-CHECKPOINT_KEY = "fastft"
-CHECKPOINT_VERSION = 1
 STATE_DTYPES = (None, torch.float32)
 # torch's warning about steps captured without capturable=True; newer ones renamed it.
 check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
     torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
 ) or getattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-ANCHOR_PLACES = (8, 9)  # of the anchor and its importance in what a plan is told of a parameter
 # What a copy or a pickle must carry beyond torch's own attributes.
 OWN_ATTRIBUTES = (
     "_anchor",
@@ -121,8 +108,7 @@ class AdamW(torch.optim.AdamW):
 
     _plan_key: Any
     _parts: list[Part]
-    _left_to_torch: list[tuple[int, Tensor]]
-    _torch_calls: list[tuple[dict[str, Any], bool, tuple[list[Tensor], ...]]]
+    _torch_step: TorchStep
 
     grad_norm: Tensor | None
     """Global 2-norm of the last step's gradients, unscaled, before clipping: 0-d, float64; None if not needed."""
@@ -143,7 +129,7 @@ class AdamW(torch.optim.AdamW):
         fused: bool | None = None,
         anchor: Anchor | Literal["init"] | None = None,
         anchor_decay: float = 0.0,
-        anchor_mode: Literal["decoupled", "l2", "selective"] = "decoupled",
+        anchor_mode: AnchorMode = "decoupled",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -251,7 +237,7 @@ class AdamW(torch.optim.AdamW):
             if may_skip and self._skipped is None:
                 self._skipped = torch.zeros((), dtype=torch.int64, device=self._first_device())
             try:
-                skipped = bool(self._torch_calls) and self._step_with_torch(grad_scale, found_inf)
+                skipped = bool(self._torch_step) and self._torch_step.step(grad_scale, found_inf)
                 self.grad_norm = take_step(
                     self._parts,
                     self.param_groups,
@@ -266,7 +252,7 @@ class AdamW(torch.optim.AdamW):
             finally:
                 for part in self._parts:
                     part.plan.release()
-                if self._left_to_torch:
+                if self._torch_step.params:
                     self._forget_plan()  # next time their gradients may be dense
 
     def _check_groups(self) -> None:
@@ -295,8 +281,7 @@ class AdamW(torch.optim.AdamW):
             [
                 (
                     g["anchor_decay"] != 0.0,
-                    g["anchor_mode"] == "selective",
-                    *(g[key] for key in ("amsgrad", "capturable", "fused", "differentiable")),
+                    *(g[key] for key in ("anchor_mode", "amsgrad", "capturable", "fused", "differentiable")),
                 )
                 for g in self.param_groups
             ],
@@ -318,11 +303,11 @@ class AdamW(torch.optim.AdamW):
 
     def _gather_part(self, part: Part) -> bool:
         """Whether the part's plan still holds; if so it now has its gradients."""
-        helpless = part.plan.gather([group["params"] for group in self.param_groups], self.state)
-        if isinstance(helpless, bool):
-            return helpless
-        parameters = list(self._parameters()) if helpless else []
-        for position in helpless:
+        if not part.plan.gather([group["params"] for group in self.param_groups], self.state):
+            return False
+        unread = part.plan.unread()
+        parameters = list(self._parameters()) if unread else []
+        for position in unread:
             _, p, name = parameters[position]
             stepped = part.plan.stepped(position)
             # The plan watches the local tensor; a DTensor may have got another one.
@@ -340,13 +325,12 @@ class AdamW(torch.optim.AdamW):
                 stacklevel=2,
             )
         live: dict[int, tuple[int, Tensor, str]] = {}
-        # First what each parameter looks like to a plan that does not step it: one tuple for each, in order.
-        entries: list[tuple[Any, ...]] = []
+        records: list[_C.AdamWRecord] = []
         for position, (group_index, p, name) in enumerate(self._parameters()):
             has_state = bool(self.state.get(p))
             frozen = p in self._frozen
             dormant = p.grad is None and not has_state and not frozen
-            entries.append((p, group_index, dormant))
+            records.append(_C.AdamWRecord(p, group_index, dormant=dormant))
             if frozen or dormant:
                 continue
             refuse_unusable(p, name)
@@ -359,129 +343,45 @@ class AdamW(torch.optim.AdamW):
         for position in [list(live)[i] for i in shared]:
             self._leave_to_torch(*live.pop(position), "memory that it shares with another parameter")
         for position, (group_index, p, name) in live.items():
-            entries[position] = self._live_entry(group_index, p, name, counts_on_device)
-        self._parts = list(parts_of(entries, list(live)))
-        if self._left_to_torch:
-            self._torch_calls = list(self._prepare_torch_calls())
+            records[position] = self._record(group_index, p, name, counts_on_device)
+        self._parts = list(parts_of(records))
+        self._torch_step.prepare(self)
 
-    def _live_entry(self, group_index: int, p: Tensor, name: str, counts_on_device: bool) -> tuple[Any, ...]:
-        """The tuple that tells a plan all about a parameter; makes its state ready."""
+    def _record(self, group_index: int, p: Tensor, name: str, counts_on_device: bool) -> _C.AdamWRecord:
+        """The core's record of a parameter; makes its state ready."""
         group = self.param_groups[group_index]
-        on_device = self._prepare_state(p, group, name, counts_on_device)
-        state, stepped = self.state[p], local(p)
+        state = self.state[p]
+        on_device = prepare_state(state, p, group, name, moment_dtype(p, self._state_dtype), counts_on_device)
         anchor = importance = None
         if group["anchor_decay"] != 0.0 and self._anchor is not None:
             known = self._anchor_name(p, name) or name
             anchor = self._anchor.tensor_for(p, known)
-            if anchor is not None:
-                anchor = local(like(anchor, p))
-                importance = self._anchor.importance_for(p, known)
-                if importance is not None:
-                    importance = local(like(importance, p))
-        selective = anchor is not None and group["anchor_mode"] == "selective"
-        if selective:
-            check_selective(importance, name)
-            if process_groups_of(p):
-                raise ValueError(
-                    f'{name}: anchor_mode: "selective" needs the whole tensor in one process, and this DTensor is '
-                    f"placed {list(p.placements)}"  # type: ignore[attr-defined]
-                )
-        mask, rows = self._masks[p].for_core(p) if p in self._masks else (None, None)
-        return (
+            importance = self._anchor.importance_for(p, known) if anchor is not None else None
+        return record_of(
             p,
             group_index,
             name,
-            stepped,
-            local(state["exp_avg"]),
-            local(state["exp_avg_sq"]),
-            local(state["max_exp_avg_sq"]) if group["amsgrad"] else None,
-            state["step"],
-            anchor,
-            importance,
-            mask,
-            rows,
-            on_device,
-            selective,
+            exp_avg=state["exp_avg"],
+            exp_avg_sq=state["exp_avg_sq"],
+            max_exp_avg_sq=state["max_exp_avg_sq"] if group["amsgrad"] else None,
+            step=state["step"],
+            counts_on_device=on_device,
+            anchor=anchor,
+            importance=importance,
+            anchor_mode=group["anchor_mode"],
+            mask=self._masks.get(p),
         )
 
-    def _prepare_state(self, p: Tensor, group: dict[str, Any], name: str, counts_on_device: bool) -> bool:
-        """Make the state if there is none, and bring it into the parameter's memory order.
-
-        Returns whether the step count lies on the device, where a kernel counts.
-        """
-        state = self.state[p]
-        names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
-        kernels = runs_kernels(p.device)
-        on_device = bool(kernels and (group["capturable"] or group["fused"] or counts_on_device))
-        if not state:
-            default = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            beside = group["capturable"] or group["fused"] or on_device
-            state["step"] = (
-                torch.zeros((), dtype=torch.float32, device=p.device)
-                if beside
-                else torch.zeros((), dtype=default, device="cpu")
-            )
-            for key in names:
-                state[key] = torch.zeros_like(p, dtype=self._moment_dtype(p), memory_format=torch.preserve_format)
-            return on_device
-        missing = [key for key in ("step", *names) if not isinstance(state.get(key), Tensor)]
-        if missing:
-            raise ValueError(f"{name}: state: expected tensors for {', '.join(missing)}, got {sorted(state)}")
-        for key in names:
-            if not is_dtensor(p) and state[key].shape == p.shape:
-                state[key] = laid_out_like(state[key], p)
-        step = state["step"]
-        if step.numel() != 1:
-            raise ValueError(f"{name}: state: step: expected one number, got shape {list(step.shape)}")
-        on_device = on_device or bool(kernels and step.device == p.device and step.device.type != "cpu")
-        device = p.device if on_device else torch.device("cpu")
-        if step.device != device or step.dtype not in (torch.float32, torch.float64)[: 1 if on_device else 2]:
-            state["step"] = step.to(device, torch.float32)
-        return on_device
-
-    def _moment_dtype(self, p: Tensor) -> torch.dtype:
-        wide = self._state_dtype is not None and p.dtype in (torch.bfloat16, torch.float16)
-        return torch.float32 if wide else p.dtype
-
     def _leave_to_torch(self, group_index: int, p: Tensor, name: str, reason: str) -> None:
-        """Remember that torch's own step takes ``p``, or raise if it must obey an option that torch lacks."""
         group = self.param_groups[group_index]
         options = {
             "max_grad_norm": self._max_grad_norm is not None,
             "skip_nonfinite": self._skip_nonfinite,
             "anchor_decay": group["anchor_decay"] != 0.0 and self._anchor_name(p, name) is not None,
             "an update mask": p in self._masks,
-            "state_dtype": self._moment_dtype(p) != p.dtype,
+            "state_dtype": moment_dtype(p, self._state_dtype) != p.dtype,
         }
-        used = [option for option, on in options.items() if on]
-        if used:
-            raise ValueError(
-                f"{name}: has {reason}, which fastft's own step cannot take; torch's knows no {', '.join(used)}"
-            )
-        self._left_to_torch.append((group_index, p))
-
-    def _prepare_torch_calls(self) -> Iterator[tuple[dict[str, Any], bool, tuple[list[Tensor], ...]]]:
-        """(group, has_complex, what torch's functional step takes) for each group with parameters left to it."""
-        for index, group in enumerate(self.param_groups):
-            left = [p for i, p in self._left_to_torch if i == index and p.grad is not None]
-            lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
-            has_complex = self._init_group({**group, "params": left}, *lists)  # type: ignore[no-untyped-call]
-            if left:
-                yield group, has_complex, lists
-
-    def _step_with_torch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """Step what is left to torch; whether the step was skipped."""
-        if found_inf is not None and found_inf.item() != 0:
-            return True
-        for group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in self._torch_calls:
-            if grad_scale is not None:
-                grads = [grad / grad_scale.to(grad.device) for grad in grads]
-            options: dict[str, Any] = {key: group[key] for key in TORCH_OPTIONS}
-            options.update(beta1=group["betas"][0], beta2=group["betas"][1])
-            # Not torch's fused one, which on the CPU writes into the gaps of a parameter that has some.
-            options.update(has_complex=has_complex, decoupled_weight_decay=True, fused=False)
-            adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
-        return False
+        self._torch_step.add(group_index, p, name, reason, [option for option, on in options.items() if on])
 
     def _first_device(self) -> torch.device:
         devices = [device for part in self._parts for device in part.plan.devices()]
@@ -490,8 +390,7 @@ class AdamW(torch.optim.AdamW):
     def _forget_plan(self) -> None:
         self._plan_key = None
         self._parts = []
-        self._left_to_torch = []
-        self._torch_calls = []
+        self._torch_step = TorchStep()
 
     # -- what may be stepped -------------------------------------------------------------------------------
 
@@ -609,10 +508,8 @@ class AdamW(torch.optim.AdamW):
         return next(name for _, p, name in self._parameters() if p is param)
 
     def _anchor_name(self, p: Tensor, name: str) -> str | None:
-        """What the anchor calls a parameter; None if it does not know it."""
-        if self._anchor is None:
-            return None
-        return self._anchor.name_of(p) or (name if name in self._anchor else None)
+        """The parameter's name in the anchor; None if it is not anchored."""
+        return None if self._anchor is None else self._anchor.find(p, name)
 
     # -- copies and checkpoints ----------------------------------------------------------------------------
 
@@ -638,24 +535,16 @@ class AdamW(torch.optim.AdamW):
         ``torch.optim.AdamW`` loads it and ignores that key. An anchor that came from a file is saved as the
         file's path and content hash, any other with its tensors.
         """
+
         # A hook put first, so that the user's own hooks see the whole dict.
-        handle = self.register_state_dict_post_hook(lambda _, packed: self._add_own_state(packed), prepend=True)
+        def add_own_state(_: Any, packed: dict[str, Any]) -> None:
+            packed[checkpoint.KEY] = checkpoint.own_state(self)
+
+        handle = self.register_state_dict_post_hook(add_own_state, prepend=True)
         try:
             return super().state_dict()
         finally:
             handle.remove()
-
-    def _add_own_state(self, packed: dict[str, Any]) -> None:
-        names = {i: self._anchor_name(p, name) for i, (_, p, name) in enumerate(self._parameters())}
-        positions = {id(p): i for i, (_, p, _) in enumerate(self._parameters())}
-        packed[CHECKPOINT_KEY] = {
-            "version": CHECKPOINT_VERSION,
-            "anchor": None if self._anchor is None else self._anchor.state_dict(),
-            "anchor_names": {i: name for i, name in names.items() if name is not None},
-            "masks": {positions[id(p)]: mask.mask for p, mask in self._masks.items() if id(p) in positions},
-            "frozen": sorted(positions[id(p)] for p in self._frozen if id(p) in positions),
-            "skipped_steps": self.skipped_steps.cpu() if self._skipped is not None else None,
-        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, which resumes exactly, or of ``torch.optim.AdamW``.
@@ -667,7 +556,7 @@ class AdamW(torch.optim.AdamW):
         """
 
         def check_own_state(_: Any, loaded: dict[str, Any]) -> None:
-            self._loading = Loading(self, loaded)
+            self._loading = checkpoint.Loading(self, loaded)
 
         # A hook put last, so that it sees what the user's own hooks made of the dict.
         handle = self.register_load_state_dict_pre_hook(check_own_state)
@@ -676,208 +565,3 @@ class AdamW(torch.optim.AdamW):
         finally:
             handle.remove()
             self.__dict__.pop("_loading", None)
-
-
-class Loading:
-    """What a state dict brings beyond torch's part: checked when made, applied once torch's part is in place."""
-
-    def __init__(self, optimizer: AdamW, loaded: dict[str, Any]) -> None:
-        self.optimizer = optimizer
-        self.params = [p for _, p, _ in optimizer._parameters()]
-        self.own = loaded.get(CHECKPOINT_KEY)
-        # torch casts moments to the parameter's dtype, so those of 16-bit parameters are taken from the original.
-        saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        self.moments: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        for i, p in zip(saved_ids, self.params, strict=False):
-            if optimizer._moment_dtype(p) != p.dtype:
-                for key in MOMENTS:
-                    value = loaded["state"].get(i, {}).get(key)
-                    if isinstance(value, Tensor):
-                        self.moments[p][key] = value
-        # With another number of parameters torch will say so, after this.
-        if self.own is not None and len(saved_ids) == len(self.params):
-            self._check()
-        else:
-            self.own = None
-
-    def _check(self) -> None:
-        assert self.own is not None
-        version = self.own.get("version")
-        if version != CHECKPOINT_VERSION:
-            raise ValueError(
-                f'state_dict["{CHECKPOINT_KEY}"]: expected version {CHECKPOINT_VERSION}, got {version!r}: '
-                "it was written by another release of fastft"
-            )
-        names = [name for _, _, name in self.optimizer._parameters()]
-        self.masks = {}
-        for i, mask in self.own["masks"].items():
-            check_mask(mask, self.params[i], names[i])
-            self.masks[self.params[i]] = UpdateMask(mask, self.params[i], names[i])
-        self.frozen = {self.params[i] for i in self.own["frozen"]}
-        self.anchor = self.optimizer._anchor
-        if self.own["anchor"] is not None:
-            # A copy, so that on an error nothing has changed; it may know where the file lies now.
-            self.anchor = Anchor() if self.anchor is None else copy.copy(self.anchor)
-            self.anchor.load_state_dict(self.own["anchor"])
-            self.anchor.bind([(name, self.params[i]) for i, name in self.own["anchor_names"].items()])
-
-    def apply(self) -> None:
-        """Called once torch's part is in place."""
-        optimizer = self.optimizer
-        for p, moments in self.moments.items():
-            for key, value in moments.items():
-                optimizer.state[p][key] = value.to(p.device, torch.float32, copy=True)
-        if self.own is not None:
-            optimizer._anchor = self.anchor
-            optimizer._masks = self.masks
-            optimizer._frozen = self.frozen
-            skipped = self.own["skipped_steps"]
-            device = optimizer._skipped.device if optimizer._skipped is not None else None
-            optimizer._skipped = None if skipped is None else skipped.to(device, torch.int64, copy=True)
-
-
-TORCH_OPTIONS = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused")
-
-
-def check_anchor_options(anchor_decay: Any, anchor_mode: Any, where: str) -> None:
-    """Raise unless the two make sense."""
-    if not isinstance(anchor_decay, (int, float)) or not 0.0 <= anchor_decay < float("inf"):
-        raise ValueError(f"{where}: anchor_decay: expected a finite number >= 0, got {anchor_decay!r}")
-    if anchor_mode not in ANCHOR_MODES:
-        raise ValueError(f"{where}: anchor_mode: expected one of {ANCHOR_MODES}, got {anchor_mode!r}")
-
-
-def check_max_grad_norm(max_grad_norm: float | None) -> None:
-    """Raise unless it is None or a number above 0. With 0, which elsewhere means no clipping, nothing would move."""
-    if max_grad_norm is not None and (not isinstance(max_grad_norm, (int, float)) or not max_grad_norm > 0.0):
-        raise ValueError(f"max_grad_norm: expected None (no clipping) or a number > 0, got {max_grad_norm!r}")
-
-
-def check_scalar(value: Tensor | None, name: str) -> None:
-    """Raise unless it is None or holds one number."""
-    if value is not None and value.numel() != 1:
-        dtype = str(value.dtype).removeprefix("torch.")
-        raise ValueError(f"{name}: expected one {dtype} on {value.device}, got {value.numel()} {dtype}")
-
-
-def check_selective(importance: Tensor | None, name: str) -> None:
-    """Raise if there is an importance, with which selective projection can do nothing."""
-    if importance is not None:
-        raise ValueError(f'{name}: anchor_mode: expected "decoupled" or "l2" with an importance, got "selective"')
-
-
-def check_pull(lr: float | Tensor, anchor_decay: float, anchor_mode: str, where: str) -> None:
-    """Raise if a decoupled step would land beyond the anchor. An lr on a GPU is not waited for."""
-    if anchor_mode != "decoupled" or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
-        return
-    pull = float(lr) * anchor_decay
-    if not pull <= 1.0:
-        raise ValueError(
-            f"{where}: lr * anchor_decay: expected at most 1 (a step would land beyond the anchor), "
-            f"got {float(lr):g} * {anchor_decay:g} = {pull:g}"
-        )
-
-
-def refuse_unusable(p: Tensor, name: str) -> None:
-    """Raise for parameters that no implementation can step: they hold no values, or one place for several."""
-    if p.is_meta:
-        raise ValueError(f"{name}: expected a parameter with memory, got one on the meta device")
-    if p.layout == torch.strided and any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
-        raise ValueError(
-            f"{name}: expected a parameter whose elements each have memory of their own, got an expanded tensor "
-            f"of shape {list(p.shape)} and strides {list(p.stride())}; pass a contiguous copy"
-        )
-
-
-def why_not_fused(p: Tensor, group: dict[str, Any]) -> str | None:
-    """Why torch's own step must take ``p``; None if ours can."""
-    if group["differentiable"]:
-        return "differentiable=True"
-    if p.layout != torch.strided or (p.grad is not None and p.grad.layout != torch.strided):
-        return "a sparse gradient"
-    if p.dtype not in KERNEL_DTYPES:
-        return f"dtype {p.dtype}"
-    if not is_dtensor(p) and is_wrapper(p):
-        return f"the tensor subclass {type(p).__name__}"
-    if p.device.type not in ("cpu", *_C.kernel_devices):
-        return f"device {p.device}"
-    if not is_dense(local(p)):
-        return "gaps in its memory"
-    if any(isinstance(beta, Tensor) and beta.device.type != "cpu" for beta in group["betas"]):
-        return "betas on a GPU"
-    return None
-
-
-def is_wrapper(p: Tensor) -> bool:
-    """Whether its class does what it likes with operations, so that its memory, if any, is no matter of ours."""
-    return type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def is_dense(p: Tensor) -> bool:
-    """numel consecutive items of memory, in some order."""
-    expected = 1
-    for stride, n in sorted((s, n) for n, s in zip(p.shape, p.stride(), strict=True) if n != 1):
-        if stride != expected:
-            return p.numel() <= 1
-        expected *= n
-    return True
-
-
-def parts_of(entries: list[tuple[Any, ...]], live: Sequence[int]) -> Iterator[Part]:
-    """Plans that step the entries at ``live``; usually one.
-
-    DTensors that lie spread over other processes have a plan of their own, since their norm adds up over these;
-    so do parameters whose anchor waits in host memory, some megabytes of it at a time.
-    """
-
-    def waiting(position: int) -> list[tuple[int, Tensor]]:
-        """(place in the entry, tensor) of anchor and importance, where they lie elsewhere than the parameter."""
-        entry = entries[position]
-        return [(i, entry[i]) for i in ANCHOR_PLACES if entry[i] is not None and entry[i].device != entry[0].device]
-
-    watched = [(*entry[:2], False) if len(entry) > 3 else entry for entry in entries]
-    plain: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    offloaded: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for position in live:
-        p = entries[position][0]
-        key = process_groups_of(p)
-        if waiting(position):
-            offloaded[(*key, p.device)].append(position)
-        else:
-            plain[key].append(position)
-
-    def part(positions: list[int], staging: Staging | None, groups: tuple[Any, ...]) -> Part:
-        chosen = list(watched)
-        views = iter(() if staging is None else staging.views)
-        for position in positions:
-            entry = list(entries[position])
-            for i, _ in waiting(position) if staging is not None else ():
-                entry[i] = next(views)
-            chosen[position] = tuple(entry)
-        return Part(chosen, groups, staging)
-
-    if not live:  # a plan of nothing still notices the first gradient
-        yield part([], None, ())
-    for key, positions in plain.items():
-        yield part(positions, None, key)
-    for (*groups, device), positions in offloaded.items():
-        chunks: list[list[int]] = [[]]
-        filled = 0
-        for position in positions:
-            nbytes = sum(tensor.nbytes for _, tensor in waiting(position))
-            if filled + nbytes > PART_BYTES and chunks[-1]:
-                chunks.append([])
-                filled = 0
-            chunks[-1].append(position)
-            filled += nbytes
-        stagings = staging_for(device, [[tensor for i in chunk for _, tensor in waiting(i)] for chunk in chunks])
-        for chunk, staging in zip(chunks, stagings, strict=True):
-            yield part(chunk, staging, tuple(groups))
-
-
-def process_groups_of(p: Tensor) -> tuple[Any, ...]:
-    """The process groups over which ``p`` is cut into pieces; () for a tensor that is whole here."""
-    if not is_dtensor(p):
-        return ()
-    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastft.checks import check_not_negative, check_positive
+
 # Where RecAdam's sigmoid is taken as constant: e^27 is 5e11, so the lr is a trillionth of the full one.
 FLOOR = -27.0
 
@@ -27,8 +29,9 @@ class AnchorDecayScheduler(LRScheduler):
             dict: give the same again when resuming. For instance ``lambda step: max(0.0, 1.0 - step / 1000)``.
         last_epoch: as in torch's schedulers. Groups then hold their ``initial_anchor_decay`` already.
 
-    Raises ``TypeError`` for an optimizer whose groups have no ``anchor_decay``, and ``ValueError`` for another number
-    of functions, or a factor that is negative or not finite.
+    Raises:
+        TypeError: an optimizer whose groups have no ``anchor_decay``.
+        ValueError: another number of functions, or a factor that is negative or not finite.
     """
 
     def __init__(
@@ -63,8 +66,8 @@ class AnchorDecayScheduler(LRScheduler):
 class RecAdamScheduler(LRScheduler):
     """RecAdam's annealing, from recalling to learning, on ``fastft.AdamW``.
 
-    Chen et al. 2020, https://arxiv.org/abs/2004.12651. In step t = 1, 2, ..., with λ_t = w / (1 + e^(−k·(t − t0))), the
-    Adam part is scaled by λ_t and the weights are pulled to the anchor:
+    (Chen et al. 2020, https://arxiv.org/abs/2004.12651.) In step t = 1, 2, ..., with λ_t = w / (1 + e^(−k·(t − t0))),
+    the Adam part is scaled by λ_t and the weights are pulled to the anchor:
 
     .. code-block:: text
 
@@ -76,7 +79,7 @@ class RecAdamScheduler(LRScheduler):
 
     Args:
         optimizer: a ``fastft.AdamW`` with an anchor, ``anchor_mode="decoupled"``.
-        k: how steep it is, > 0; the authors try 0.05 to 1.
+        k: its steepness, > 0; the authors try 0.05 to 1.
         t0: the step in the middle; the authors try 100 to 1000.
         gamma: the strength of the pull. The authors' 5000 goes with a learning rate up to 2e-4: lr·w·gamma must not
             exceed 1, or the optimizer refuses the step, unless its anchor is weighted by importance.
@@ -86,8 +89,9 @@ class RecAdamScheduler(LRScheduler):
 
     While k·(t − t0) is below −27, λ_t stays at its value there, w·2e-12.
 
-    Raises ``TypeError`` for an optimizer whose groups have no ``anchor_decay``, and ``ValueError`` for other wrong
-    arguments.
+    Raises:
+        TypeError: an optimizer whose groups have no ``anchor_decay``.
+        ValueError: a number out of range, another number of weights, or another ``anchor_mode``.
     """
 
     def __init__(
@@ -103,11 +107,9 @@ class RecAdamScheduler(LRScheduler):
         weights = [weight] * len(groups) if isinstance(weight, (int, float)) else list(weight)
         if len(weights) != len(groups):
             raise ValueError(f"weight: expected a number, or {len(groups)}, got {len(weights)}")
-        if not 0.0 < k < math.inf:
-            raise ValueError(f"k: expected a finite number > 0, got {k!r}")
+        check_positive("k", k)
         for name, value in (("t0", t0), ("gamma", gamma), *(("weight", w) for w in weights)):
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+            check_not_negative(name, value)
         for index, (w, group) in enumerate(zip(weights, groups, strict=True)):
             if w and group["anchor_mode"] != "decoupled":
                 raise ValueError(
@@ -118,7 +120,7 @@ class RecAdamScheduler(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def factor(self, step: int, weight: float) -> float:
-        """What lr is multiplied by in step 0, 1, ...: λ_t with t = step + 1; 1 for a weight of 0."""
+        """The factor on the initial lr in step 0, 1, ...: λ_t with t = step + 1; 1 for a weight of 0."""
         return weight / (1.0 + math.exp(-self._position(step))) if weight else 1.0
 
     def get_lr(self) -> list[float | Tensor]:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastft import _C
 
-from .adamw import (
-    check_anchor_options,
-    check_max_grad_norm,
-    check_pull,
-    check_selective,
-    is_dense,
-    is_wrapper,
-    refuse_unusable,
-)
+from .anchoring import AnchorMode, check_anchor_options, check_pull
+from .checks import check_numbers, refuse_unusable
+from .entries import Part, record_of
 from .masks import UpdateMask
-from .step import KERNEL_DTYPES, Part, fit_grad, laid_out_like, runs_kernels, take_step
+from .step import take_step
+from .tensors import KERNEL_DTYPES, fit_grad, is_dense, is_wrapper, runs_kernels
 
 
 @torch.no_grad()
@@ -41,7 +36,7 @@ def adamw_(
     weight_decay: float = 1e-2,
     maximize: bool = False,
     anchor_decay: float = 0.0,
-    anchor_mode: Literal["decoupled", "l2", "selective"] = "decoupled",
+    anchor_mode: AnchorMode = "decoupled",
     max_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
     grad_scale: Tensor | None = None,
@@ -90,11 +85,11 @@ def adamw_(
     ):
         check_pull(lr, anchor_decay, anchor_mode, "adamw_")
 
-    entries: list[tuple[Any, ...]] = []
+    records: list[_C.AdamWRecord] = []
     for i, p in enumerate(params):
         name = f"params[{i}]"
         if grads[i] is None:
-            entries.append((p, 0, False))
+            records.append(_C.AdamWRecord(p, 0))
             continue
         refuse_unusable(p, name)
         if p.dtype not in KERNEL_DTYPES or p.layout != torch.strided or not is_dense(p) or is_wrapper(p):
@@ -107,26 +102,34 @@ def adamw_(
             tensor = given[i] if given is not None else None
             if tensor is not None and tensor.shape != p.shape:
                 raise ValueError(f"{key}[{i}]: expected shape {list(p.shape)}, got {list(tensor.shape)}")
-            anchored.append(None if tensor is None or anchor_decay == 0.0 else laid_out_like(tensor, p))
-        selective = anchored[0] is not None and anchor_mode == "selective"
-        if selective:
-            check_selective(anchored[1], name)
-        if importances is not None and importances[i] is not None and (anchors is None or anchors[i] is None):
+            anchored.append(tensor)
+        anchor, importance = anchored
+        if importance is not None and anchor is None:
             raise ValueError(f"importances[{i}]: expected None without an anchor, got a tensor")
         mask = update_masks[i] if update_masks is not None else None
-        chosen = (None, None) if mask is None else UpdateMask(mask, p, name).for_core(p)
-        on_device = runs_kernels(p.device) and steps[i].device == p.device
-        maximum = None if max_exp_avg_sqs is None else max_exp_avg_sqs[i]
-        if max_exp_avg_sqs is not None and maximum is None:
+        if max_exp_avg_sqs is not None and max_exp_avg_sqs[i] is None:
             raise ValueError(f"max_exp_avg_sqs[{i}]: expected a tensor like {name}, got None")
-        entries.append(
-            (p, 0, name, p, exp_avgs[i], exp_avg_sqs[i], maximum, steps[i], *anchored, *chosen, on_device, selective)
+        records.append(
+            record_of(
+                p,
+                0,
+                name,
+                exp_avg=exp_avgs[i],
+                exp_avg_sq=exp_avg_sqs[i],
+                max_exp_avg_sq=None if max_exp_avg_sqs is None else max_exp_avg_sqs[i],
+                step=steps[i],
+                counts_on_device=runs_kernels(p.device) and steps[i].device == p.device,
+                anchor=anchor if anchor_decay != 0.0 else None,
+                importance=importance if anchor_decay != 0.0 else None,
+                anchor_mode=anchor_mode,
+                mask=None if mask is None else UpdateMask(mask, p, name),
+            )
         )
-    live = [i for i, entry in enumerate(entries) if len(entry) > 3]
+    live = [i for i, record in enumerate(records) if record.steps]
     shared = _C.overlapping([params[i] for i in live])
     if shared:
         raise ValueError(f"params[{live[shared[0]]}]: expected memory of its own, got some that another one shares")
-    part = Part(entries)
+    part = Part(records)
     for i in live:
         grad = grads[i]
         assert grad is not None
@@ -150,15 +153,3 @@ def adamw_(
         found_inf=found_inf,
         skipped_steps=skipped_steps,
     )
-
-
-def check_numbers(betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float | None) -> None:
-    """Raise unless they are in the ranges that :class:`AdamW` accepts."""
-    if not eps >= 0.0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
-    if not weight_decay >= 0.0:
-        raise ValueError(f"weight_decay: expected a number >= 0, got {weight_decay!r}")
-    for index, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas[{index}]: expected a number >= 0 and below 1, got {beta!r}")
-    check_max_grad_norm(max_grad_norm)

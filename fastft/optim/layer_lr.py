@@ -2,95 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
 
-
-class Layer(Protocol):
-    """What is needed of a layer group, such as ``fastft.unfreeze.layer_groups`` gives."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def param_names(self) -> Sequence[str]: ...
-
-    @property
-    def parameters(self) -> Sequence[Tensor]: ...
+from fastft.checks import check_not_negative
+from fastft.layers import LayerGroup
 
 
-NoDecay = Callable[[str, Tensor], bool]
-
-
-def discriminative_lr(
-    groups: Iterable[Layer],
+def layerwise_lr(
+    groups: Iterable[LayerGroup],
     lr: float,
-    decay: float = 2.6,
+    decay: float = 0.75,
     *,
-    no_decay: NoDecay | None = None,
+    no_decay: Callable[[str, Tensor], bool] | None = None,
     **group_options: Any,
 ) -> list[dict[str, Any]]:
-    """Parameter groups whose lr is divided by ``decay`` from each layer group to the one below it.
+    """Parameter groups whose lr is multiplied by ``decay`` from each layer group to the one below it.
 
-    Howard & Ruder 2018 (ULMFiT), https://arxiv.org/abs/1801.06146.
+    Layer-wise decay as in BEiT (Bao et al. 2021, https://arxiv.org/abs/2106.08254) and timm. ``decay=1 / 2.6`` gives
+    the discriminative learning rates of ULMFiT (Howard & Ruder 2018, https://arxiv.org/abs/1801.06146).
 
     Args:
-        groups: layer groups from input to output; the last gets ``lr``.
+        groups: layer groups from input to output, of :func:`fastft.layers.layer_groups`; the last gets ``lr``.
         lr: of the topmost group.
-        decay: at least 1.
+        decay: above 0 and up to 1.
         no_decay: names and parameters for which it is true get ``weight_decay`` 0, in a group of their own; such as
             :func:`biases_and_norms`.
         **group_options: of every group, for instance ``weight_decay`` or ``anchor_decay``.
 
-    Returns what an optimizer takes as its first argument: dicts with named parameters, and with the layer group's
-    name under ``"layer_group"``.
+    Returns:
+        The first argument of an optimizer: dicts with named parameters, and with the layer group's name under
+        ``"layer_group"``.
+
+    Raises:
+        TypeError: ``groups`` are no layer groups.
+        ValueError: a number out of range, or an option that differs from group to group.
     """
-    if not decay >= 1.0:
-        raise ValueError(f"decay: expected a number >= 1, got {decay!r}")
-    return by_depth(groups, lr, 1.0 / decay, no_decay, group_options)
-
-
-def layer_decay(
-    groups: Iterable[Layer],
-    lr: float,
-    decay: float = 0.75,
-    *,
-    no_decay: NoDecay | None = None,
-    **group_options: Any,
-) -> list[dict[str, Any]]:
-    """Parameter groups whose lr is multiplied by ``decay`` from each layer group to the one below it, as in timm.
-
-    ``decay`` is above 0 and up to 1; all else is as in :func:`discriminative_lr`.
-    """
+    layers = list(groups) if isinstance(groups, Iterable) else [groups]
+    if wrong := [layer for layer in layers if not isinstance(layer, LayerGroup)]:
+        raise TypeError(
+            f"groups: expected layer groups, as fastft.layers.layer_groups(model) makes, got {type(wrong[0]).__name__}"
+        )
+    check_not_negative("lr", lr)
     if not 0.0 < decay <= 1.0:
         raise ValueError(f"decay: expected a number above 0 and up to 1, got {decay!r}")
-    return by_depth(groups, lr, decay, no_decay, group_options)
-
-
-def biases_and_norms(name: str, param: Tensor) -> bool:
-    """Whether it is a bias, or the scale or shift of a norm: nothing that weight decay is usually meant for."""
-    return param.dim() <= 1
-
-
-def by_depth(
-    groups: Iterable[Layer], lr: float, factor: float, no_decay: NoDecay | None, options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """One group for each layer group, or two where ``no_decay`` tells its parameters apart."""
-    layers = list(groups) if isinstance(groups, Iterable) else [groups]
-    if wrong := [layer for layer in layers if not hasattr(layer, "param_names")]:
-        raise TypeError(
-            "groups: expected layer groups, as fastft.unfreeze.layer_groups(model) makes, "
-            f"got {type(wrong[0]).__name__}"
-        )
-    if not isinstance(lr, (int, float)) or not 0.0 <= lr < float("inf"):
-        raise ValueError(f"lr: expected a finite number >= 0, got {lr!r}")
-    if taken := options.keys() & {"params", "lr", "layer_group"}:
+    if taken := group_options.keys() & {"params", "lr", "layer_group"}:
         raise ValueError(f"group_options: expected options for all groups, got {', '.join(sorted(taken))}")
     made = []
     for depth, layer in enumerate(reversed(layers)):
-        own = {**options, "lr": lr * factor**depth, "layer_group": layer.name}
+        own = {**group_options, "lr": lr * decay**depth, "layer_group": layer.name}
         named = list(zip(layer.param_names, layer.parameters, strict=True))
         bare = [(name, p) for name, p in named if no_decay is not None and no_decay(name, p)]
         decayed = [(name, p) for name, p in named if no_decay is None or not no_decay(name, p)]
@@ -98,3 +60,8 @@ def by_depth(
             [{**own, "params": decayed}] * bool(decayed) + [{**own, "params": bare, "weight_decay": 0.0}] * bool(bare)
         )
     return [group for groups_of_layer in reversed(made) for group in groups_of_layer]
+
+
+def biases_and_norms(name: str, param: Tensor) -> bool:
+    """Whether it is a bias, or the scale or shift of a norm: these are usually left out of weight decay."""
+    return param.dim() <= 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .step import is_dtensor, laid_out_like, like, local
+from .tensors import is_dtensor, laid_out_like, like, local
 
 # Below this a row is too short for the loop over active rows to pay: an element mask reads one byte an element.
 SHORTEST_ROW = 16

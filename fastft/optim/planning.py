@@ -1,17 +1,17 @@
-"""How many steps a run takes, and which learning rate its batch size asks for."""
+"""The number of steps of a run, and a learning rate scaled to its batch size."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from .schedules import check_steps
+from fastft.checks import check_choice, check_count, check_positive
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The numbers of a run; ``str()`` says them in words."""
+    """The numbers of a run; ``str()`` gives them in a sentence."""
 
     total_steps: int
     """Optimizer steps."""
@@ -61,16 +61,22 @@ def plan_training(
         scaling: "sqrt" for Adam and its relatives (Malladi et al. 2022, https://arxiv.org/abs/2205.10287): lr grows
             with the square root of the effective batch size; "linear" for SGD (Goyal et al. 2017,
             https://arxiv.org/abs/1706.02677): in proportion to it.
+
+    Returns:
+        A plan with ``total_steps``, ``warmup_steps``, ``steps_per_epoch``, ``effective_batch_size``, ``lr`` (None
+        without ``base_lr``) and ``rule`` (how lr was scaled); ``str()`` gives them in a sentence.
+
+    Raises:
+        ValueError: a number out of range, both or none of ``epochs`` and ``steps``, or too few examples for a step.
     """
     sizes = {"n_examples": n_examples, "batch_size": batch_size, "accumulate": accumulate, "world_size": world_size}
     for name, value in sizes.items():
-        check_steps(name, value)
+        check_count(name, value)
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs, steps: expected one of the two, got epochs={epochs!r} and steps={steps!r}")
     if (base_lr is None) != (base_batch_size is None):
         raise ValueError(f"base_lr, base_batch_size: expected both or neither, got {base_lr!r} and {base_batch_size!r}")
-    if scaling not in ("sqrt", "linear"):
-        raise ValueError(f"scaling: expected 'sqrt' or 'linear', got {scaling!r}")
+    check_choice("scaling", scaling, ("sqrt", "linear"))
 
     steps_per_epoch = n_examples
     for size in (world_size, batch_size, accumulate):
@@ -81,7 +87,7 @@ def plan_training(
             "with drop_last=True"
         )
     if steps is not None:
-        check_steps("steps", steps)
+        check_count("steps", steps)
         total = steps
     else:
         assert epochs is not None
@@ -92,7 +98,7 @@ def plan_training(
     lr, rule = None, "lr not scaled"
     if base_lr is not None and base_batch_size is not None:
         check_positive("base_lr", base_lr)
-        check_steps("base_batch_size", base_batch_size)
+        check_count("base_batch_size", base_batch_size)
         ratio = effective / base_batch_size
         lr = base_lr * (math.sqrt(ratio) if scaling == "sqrt" else ratio)
         root = "√" if scaling == "sqrt" else ""
@@ -107,9 +113,3 @@ def warmup_of(warmup: float, total: int) -> int:
     if isinstance(warmup, float) and 0.0 <= warmup < 1.0:
         return round(warmup * total)
     raise ValueError(f"warmup: expected up to {total} steps, or a part of them as a float below 1, got {warmup!r}")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number above 0."""
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")

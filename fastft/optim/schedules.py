@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from fastft.checks import check_count
 
 
 class FactorLR(LRScheduler):
@@ -19,7 +20,7 @@ class FactorLR(LRScheduler):
     """
 
     def factor(self, step: int) -> float:
-        """What lr is multiplied by in step 0, 1, ..."""
+        """The factor on the initial lr in step 0, 1, ..."""
         raise NotImplementedError
 
     def get_lr(self) -> list[float | Tensor]:
@@ -54,14 +55,17 @@ def warm_up_then_decay(steps: int, warmup: float) -> Callable[[int], float]:
 class SlantedTriangularLR(FactorLR):
     """Up in a straight line from lr/ratio to lr, then down in a longer one, back to lr/ratio at ``total_steps``.
 
-    Howard & Ruder 2018 (ULMFiT), https://arxiv.org/abs/1801.06146.
+    ULMFiT (Howard & Ruder 2018, https://arxiv.org/abs/1801.06146).
 
     Args:
         optimizer: the optimizer.
         total_steps: the steps of the whole run; later ones stay at lr/ratio.
         cut_frac: the part of the steps that lr rises for; one step at least.
-        ratio: how much smaller the lowest lr is than the highest.
+        ratio: the highest lr divided by the lowest.
         last_epoch: as in torch's schedulers.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class SlantedTriangularLR(FactorLR):
         ratio: float = 32.0,
         last_epoch: int = -1,
     ) -> None:
-        check_steps("total_steps", total_steps, least=2)
+        check_count("total_steps", total_steps, least=2)
         if not 0.0 < cut_frac < 1.0:
             raise ValueError(f"cut_frac: expected a number between 0 and 1, got {cut_frac!r}")
         if not 1.0 <= ratio < math.inf:
@@ -83,7 +87,7 @@ class SlantedTriangularLR(FactorLR):
         super().__init__(optimizer, last_epoch)
 
     def factor(self, step: int) -> float:
-        """What lr is multiplied by in step 0, 1, ..."""
+        """The factor on the initial lr in step 0, 1, ..."""
         rise = step / self.cut
         # The paper's (cut · (1/cut_frac − 1)) steps down end before total_steps where cut was rounded.
         fall = (self.total_steps - step) / (self.total_steps - self.cut)
@@ -93,16 +97,19 @@ class SlantedTriangularLR(FactorLR):
 class RewarmLR(FactorLR):
     """Up in a straight line to lr, down along a cosine to min_ratio · lr; and the same again from each of ``starts``.
 
-    Re-warming and re-decaying is what a model needs when it goes on with new data: Ibrahim et al. 2024,
-    https://arxiv.org/abs/2403.08763. The first rise begins at 0, each later one where the last decay ended.
+    For training that goes on with new data: re-warming and re-decaying (Ibrahim et al. 2024,
+    https://arxiv.org/abs/2403.08763). The first rise begins at 0, each later one where the last decay ended.
 
     Args:
         optimizer: the optimizer.
         total_steps: where the last decay ends; later steps stay at min_ratio · lr.
         warmup_steps: the length of each rise.
         min_ratio: the lowest lr relative to the highest; greater than 0.
-        starts: the steps at which to begin (again), the first of them 0.
+        starts: the steps at which a rise begins, the first of them 0.
         last_epoch: as in torch's schedulers.
+
+    Raises:
+        ValueError: a number out of range, or starts that are not more than ``warmup_steps`` apart.
     """
 
     def __init__(
@@ -114,8 +121,8 @@ class RewarmLR(FactorLR):
         starts: Sequence[int] = (0,),
         last_epoch: int = -1,
     ) -> None:
-        check_steps("total_steps", total_steps)
-        check_steps("warmup_steps", warmup_steps, least=0)
+        check_count("total_steps", total_steps)
+        check_count("warmup_steps", warmup_steps, least=0)
         if not 0.0 < min_ratio <= 1.0:
             raise ValueError(f"min_ratio: expected a number above 0 and up to 1, got {min_ratio!r}")
         bounds = [*starts, total_steps]
@@ -135,7 +142,7 @@ class RewarmLR(FactorLR):
         super().__init__(optimizer, last_epoch)
 
     def factor(self, step: int) -> float:
-        """What lr is multiplied by in step 0, 1, ..."""
+        """The factor on the initial lr in step 0, 1, ..."""
         start, end = next((a, b) for a, b in reversed([*pairwise([*self.starts, self.total_steps])]) if a <= step)
         begun = step - start
         if begun < self.warmup_steps:
@@ -143,9 +150,3 @@ class RewarmLR(FactorLR):
             return low + (1.0 - low) * (begun + 1) / self.warmup_steps
         progress = min(1.0, (begun - self.warmup_steps) / (end - start - self.warmup_steps))
         return self.min_ratio + (1.0 - self.min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def check_steps(name: str, value: Any, least: int = 1) -> None:
-    """Raise unless ``value`` is an integer and large enough."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")

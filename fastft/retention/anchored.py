@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.anchor import Anchor
-from fastft.layers.wrappers import clean
-from fastft.optim.step import is_dtensor
+from fastft.optim.tensors import is_dtensor
 
 # Elements of a piece: small enough that what is computed from it is still in cache when it is read again.
 PIECE = 1 << 18
@@ -23,20 +22,23 @@ class Anchored:
     name: str
     parameter: Tensor
     key: str
-    """What the anchor calls it."""
+    """Its name in the anchor."""
 
 
 def find_anchored(model: nn.Module, anchor: Anchor) -> tuple[list[Anchored], list[str]]:
     """The parameters that are anchored, and the names of those that are not; tied ones once.
 
-    A parameter is looked up by identity, then by name, with or without what wrappers add to it. Raises ``TypeError``
-    for anything but an anchor, and ``ValueError`` where none is anchored, or one is sharded or of another shape.
+    A parameter is looked up as :meth:`fastft.Anchor.find` does.
+
+    Raises:
+        TypeError: ``anchor`` is something else.
+        ValueError: no parameter is anchored, or one is sharded or of another shape.
     """
     if not isinstance(anchor, Anchor):
         raise TypeError(f"anchor: expected a fastft.Anchor, got {type(anchor).__name__}")
     found, missing = [], []
     for name, p in model.named_parameters():
-        key = anchor.name_of(p) or next((n for n in (name, clean(name)) if n in anchor), None)
+        key = anchor.find(p, name)
         if key is None:
             missing.append(name)
             continue

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastft.names import closest
+from fastft.names import NameIndex, closest
 from fastft.optim import AdamW
-from fastft.optim.step import is_dtensor
+from fastft.optim.tensors import is_dtensor
 
 
 def child_tuning_(
@@ -47,17 +47,21 @@ def child_tuning_(
     if scope not in ("model", "tensor"):
         raise ValueError(f'scope: expected "model" or "tensor", got {scope!r}')
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    index = NameIndex(parameters)
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not fisher:
         raise ValueError("fisher: expected at least one parameter, got none")
+    chosen: dict[str, Tensor] = {}
     for name, values in fisher.items():
-        if name not in parameters:
+        found = index.find(name)
+        if found is None:
             raise ValueError(f"fisher: the model has no parameter {name!r}{closest(name, parameters)}")
-        if values.shape != parameters[name].shape:
-            raise ValueError(f"fisher: {name}: expected shape {list(parameters[name].shape)}, got {list(values.shape)}")
+        p = chosen[name] = parameters[found]
+        if values.shape != p.shape:
+            raise ValueError(f"fisher: {name}: expected shape {list(p.shape)}, got {list(values.shape)}")
         if not (values.isfinite() & (values >= 0)).all():
             raise ValueError(f"fisher: {name}: expected finite values >= 0")
-        if id(parameters[name]) not in stepped:
+        if id(p) not in stepped:
             raise ValueError(f"fisher: {name}: is not one of the optimizer's parameters")
     if scope == "tensor":
         masks = {name: highest(values, fraction) for name, values in fisher.items()}
@@ -66,7 +70,7 @@ def child_tuning_(
         parts = together.split([values.numel() for values in fisher.values()])
         masks = {name: part.view(fisher[name].shape) for name, part in zip(fisher, parts, strict=True)}
     for name, mask in masks.items():
-        optimizer.set_update_mask(parameters[name], mask)
+        optimizer.set_update_mask(chosen[name], mask)
     return masks
 
 

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from fastft.checks import check_choice, check_count
 from fastft.layers.groups import GroupPatterns, layer_groups, shortened
-from fastft.layers.wrappers import clean, peel, reentrant_checkpointing, requiring_inputs, wrapped_for
+from fastft.layers.wrappers import peel, reentrant_checkpointing, requiring_inputs, wrapped_for
+from fastft.names import clean
 from fastft.optim import AdamW
 
 from .hooks import ClosedForward, ModuleHook, StillNorms, norms_in
@@ -74,7 +75,7 @@ class Unfreezer:
             "train" leaves them alone.
         rewarm_steps: a group that opens during training takes its first steps with lr · 1/n, 2/n, ..., n/n. What the
             schedulers see is the full lr. Needs optimizer groups of one layer group each, such as
-            :func:`fastft.optim.discriminative_lr` makes.
+            :func:`fastft.optim.layerwise_lr` makes.
         tied: what to do where open and closed groups share a weight: "raise"; "closed": it stays closed until all
             groups that use it are open.
         wrapped: what is around ``model`` where a framework hands out the inner module only: "ddp", "data_parallel",
@@ -455,7 +456,7 @@ class Unfreezer:
                 names = [self.groups[i].name for i in found]
                 raise ValueError(
                     f"rewarm_steps: expected 0, or optimizer groups of one layer group each, and param_groups[{at}] "
-                    f"has parameters of {shortened(names)}; make them with fastft.optim.discriminative_lr"
+                    f"has parameters of {shortened(names)}; make them with fastft.optim.layerwise_lr"
                 )
             layers.append(found[0] if len(found) == 1 else None)
         return layers

@@ -16,7 +16,7 @@ from unfreeze_cases import CLASSES, ConvNet, Stack, assert_equal, bits, params, 
 
 import fastft
 from fastft.integrations.lightning import UnfreezeCallback
-from fastft.optim import discriminative_lr
+from fastft.optim import layerwise_lr
 from fastft.unfreeze import LISA, GradualUnfreeze, OnPlateau, layer_groups
 
 lightning = pytest.importorskip("lightning.pytorch")
@@ -39,7 +39,7 @@ class Module(lightning.LightningModule):
         self.log("val_loss", cross_entropy(self.model(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
-        groups = discriminative_lr(layer_groups(self), 1e-2, decay=1.2)
+        groups = layerwise_lr(layer_groups(self), 1e-2, decay=1 / 1.2)
         optimizer = fastft.AdamW(groups, **self.options)
         schedule = LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -30,7 +30,7 @@ from fastft.integrations.transformers import (
     optimizer_cls_and_kwargs,
     optimizer_of,
 )
-from fastft.optim import biases_and_norms, layer_decay
+from fastft.optim import biases_and_norms, layerwise_lr
 from fastft.unfreeze import GradualUnfreeze, OnPlateau, layer_groups
 
 HEAD = {"classifier.weight", "classifier.bias"}
@@ -107,7 +107,7 @@ def test_each_layer_may_have_its_own_lr(adapters: bool, bert: Any, tmp_path: Pat
     args = arguments(tmp_path / "run", num_train_epochs=1)
     model = lora(tmp_path) if adapters else bert()
     groups = layer_groups(model)
-    params = layer_decay(groups, args.learning_rate, 0.5, no_decay=biases_and_norms)
+    params = layerwise_lr(groups, args.learning_rate, 0.5, no_decay=biases_and_norms)
     adamw = optimizer_cls_and_kwargs(args, model, params=params, anchor_decay=30.0)
     unfreeze = UnfreezeCallback(GradualUnfreeze(every=1), rewarm_steps=2)
     run = trainer(model, args, unfreeze, optimizer_cls_and_kwargs=adamw)

@@ -121,7 +121,8 @@ def test_what_torch_must_step_is_refused_where_an_option_of_ours_concerns_it(kin
     if option == "an update mask":
         company.optimizer.set_update_mask(company.bad, half_of((6, 4), seed=1))
     with refused(
-        company.optimizer, rf"^bad: has {reason}, which fastft's own step cannot take; torch's knows no {option}$"
+        company.optimizer,
+        rf"^bad: has {reason}, which fastft's own .* does not support {option}$",
     ):
         company.optimizer.step()
 
@@ -134,13 +135,13 @@ def test_an_anchor_decay_that_does_not_concern_a_complex_parameter_lets_it_step(
 
 def test_all_options_that_stand_in_the_way_are_named() -> None:
     company = Company(gaps(torch.bfloat16), max_grad_norm=1.0, skip_nonfinite=True, state_dtype=torch.float32)
-    with refused(company.optimizer, r"^bad: .* torch's knows no max_grad_norm, skip_nonfinite, state_dtype$"):
+    with refused(company.optimizer, r"^bad: .* torch's does not support max_grad_norm, skip_nonfinite, state_dtype$"):
         company.optimizer.step()
 
 
 def test_a_differentiable_step_is_refused_with_an_option_of_ours() -> None:
     company = Company(parameter((3,), seed=4), differentiable=True, max_grad_norm=1.0)
-    with refused(company.optimizer, r"^settled: has differentiable=True, which fastft's .* knows no max_grad_norm$"):
+    with refused(company.optimizer, r"^settled: has differentiable=True, .* does not support max_grad_norm$"):
         company.optimizer.step()
 
 
@@ -154,7 +155,7 @@ def test_parameters_that_share_memory_are_refused_with_an_option_of_ours(option:
     if option == "an update mask":
         company.optimizer.set_update_mask(company.bad, half_of((6,), seed=1))
     reason = "has memory that it shares with another parameter, which fastft's own step cannot take"
-    with refused(company.optimizer, rf"^bad: {reason}; torch's knows no {option}$"):
+    with refused(company.optimizer, rf"^bad: {reason}; torch's does not support {option}$"):
         company.optimizer.step()
 
 
@@ -573,7 +574,7 @@ STATE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "two_dtypes": (
         lambda s: s.update(max_exp_avg_sq=torch.zeros(3, 2).half()),
-        "^bad: exp_avg_sq and max_exp_avg_sq: expected exp_avg's dtype float32, got float16$",
+        "^bad: exp_avg_sq: expected exp_avg's dtype float32, got float16$",
     ),
     "step_shape": (
         lambda s: s.update(step=torch.zeros(2)),

@@ -27,6 +27,7 @@ from optim_cases import (
 from torch import Tensor, nn
 
 import fastft
+from fastft import _C
 from fastft.optim import adamw_
 
 NAN, INF = float("nan"), float("inf")
@@ -439,7 +440,7 @@ SPOILED: dict[str, tuple[str, Callable[[Tensor], Any], str]] = {
     "second_dtype": (
         "exp_avg_sqs",
         lambda v: v.double(),
-        r"^params\[1\]: exp_avg_sq and .*: expected exp_avg's dtype float32, got float64$",
+        r"^params\[1\]: exp_avg_sq: expected exp_avg's dtype float32, got float64$",
     ),
     "maximum_shape": (
         "max_exp_avg_sqs",
@@ -572,3 +573,46 @@ def test_the_same_tensor_for_two_parameters() -> None:
     for key in ("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
         given[key][2] = copy.deepcopy(given[key][0])
     refused(given, r"^params\[0\]: expected memory of its own, got some that another one shares$")
+
+
+# -- the core's record ---------------------------------------------------------------------------------------
+
+
+def record(**given: Any) -> _C.AdamWRecord:
+    p = torch.ones(3)
+    tensors = {"stepped": p, "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3), "step": torch.zeros(())}
+    return _C.AdamWRecord(p, 0, name="p", **{**tensors, **given})
+
+
+def test_a_record_has_its_tensors_by_name() -> None:
+    mask = torch.tensor([True, False, True])
+    made = record(update_mask=mask)
+    assert made.update_mask is mask and made.anchor is None and made.steps
+    assert set(_C.AdamWRecord.tensors) >= {"stepped", "exp_avg", "exp_avg_sq", "step", "anchor", "importance"}
+    anchor = torch.zeros(3)
+    other = made.replaced(anchor=anchor)
+    assert other.anchor is anchor and other.update_mask is mask and made.anchor is None
+    assert not made.unstepped().steps and made.unstepped().param is made.param
+
+
+@pytest.mark.parametrize("method", ["init", "replaced"])
+def test_a_record_refuses_names_that_it_does_not_have(method: str) -> None:
+    with pytest.raises(TypeError, match="unknown tensor 'exp_average'"):
+        _ = record(exp_average=torch.zeros(3)) if method == "init" else record().replaced(exp_average=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("decoupled", []),
+        ("none", ["anchor"]),
+        ("decoupled_weighted", ["anchor"]),
+        ("l2", ["anchor", "importance"]),
+        ("selective", ["anchor", "importance"]),
+        ("selective", []),
+    ],
+)
+def test_a_plan_refuses_anchorings_that_its_tensors_cannot_have(kind: str, given: list[str]) -> None:
+    made = record(anchoring=getattr(_C.Anchoring, kind), **{name: torch.zeros(3) for name in given})
+    with pytest.raises(ValueError, match=f"^p: anchoring: {kind} does not go with the anchor and importance given$"):
+        _C.AdamWPlan([made])

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from unfreeze_cases import ConvNet, Listed, Stack, assert_equal, backward, batch, bits, params
 
 import fastft
-from fastft.optim import discriminative_lr
+from fastft.optim import layerwise_lr
 from fastft.unfreeze import GradualUnfreeze, Policy, Unfreezer, layer_groups
 
 UP_AND_DOWN = Listed(((0, (5,)), (2, (3, 4, 5)), (4, (0, 1)), (6, (0, 5)), (8, (2, 5))))
@@ -27,7 +27,7 @@ def train(
     model: nn.Module, called: Any, policy: Policy, count: int = 10, **options: Any
 ) -> tuple[list[Any], Unfreezer]:
     """The gradients of open groups and all parameters, after each step."""
-    groups = discriminative_lr(layer_groups(called), 1e-2, decay=1.5, weight_decay=0.1)
+    groups = layerwise_lr(layer_groups(called), 1e-2, decay=1 / 1.5, weight_decay=0.1)
     optimizer = fastft.AdamW(groups, eps=1e-4, anchor="init", anchor_decay=2.0)
     unfreezer = Unfreezer(called, optimizer, policy, mode="mask", **options)
     path = []

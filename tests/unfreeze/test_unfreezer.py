@@ -32,7 +32,7 @@ from unfreeze_cases import (
 )
 
 import fastft
-from fastft.optim import discriminative_lr
+from fastft.optim import layerwise_lr
 from fastft.unfreeze import (
     LISA,
     Always,
@@ -53,7 +53,7 @@ NAMES = ("embeddings", "blocks.0", "blocks.1", "blocks.2", "final_norm", "head")
 def adamw(model: nn.Module, **options: Any) -> fastft.AdamW:
     """Everything at work that could move a parameter without a gradient."""
     return fastft.AdamW(
-        discriminative_lr(layer_groups(model), 1e-2, decay=1.2),
+        layerwise_lr(layer_groups(model), 1e-2, decay=1 / 1.2),
         **{"weight_decay": 0.1, "anchor": away(model), "anchor_decay": 3.0, **options},
     )
 
@@ -383,7 +383,7 @@ def rates(optimizer: Optimizer, into: list[list[float]]) -> Callable[[], None]:
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_group_that_opens_is_warmed_up(tensor: bool) -> None:
     model = Stack()
-    optimizer = torch.optim.AdamW(discriminative_lr(layer_groups(model), 1.0, decay=2.0))
+    optimizer = torch.optim.AdamW(layerwise_lr(layer_groups(model), 1.0, decay=1 / 2.0))
     if tensor:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"])
@@ -441,7 +441,7 @@ def test_a_step_that_fails_leaves_no_lowered_lr_behind() -> None:
 def test_warming_up_needs_groups_of_one_layer_group_each() -> None:
     model = Stack()
     optimizer = torch.optim.AdamW(model.parameters())
-    message = r"rewarm_steps: expected 0, .* param_groups\[0\] has parameters of embeddings, blocks.*discriminative_lr"
+    message = r"rewarm_steps: expected 0, .* param_groups\[0\] has parameters of embeddings, blocks.*layerwise_lr"
     with pytest.raises(ValueError, match=message):
         Unfreezer(model, optimizer, Always(), rewarm_steps=2)
     Unfreezer(model, optimizer, Always())  # and the failed one has left nothing behind
@@ -847,7 +847,7 @@ def test_a_state_dict_is_plain_and_its_own() -> None:
 
 def test_the_report_is_a_table() -> None:
     model = Stack()
-    optimizer = fastft.AdamW(discriminative_lr(layer_groups(model), 1e-3))
+    optimizer = fastft.AdamW(layerwise_lr(layer_groups(model), 1e-3, decay=1 / 2.6))
     unfreezer = Unfreezer(model, optimizer, GradualUnfreeze(2))
     steps(model, optimizer, unfreezer, 3)
     assert str(unfreezer.report()).splitlines() == [
@@ -953,7 +953,9 @@ def test_parameters_that_are_not_in_the_optimizer_are_named() -> None:
 
 def test_parameters_of_the_optimizer_that_are_not_the_models_go_on() -> None:
     model, temperature = Stack(), nn.Parameter(torch.ones(()))
-    optimizer = fastft.AdamW([*discriminative_lr(layer_groups(model), 1e-2), {"params": [("t", temperature)]}])
+    optimizer = fastft.AdamW(
+        [*layerwise_lr(layer_groups(model), 1e-2, decay=1 / 2.6), {"params": [("t", temperature)]}]
+    )
     unfreezer = Unfreezer(model, optimizer, GradualUnfreeze(1), mode="mask", rewarm_steps=2)
     for step in range(2):
         temperature.grad = torch.ones(())

@@ -28,7 +28,7 @@ from transformers import (
 
 from fastft.integrations.transformers import UnfreezeCallback, optimizer_cls_and_kwargs
 from fastft.layers import LayerGroup
-from fastft.optim import TrainingPlan, biases_and_norms, discriminative_lr
+from fastft.optim import TrainingPlan, biases_and_norms, layerwise_lr
 
 from . import checkpoints
 from .model import Pretrained
@@ -94,10 +94,10 @@ def prepare(
     )
     assert args.device is not None  # asking for it counts the GPUs
     args._n_gpu = min(1, args.n_gpu)  # otherwise a batch would be one for each of them
-    parameters = discriminative_lr(
+    parameters = layerwise_lr(
         groups,
         options.lr,
-        options.discriminative_lr or 1.0 / (options.layer_decay or 1.0),
+        1.0 / (options.discriminative_lr or 1.0 / (options.layer_decay or 1.0)),
         no_decay=biases_and_norms,
         weight_decay=options.weight_decay,
     )

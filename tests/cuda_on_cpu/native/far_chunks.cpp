@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "../../../csrc/cuda/adamw.cu"
+#include "../../../csrc/cuda/adamw_kernels.cu"
 
 namespace {
 
@@ -69,10 +70,11 @@ void run(DeviceEntry entry, Tensor& t, int64_t first, int64_t chunk, double expe
   options.lr = 0.25;
   options.beta1 = 0.9;
   options.beta2 = 0.999;
-  fill(args, {host}, 0, 1, [&](const AdamWEntry& e) { return Row{options, e.bias1, e.bias2, nullptr, DType::f32}; });
+  fill(args, {host}, 0, 1,
+       [&](const AdamWEntry& e) { return StepOptions{options, e.bias1, e.bias2, nullptr, DType::f32}; });
   launch(grad_sum_of_squares, "grad_sum_of_squares", 1, nullptr, args);
   expect(*partial == expected_sum, what);
-  launch(adamw_step<float, float, Anchoring::plain>, "adamw_step", 1, nullptr, args);
+  launch(adamw_step<float, float, AnchorForm::plain>, "adamw_step", 1, nullptr, args);
 }
 
 // 2^34 elements and 40 more, all live: the last chunk has the 40.

@@ -1,0 +1,70 @@
+#include "adamw_record.h"
+
+#include <iterator>
+#include <utility>
+
+#include "checks.h"
+
+namespace fastft {
+namespace {
+
+size_t place_of(const std::string& name) {
+  size_t at = 0;
+  while (at < Field::count_ && name != kRecordTensors[at].name) ++at;
+  if (at == Field::count_) throw py::type_error("AdamWRecord: unknown tensor '" + name + "'");
+  return at;
+}
+
+py::tuple tensor_names() {
+  py::tuple names(std::size(kRecordTensors));
+  for (size_t i = 0; i < Field::count_; ++i) names[i] = kRecordTensors[i].name;
+  return names;
+}
+
+}  // namespace
+
+AdamWRecord AdamWRecord::from_python(py::object param, int32_t group, bool dormant, std::string name,
+                                     Anchoring anchoring, bool counts_on_device, const py::kwargs& tensors) {
+  AdamWRecord record = {std::move(param), group, dormant, std::move(name), anchoring, counts_on_device};
+  for (py::object& tensor : record.tensors) tensor = py::none();
+  for (const auto& [key, tensor] : tensors)
+    record.tensors[place_of(key.cast<std::string>())] = py::reinterpret_borrow<py::object>(tensor);
+  return record;
+}
+
+AdamWRecord AdamWRecord::replaced(const py::kwargs& others) const {
+  AdamWRecord record = *this;
+  for (const auto& [key, tensor] : others)
+    record.tensors[place_of(key.cast<std::string>())] = py::reinterpret_borrow<py::object>(tensor);
+  return record;
+}
+
+AdamWRecord AdamWRecord::unstepped() const {
+  AdamWRecord record = {param, group, dormant};
+  for (py::object& tensor : record.tensors) tensor = py::none();
+  return record;
+}
+
+void bind_record(py::module_& module) {
+  py::enum_<Anchoring> kinds(module, "Anchoring");
+  for (size_t i = 0; i < std::size(kAnchorings); ++i) kinds.value(kAnchorings[i], static_cast<Anchoring>(i));
+
+  py::class_<AdamWRecord> record(module, "AdamWRecord");
+  record.def(py::init(&AdamWRecord::from_python), py::arg("param"), py::arg("group"), py::kw_only(),
+             py::arg("dormant") = false, py::arg("name") = "", py::arg("anchoring") = Anchoring::none,
+             py::arg("counts_on_device") = false);
+  record.def_readonly("param", &AdamWRecord::param);
+  record.def_readonly("group", &AdamWRecord::group);
+  record.def_readonly("dormant", &AdamWRecord::dormant);
+  record.def_readonly("name", &AdamWRecord::name);
+  record.def_readonly("anchoring", &AdamWRecord::anchoring);
+  record.def_readonly("counts_on_device", &AdamWRecord::counts_on_device);
+  record.def_property_readonly("steps", &AdamWRecord::steps);
+  record.def("replaced", &AdamWRecord::replaced);
+  record.def("unstepped", &AdamWRecord::unstepped);
+  record.attr("tensors") = tensor_names();
+  for (size_t i = 0; i < Field::count_; ++i)
+    record.def_property_readonly(kRecordTensors[i].name, [i](const AdamWRecord& r) { return r.tensors[i]; });
+}
+
+}  // namespace fastft

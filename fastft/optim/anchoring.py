@@ -1,0 +1,61 @@
+"""How a parameter is anchored: from the user's ``anchor_mode`` and importance to the one value that the formulas go by.
+
+The values are those of ``Anchoring`` in csrc/math/adamw.h, where the formulas stand.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from fastft._C import Anchoring
+
+from .tensors import process_groups_of
+
+AnchorMode = Literal["decoupled", "l2", "selective"]
+ANCHOR_MODES: tuple[AnchorMode, ...] = get_args(AnchorMode)
+
+KINDS = {  # by mode, and whether there is an importance
+    ("decoupled", False): Anchoring.decoupled,
+    ("decoupled", True): Anchoring.decoupled_weighted,
+    ("l2", False): Anchoring.l2,
+    ("l2", True): Anchoring.l2_weighted,
+    ("selective", False): Anchoring.selective,
+}
+
+
+def anchoring_of(p: Tensor, anchor: Tensor | None, importance: Tensor | None, mode: str, name: str) -> Anchoring:
+    """How ``p`` is anchored; raises ``ValueError`` where the mode cannot be had for it."""
+    if anchor is None:
+        return Anchoring.none
+    kind = KINDS.get((mode, importance is not None))
+    if kind is None:
+        others = " or ".join(f'"{other}"' for other, weighted in KINDS if weighted)
+        raise ValueError(f'{name}: anchor_mode: expected {others} with an importance, got "{mode}"')
+    if kind == Anchoring.selective and process_groups_of(p):
+        raise ValueError(
+            f'{name}: anchor_mode: "selective" needs the whole tensor in one process, and this DTensor is '
+            f"placed {list(p.placements)}"  # type: ignore[attr-defined]
+        )
+    return kind
+
+
+def check_anchor_options(anchor_decay: Any, anchor_mode: Any, where: str) -> None:
+    """Raise unless the two make sense."""
+    if not isinstance(anchor_decay, (int, float)) or not 0.0 <= anchor_decay < float("inf"):
+        raise ValueError(f"{where}: anchor_decay: expected a finite number >= 0, got {anchor_decay!r}")
+    if anchor_mode not in ANCHOR_MODES:
+        raise ValueError(f"{where}: anchor_mode: expected one of {ANCHOR_MODES}, got {anchor_mode!r}")
+
+
+def check_pull(lr: float | Tensor, anchor_decay: float, anchor_mode: str, where: str) -> None:
+    """Raise if a decoupled step would land beyond the anchor. An lr on a GPU is not waited for."""
+    if anchor_mode != "decoupled" or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        return
+    pull = float(lr) * anchor_decay
+    if not pull <= 1.0:
+        raise ValueError(
+            f"{where}: lr * anchor_decay: expected at most 1 (a step would land beyond the anchor), "
+            f"got {float(lr):g} * {anchor_decay:g} = {pull:g}"
+        )

@@ -1,0 +1,147 @@
+"""The records that the core steps by: one for each parameter, made in one place, and the plans over them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft import _C
+
+from .anchoring import anchoring_of
+from .masks import UpdateMask
+from .staging import PART_BYTES, Staging, staging_for
+from .tensors import DeviceKey, laid_out_like, like, local, process_groups_of, torch_device
+
+
+def record_of(
+    param: Tensor,
+    group: int,
+    name: str,
+    *,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    step: Tensor,
+    counts_on_device: bool,
+    anchor: Tensor | None = None,
+    importance: Tensor | None = None,
+    anchor_mode: str = "decoupled",
+    mask: UpdateMask | None = None,
+) -> _C.AdamWRecord:
+    """The core's record of a parameter that is stepped; of a DTensor, by what this process holds of it.
+
+    Args:
+        param: dense; its state (``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` with amsgrad) in its memory order.
+        group: the index of its group.
+        name: for messages.
+        step: one number; on the parameter's device if ``counts_on_device``, else on the CPU.
+        anchor, importance: of its shape, any floating dtype, beside it or in host memory; None where it is free.
+        anchor_mode: of its group.
+        mask: the rows or elements to step; None: all.
+
+    Raises:
+        ValueError: where the mode cannot be had, and from the plan for tensors that do not fit.
+    """
+    anchoring = anchoring_of(param, anchor, importance, anchor_mode, name)
+    stepped = local(param)
+
+    def placed(kept: Tensor | None) -> Tensor | None:
+        return None if kept is None else laid_out_like(local(like(kept, param)), stepped)
+
+    update_mask, rows = (None, None) if mask is None else mask.for_core(param)
+    return _C.AdamWRecord(
+        param,
+        group,
+        name=name,
+        anchoring=anchoring,
+        counts_on_device=counts_on_device,
+        stepped=stepped,
+        exp_avg=local(exp_avg),
+        exp_avg_sq=local(exp_avg_sq),
+        max_exp_avg_sq=None if max_exp_avg_sq is None else local(max_exp_avg_sq),
+        step=step,
+        anchor=placed(anchor),
+        importance=placed(importance),
+        update_mask=update_mask,
+        rows=rows,
+    )
+
+
+class Part:
+    """Tensors stepped together: a plan, its scratch memory, and the process groups its norm is added up over."""
+
+    def __init__(
+        self, records: list[_C.AdamWRecord], process_groups: Sequence[Any] = (), staging: Staging | None = None
+    ) -> None:
+        self.plan = _C.AdamWPlan(records)  # which keeps no parameter alive, and so must this
+        self.process_groups = process_groups
+        self.staging = staging
+        self._workspaces: dict[DeviceKey, Tensor] = {}
+
+    def workspace(self, device: DeviceKey) -> Tensor | None:
+        """The zeroed memory that the kernels keep their table in; None on the CPU."""
+        if device not in self._workspaces:
+            count = self.plan.workspace_bytes(device)
+            if count == 0:
+                return None
+            self._workspaces[device] = torch.zeros(count, dtype=torch.uint8, device=torch_device(device))
+        return self._workspaces[device]
+
+
+STAGED = ("anchor", "importance")
+"""Tensors of a record that may wait in host memory."""
+
+
+def parts_of(records: list[_C.AdamWRecord]) -> Iterator[Part]:
+    """Plans that together step all records that are to be stepped; usually one.
+
+    DTensors that lie spread over other processes have a plan of their own, since their norm adds up over these;
+    so do parameters whose anchor waits in host memory, some megabytes of it at a time.
+    """
+
+    def waiting(record: _C.AdamWRecord) -> dict[str, Tensor]:
+        """The tensors that lie elsewhere than the parameter."""
+        tensors = {name: getattr(record, name) for name in STAGED}
+        return {name: t for name, t in tensors.items() if t is not None and t.device != record.param.device}
+
+    watched = [record.unstepped() for record in records]
+    live = [position for position, record in enumerate(records) if record.steps]
+    plain: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    offloaded: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for position in live:
+        record = records[position]
+        key = process_groups_of(record.param)
+        if waiting(record):
+            offloaded[(*key, record.param.device)].append(position)
+        else:
+            plain[key].append(position)
+
+    def part(positions: list[int], groups: tuple[Any, ...], staging: Staging | None = None) -> Part:
+        chosen = list(watched)
+        views = iter(() if staging is None else staging.views)
+        for position in positions:
+            names = () if staging is None else waiting(records[position])
+            chosen[position] = records[position].replaced(**{name: next(views) for name in names})
+        return Part(chosen, groups, staging)
+
+    if not live:  # a plan of nothing still notices the first gradient
+        yield part([], ())
+    for key, positions in plain.items():
+        yield part(positions, key)
+    for (*groups, device), positions in offloaded.items():
+        chunks: list[list[int]] = [[]]
+        filled = 0
+        for position in positions:
+            nbytes = sum(tensor.nbytes for tensor in waiting(records[position]).values())
+            if filled + nbytes > PART_BYTES and chunks[-1]:
+                chunks.append([])
+                filled = 0
+            chunks[-1].append(position)
+            filled += nbytes
+        kept = [[tensor for i in chunk for tensor in waiting(records[i]).values()] for chunk in chunks]
+        for chunk, staging in zip(chunks, staging_for(device, kept), strict=True):
+            yield part(chunk, tuple(groups), staging)
