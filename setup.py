@@ -18,14 +18,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 ARCHS = "75;80;86;89;90;100;120"  # machine code for each, PTX for the last
-SOURCES = [
-    "csrc/module.cpp",
-    "csrc/adamw_plan.cpp",
-    "csrc/adamw_record.cpp",
-    "csrc/dropout_ops.cpp",
-    "csrc/torch_access.cpp",
-]
-SOURCES += ["csrc/cpu/adamw.cpp", "csrc/cpu/dropout.cpp"]
+SOURCES = ["csrc/module.cpp", "csrc/adamw_plan.cpp", "csrc/adamw_record.cpp", "csrc/dropout_ops.cpp"]
+SOURCES += ["csrc/torch_access.cpp", "csrc/cpu/adamw.cpp", "csrc/cpu/dropout.cpp"]
 KERNELS = ["csrc/cpu/adamw_kernels.cpp", "csrc/cpu/dropout_kernels.cpp"]  # compiled once per instruction set
 CUDA_SOURCES = ["csrc/cuda/adamw.cu", "csrc/cuda/adamw_kernels.cu", "csrc/cuda/dropout.cu"]
 

@@ -1,8 +1,8 @@
 """``python benchmarks/bench_data.py``: what mixing and augmenting cost a DataLoader, and which near copies are found.
 
 Loaders over the same examples take turns in one process, without workers, so that all of their work is timed: in
-seconds of the processor, which others at work on the machine disturb least. The data are those of the demo: movie
-reviews as the target, product reviews as the source, MiniLM's tokenizer.
+seconds of the processor, which others at work on the machine disturb least. The data are those of ``fastft.problems``:
+movie reviews as the target, product reviews as the source, MiniLM's tokenizer.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastft.commands.bench import CpuClock, Measurement, Work, alternate, environment, significant, verdict
-from fastft.commands.demo.corpus import read_table
-from fastft.commands.demo.experiment import load_tokenizer
 from fastft.data import (
     Augmented,
     AugmentingCollator,
@@ -35,6 +33,7 @@ from fastft.data import (
     find_duplicates,
     find_leakage,
 )
+from fastft.problems import load_tokenizer, read_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "data" / "loaders"
 PLAIN = "plain DataLoader"

@@ -1,4 +1,4 @@
-// Argument errors: what was wrong, what was expected, what came. They become Python exceptions in module.cpp.
+// Argument errors, which module.cpp turns into Python exceptions: `name: expected X, got Y`.
 #pragma once
 
 #include <sstream>
@@ -19,7 +19,7 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
-// For checks whose texts are not to be put together when all is well.
+// For checks that must not put a message together unless they fail.
 template <typename... Parts>
 [[noreturn]] __attribute__((noinline, cold)) void fail(const Parts&... parts) {
   throw ArgumentError(text(parts...));

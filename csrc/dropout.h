@@ -1,4 +1,4 @@
-// What the dropout kernels work on, as both backends see it. Pointers are borrowed; tensors are contiguous.
+// The arguments of the dropout kernels, the same for both backends. Pointers are borrowed; tensors are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,11 @@ namespace fastft {
 struct DropoutRandom {
   double p;
   int64_t seed, offset;
-  const int64_t* state;  // null, or where {seed, offset} lie on the device
+  const int64_t* state;  // null, or {seed, offset} in the device's memory, used instead
 };
 
 // y = residual + dropout(x + bias − minus), any of the three left out (null).
-struct DropoutAdd {
+struct BiasDropoutAdd {
   const void *x, *bias, *minus, *residual;
   void* y;
   int64_t numel, columns;                            // bias has `columns` elements: one for each of the last dimension
@@ -24,7 +24,7 @@ struct DropoutAdd {
 };
 
 // dx = dropout(dy); dbias = Σ_rows dx.
-struct DropoutBiasGrad {
+struct BiasDropoutAddBackward {
   const void* dy;
   void *dx, *dbias;
   int64_t rows, columns;
@@ -33,7 +33,7 @@ struct DropoutBiasGrad {
 };
 
 // sum = residual + dropout(x); y = norm(sum) (math/norm.h).
-struct DropoutNorm {
+struct DropoutAddNorm {
   const void *x, *residual, *weight, *bias;  // weight and bias: null, or `columns` elements
   void *y, *sum;
   void *mean, *rstd;  // one a row, float (double for double); mean null for rms
@@ -44,7 +44,7 @@ struct DropoutNorm {
 };
 
 // ds = dnorm(dy) + dsum; dresidual = ds; dx = dropout(ds); dweight and dbias: see math/norm.h.
-struct DropoutNormGrad {
+struct DropoutAddNormBackward {
   const void *dy, *dsum, *sum, *weight, *mean, *rstd;  // dsum, weight: may be null; mean null for rms
   void *dx, *dresidual, *dweight, *dbias;              // dweight, dbias: may be null
   int64_t rows, columns;

@@ -13,7 +13,7 @@ namespace {
 // Below this a call is over before another thread could have used the interpreter.
 constexpr int64_t kUnlockFrom = 16384;
 
-// What TensorView knows, without owning a copy of it: a call on a few elements must not spend its time on memory.
+// Like TensorView, with the shape borrowed: a call on a few elements must not spend its time on allocation.
 struct Operand {
   void* data;
   DType dtype;
@@ -43,7 +43,7 @@ bool view_of(const dlpack::Tensor& t, Operand* out) {
 
 Operand read(py::handle tensor, const char* argument) {
   dlpack::Tensor t;
-  if (!read_dlpack(tensor.ptr(), &t) || t.data == nullptr) read_tensor(tensor, argument);  // throws, and says why
+  if (!read_dlpack(tensor.ptr(), &t) || t.data == nullptr) read_tensor(tensor, argument);  // throws with the reason
   Operand out;
   if (!view_of(t, &out)) fail(argument, ": expected a contiguous tensor, got shape ", out.shape_str());
   return out;
@@ -77,8 +77,8 @@ class Operands {
 
   const Operand& first() const { return first_; }
 
-  // A tensor of the first one's shape. Of the dtype that `dtype` holds, or of any that goes with the first one's where
-  // it holds none (DType::other), which is then put there.
+  // A tensor of the first one's shape and of the dtype `*dtype`. Where that is DType::other, any dtype that goes with
+  // the first one's is accepted and stored there.
   void* like(py::handle tensor, const char* argument, DType* dtype) const {
     const Operand t = read(tensor, argument);
     if (!t.same_shape(first_)) fail(argument, ": expected shape ", first_.shape_str(), ", got ", t.shape_str());
@@ -86,7 +86,7 @@ class Operands {
     return t.data;
   }
 
-  // The same with `count` elements of whatever shape.
+  // The same for `count` elements of any shape.
   void* vector(py::handle tensor, int64_t count, const char* argument, DType* dtype) const {
     const Operand t = read(tensor, argument);
     if (t.numel != count) fail(argument, ": expected ", count, " elements, got shape ", t.shape_str());
@@ -149,14 +149,14 @@ void* workspace_data(py::handle workspace) {
   return workspace.is_none() ? nullptr : read(workspace, "workspace").data;
 }
 
-void run(const DropoutAdd& call, const Operand& first) {
+void run(const BiasDropoutAdd& call, const Operand& first) {
   if (call.numel == 0) return;
   dispatch(
-      first, [&] { cpu::dropout_add(call); },
-      [&](void* stream) { cuda::dropout_add(call, first.device.index, stream); });
+      first, [&] { cpu::bias_dropout_add(call); },
+      [&](void* stream) { cuda::bias_dropout_add(call, first.device.index, stream); });
 }
 
-// Whether a tensor can be computed with as it is.
+// Whether the kernels can compute with a tensor as it is.
 bool takes(py::handle tensor, Operand* out) {
   static const auto* const parameter =
       reinterpret_cast<PyTypeObject*>(py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr());
@@ -168,11 +168,11 @@ bool takes(py::handle tensor, Operand* out) {
 
 }  // namespace
 
-void dropout_add(py::handle x, py::handle y, py::handle random, py::handle bias, py::handle minus,
-                 py::handle residual) {
+void bias_dropout_add(py::handle x, py::handle y, py::handle random, py::handle bias, py::handle minus,
+                      py::handle residual) {
   const Operands operands(x, "input");
   const Operand& first = operands.first();
-  DropoutAdd call = {};
+  BiasDropoutAdd call = {};
   call.x = first.data;
   call.x_dtype = first.dtype;
   call.numel = first.numel;
@@ -186,10 +186,11 @@ void dropout_add(py::handle x, py::handle y, py::handle random, py::handle bias,
   run(call, first);
 }
 
-void dropout_bias_grad(py::handle dy, py::handle dx, py::handle dbias, py::handle random, py::handle workspace) {
+void bias_dropout_add_backward(py::handle dy, py::handle dx, py::handle dbias, py::handle random,
+                               py::handle workspace) {
   const Operands operands(dy, "grad");
   const Operand& first = operands.first();
-  DropoutBiasGrad call = {};
+  BiasDropoutAddBackward call = {};
   call.dy = first.data;
   call.dtype = first.dtype;
   call.columns = first.last();
@@ -200,15 +201,16 @@ void dropout_bias_grad(py::handle dy, py::handle dx, py::handle dbias, py::handl
   call.random = random_of(random, first.device);
   void* memory = workspace_data(workspace);
   dispatch(
-      first, [&] { cpu::dropout_bias_grad(call); },
-      [&](void* stream) { cuda::dropout_bias_grad(call, memory, first.device.index, stream); });
+      first, [&] { cpu::bias_dropout_add_backward(call); },
+      [&](void* stream) { cuda::bias_dropout_add_backward(call, memory, first.device.index, stream); });
 }
 
-void dropout_norm(py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle y, py::handle sum,
-                  py::handle mean, py::handle rstd, int64_t columns, double eps, py::handle random) {
+void dropout_add_norm(py::handle x, py::handle residual, py::handle weight, py::handle bias, py::handle y,
+                      py::handle sum, py::handle mean, py::handle rstd, int64_t columns, double eps,
+                      py::handle random) {
   const Operands operands(x, "input");
   const Operand& first = operands.first();
-  DropoutNorm call = {};
+  DropoutAddNorm call = {};
   call.x = first.data;
   call.x_dtype = first.dtype;
   call.columns = columns;
@@ -225,16 +227,16 @@ void dropout_norm(py::handle x, py::handle residual, py::handle weight, py::hand
   call.random = random_of(random, first.device);
   if (call.rows == 0) return;
   dispatch(
-      first, [&] { cpu::dropout_norm(call); },
-      [&](void* stream) { cuda::dropout_norm(call, first.device.index, stream); });
+      first, [&] { cpu::dropout_add_norm(call); },
+      [&](void* stream) { cuda::dropout_add_norm(call, first.device.index, stream); });
 }
 
-void dropout_norm_grad(py::handle dy, py::handle dsum, py::handle sum, py::handle weight, py::handle mean,
-                       py::handle rstd, py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias,
-                       int64_t columns, py::handle random, py::handle workspace) {
+void dropout_add_norm_backward(py::handle dy, py::handle dsum, py::handle sum, py::handle weight, py::handle mean,
+                               py::handle rstd, py::handle dx, py::handle dresidual, py::handle dweight,
+                               py::handle dbias, int64_t columns, py::handle random, py::handle workspace) {
   const Operands operands(dy, "grad");
   const Operand& first = operands.first();
-  DropoutNormGrad call = {};
+  DropoutAddNormBackward call = {};
   call.dy = first.data;
   call.dtype = first.dtype;
   call.columns = columns;
@@ -252,8 +254,8 @@ void dropout_norm_grad(py::handle dy, py::handle dsum, py::handle sum, py::handl
   call.random = random_of(random, first.device);
   void* memory = workspace_data(workspace);
   dispatch(
-      first, [&] { cpu::dropout_norm_grad(call); },
-      [&](void* stream) { cuda::dropout_norm_grad(call, memory, first.device.index, stream); });
+      first, [&] { cpu::dropout_add_norm_backward(call); },
+      [&](void* stream) { cuda::dropout_add_norm_backward(call, memory, first.device.index, stream); });
 }
 
 int64_t dropout_workspace_bytes([[maybe_unused]] py::handle tensor, [[maybe_unused]] int64_t columns,
@@ -274,7 +276,7 @@ py::object dropout(py::handle x, py::handle random) {
   static PyObject* const empty_like = py::object(py::module_::import("torch").attr("empty_like")).release().ptr();
   Operand first;
   if (!takes(x, &first)) return py::none();
-  DropoutAdd call = {};
+  BiasDropoutAdd call = {};
   call.random = random_of(random, first.device);
   auto y = py::reinterpret_steal<py::object>(PyObject_CallOneArg(empty_like, x.ptr()));
   dlpack::Tensor made;

@@ -34,12 +34,12 @@ PyObject* guarded(const Function& function) {
   return nullptr;
 }
 
-// dropout_add(x, y, random, bias=None, minus=None, residual=None, /)
-PyObject* py_dropout_add(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// bias_dropout_add(x, y, random, bias=None, minus=None, residual=None, /)
+PyObject* py_bias_dropout_add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded([&]() -> py::object {
-    check(count >= 3 && count <= 6, "dropout_add: expected 3 to 6 arguments, got ", count);
+    check(count >= 3 && count <= 6, "bias_dropout_add: expected 3 to 6 arguments, got ", count);
     const auto optional = [&](Py_ssize_t i) { return i < count ? py::handle(args[i]) : py::handle(Py_None); };
-    dropout_add(args[0], args[1], args[2], optional(3), optional(4), optional(5));
+    bias_dropout_add(args[0], args[1], args[2], optional(3), optional(4), optional(5));
     return py::none();
   });
 }
@@ -59,7 +59,8 @@ PyObject* py_dropout_takes(PyObject*, PyObject* tensor) {
 
 PyMethodDef kFastFunctions[] = {
     {"dropout", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_dropout)), METH_FASTCALL, nullptr},
-    {"dropout_add", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_dropout_add)), METH_FASTCALL, nullptr},
+    {"bias_dropout_add", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(py_bias_dropout_add)), METH_FASTCALL,
+     nullptr},
     {"dropout_takes", py_dropout_takes, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -91,14 +92,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("connect_torch", &connect_torch, py::arg("tensor_class"), py::arg("allocate_handles"), py::arg("samples"));
   m.def("overlapping", &overlapping, py::arg("tensors"));
   if (PyModule_AddFunctions(m.ptr(), kFastFunctions) != 0) throw py::error_already_set();
-  m.def("dropout_bias_grad", &dropout_bias_grad, py::arg("dy"), py::arg("dx"), py::arg("dbias"), py::arg("random"),
-        py::arg("workspace"));
-  m.def("dropout_norm", &dropout_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+  m.def("bias_dropout_add_backward", &bias_dropout_add_backward, py::arg("dy"), py::arg("dx"), py::arg("dbias"),
+        py::arg("random"), py::arg("workspace"));
+  m.def("dropout_add_norm", &dropout_add_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
         py::arg("y"), py::arg("sum"), py::arg("mean"), py::arg("rstd"), py::arg("columns"), py::arg("eps"),
         py::arg("random"));
-  m.def("dropout_norm_grad", &dropout_norm_grad, py::arg("dy"), py::arg("dsum"), py::arg("sum"), py::arg("weight"),
-        py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"),
-        py::arg("columns"), py::arg("random"), py::arg("workspace"));
+  m.def("dropout_add_norm_backward", &dropout_add_norm_backward, py::arg("dy"), py::arg("dsum"), py::arg("sum"),
+        py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"),
+        py::arg("dbias"), py::arg("columns"), py::arg("random"), py::arg("workspace"));
   m.def("dropout_workspace_bytes", &dropout_workspace_bytes, py::arg("tensor"), py::arg("columns"), py::arg("sums"));
   bind_record(m);
   py::class_<AdamWPlan>(m, "AdamWPlan")

@@ -73,8 +73,6 @@ struct TensorView {
   int64_t numel = 0;
   std::vector<int64_t> shape, strides;
 
-  bool same_shape(const TensorView& o) const { return shape == o.shape; }
-
   // Same shape and the same order of elements in memory; the stride of a dimension of size 1 means nothing.
   bool same_layout(const TensorView& o) const {
     if (shape != o.shape) return false;
@@ -94,16 +92,6 @@ struct TensorView {
       if (found == shape.size()) return false;
       used[found] = true;
       expected *= shape[found];
-    }
-    return true;
-  }
-
-  // Elements lie in the order of their indices.
-  bool contiguous() const {
-    int64_t expected = 1;
-    for (size_t d = shape.size(); d-- > 0 && numel > 0;) {
-      if (shape[d] != 1 && strides[d] != expected) return false;
-      expected *= shape[d];
     }
     return true;
   }

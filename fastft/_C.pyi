@@ -77,7 +77,7 @@ class AdamWPlan:
 # Dropout. `random`: (p, seed, offset), or (p, state) with an int64[2] tensor on the device.
 def dropout_takes(tensor: object, /) -> bool: ...
 def dropout(x: torch.Tensor, random: tuple[Any, ...], /) -> torch.Tensor: ...
-def dropout_add(
+def bias_dropout_add(
     x: torch.Tensor,
     y: torch.Tensor,
     random: tuple[Any, ...],
@@ -86,14 +86,14 @@ def dropout_add(
     residual: torch.Tensor | None = None,
     /,
 ) -> None: ...
-def dropout_bias_grad(
+def bias_dropout_add_backward(
     dy: torch.Tensor,
     dx: torch.Tensor,
     dbias: torch.Tensor,
     random: tuple[Any, ...],
     workspace: torch.Tensor | None,
 ) -> None: ...
-def dropout_norm(
+def dropout_add_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor | None,
@@ -106,7 +106,7 @@ def dropout_norm(
     eps: float,
     random: tuple[Any, ...],
 ) -> None: ...
-def dropout_norm_grad(
+def dropout_add_norm_backward(
     dy: torch.Tensor,
     dsum: torch.Tensor | None,
     sum: torch.Tensor,

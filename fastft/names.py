@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 __all__ = ["NameIndex", "bare", "clean", "closest", "covers", "listed", "matching", "named_tensors"]
 
-MOST_LISTED = 12
 # Parts of a path that wrappers inside a model add: torch.compile, FSDP, activation checkpointing.
 ADDED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PEFT_PREFIX = "base_model.model."
 DDP_PREFIX = "module."
+
+MOST_LISTED = 12  # names in an error
 
 
 def named_tensors(source: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -62,13 +63,6 @@ def closest(name: str, names: Iterable[str]) -> str:
     return f"; closest: {', '.join(near)}" if near else ""
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names in quotes, separated by commas; of many the first, and how many more there are."""
-    shown = [repr(name) for name in names]
-    more = len(shown) - MOST_LISTED
-    return ", ".join(shown[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
 def clean(name: str) -> str:
     """The name of a parameter or module without the parts that wrappers inside a model add."""
     return ADDED.sub("", name).removeprefix(PEFT_PREFIX)
@@ -110,3 +104,10 @@ class NameIndex:
             if found:
                 return found[0]
         return None
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in quotes, separated by commas; of many the first, and how many more there are."""
+    shown = [repr(name) for name in names]
+    more = len(shown) - MOST_LISTED
+    return ", ".join(shown[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")

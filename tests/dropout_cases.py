@@ -1,4 +1,4 @@
-"""What the dropout tests share: the masks worked out a second time in NumPy, and the operations in plain PyTorch."""
+"""Shared by the dropout tests: the masks worked out a second time in NumPy, and the operations in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def philox_words(seed: int, offset: int, first: int, count: int) -> np.ndarray:
 
 
 def expected_mask(size: Sequence[int], p: float, seed: int, offset: int = 0, first: int = 0) -> Tensor:
-    """What a call keeps, by the words: bool, of that size; ``first`` is the place of its first element."""
+    """The mask of a call, from the words: bool, of that size. ``first`` is the index of its first element."""
     count = int(np.prod(size))
     if count == 0:
         return torch.empty(tuple(size), dtype=torch.bool)
@@ -71,7 +71,7 @@ def expected_mask(size: Sequence[int], p: float, seed: int, offset: int = 0, fir
 
 
 def computed(dtype: torch.dtype) -> torch.dtype:
-    """What a dtype is computed in."""
+    """The dtype that a dtype is computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -100,7 +100,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping; 0 where the system does not tell."""
+    """Bytes that can be had without swapping; 0 where the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)

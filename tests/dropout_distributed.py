@@ -1,4 +1,4 @@
-"""What two processes do in tests/nn/test_fuse.py: started by it as scripts, one for each rank."""
+"""A script that tests/nn/test_fuse.py runs twice, as two ranks."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastft.commands import shell
-from fastft.commands.demo import corpus
+from fastft.problems import corpus
 
 Row = Mapping[str, Any]
 
@@ -118,7 +118,7 @@ def save_model(folder: Path, kind: str) -> Path:
 
 def minilm(folder: Path) -> Path:
     """The real MiniLM, in a folder as a user has it."""
-    from fastft.commands.demo.experiment import model_folder
+    from fastft.problems import model_folder
 
     return Path(shutil.copytree(model_folder(), folder, dirs_exist_ok=True))
 

@@ -75,7 +75,7 @@ class PartOfASum(Base):
 
 
 class SeesWhatItDropped(Base):
-    """Where the dropout works in place, h changes."""
+    """If the dropout works in place, h changes."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.dense(x)
@@ -114,7 +114,7 @@ class MLP(Base):
 
 
 class Block(nn.Module):
-    """Adds to what two parts return that end in a dropout."""
+    """Adds to the results of two parts that end in a dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Block(nn.Module):
 
 
 class PostNormBlock(nn.Module):
-    """The sum with what a part returns goes into a norm."""
+    """The sum with a part's result goes into a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class ByKeyword(Base):
 
 
 class ReturnsEarly(Base):
-    """Not always what its dropout made."""
+    """Does not always return its dropout's result."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 1:

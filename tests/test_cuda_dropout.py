@@ -63,14 +63,14 @@ def test_sums_have_the_cpus_bits_whatever_the_alignment(dtype: torch.dtype, shif
     results = []
     for device in ("cpu", "cuda"):
         operands = [t.to(device)[shift:].view(37, 130) for t in (x, r)]
-        results.append(ops.dropout_add(operands[0], b.to(device), operands[1], P, state(device)).cpu())
+        results.append(ops.bias_dropout_add(operands[0], b.to(device), operands[1], P, state(device)).cpu())
     assert same_bits(*results)
 
 
 @pytest.mark.parametrize("dtypes", ((torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)), ids=str)
 def test_mixed_dtypes_have_the_cpus_bits(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x, r = values(40, 24, dtype=dtypes[0]), values(40, 24, seed=1, dtype=dtypes[1])
-    cpu, cuda = (ops.dropout_add(x.to(d), None, r.to(d), P, state(d)) for d in ("cpu", "cuda"))
+    cpu, cuda = (ops.bias_dropout_add(x.to(d), None, r.to(d), P, state(d)) for d in ("cpu", "cuda"))
     assert cuda.dtype == cpu.dtype and same_bits(cuda.cpu(), cpu)
 
 
@@ -83,7 +83,7 @@ def test_norms_and_gradients_are_near_the_cpus(dtype: torch.dtype, rms: bool, sh
     for device in ("cpu", "cuda"):
         x, r, w, b = (t.to(device).requires_grad_() for t in tensors)
         bias = None if rms else b
-        y, sum, *_ = ops.dropout_norm(x, r, w, bias, shape[1], 1e-3, rms, dtype, P, state(device))
+        y, sum, *_ = ops.dropout_add_norm(x, r, w, bias, shape[1], 1e-3, rms, dtype, P, state(device))
         grads = [values(*shape, seed=8 + i, dtype=dtype).to(device) for i in range(2)]
         wanted = [t for t in (x, r, w, bias) if t is not None]
         results.append([t.detach().cpu() for t in (sum, y, *torch.autograd.grad((y, sum), wanted, grads))])
@@ -98,8 +98,8 @@ def test_gradients_of_biases_and_weights_repeat_bit_for_bit() -> None:
     b, w = (values(200, seed=i).cuda().requires_grad_() for i in (1, 2))
 
     def grads() -> tuple[Tensor, ...]:
-        y = ops.dropout_add(x, b, x, P, state("cuda"))
-        z, *_ = ops.dropout_norm(x, x, w, b, 200, 1e-5, False, torch.float32, P, state("cuda"))
+        y = ops.bias_dropout_add(x, b, x, P, state("cuda"))
+        z, *_ = ops.dropout_add_norm(x, x, w, b, 200, 1e-5, False, torch.float32, P, state("cuda"))
         return torch.autograd.grad((y, z), (b, w), (x, x))
 
     first = grads()
@@ -110,7 +110,7 @@ def test_gradients_of_biases_and_weights_repeat_bit_for_bit() -> None:
 def test_inf_and_nan_vanish_where_dropped() -> None:
     x = torch.tensor([float("inf"), float("nan"), 1.0, 2.0], device="cuda").repeat(1024)
     keep = fn.dropout_mask(4096, 0.5, seed=SEED, offset=OFFSET, device="cuda")
-    y = ops.dropout_add(x, None, None, 0.5, state("cuda"))
+    y = ops.bias_dropout_add(x, None, None, 0.5, state("cuda"))
     assert not y[~keep].any() and torch.equal(y[keep].isnan(), x[keep].isnan())
 
 
@@ -297,7 +297,7 @@ def test_more_elements_than_32_bits_count() -> None:
     if torch.cuda.mem_get_info()[0] < 3 * 2 * n:
         pytest.skip("less than 12 GB of device memory to spare")
     x = torch.ones(n, dtype=torch.bfloat16, device="cuda")
-    y = ops.dropout_add(x, None, None, 0.5, state("cuda"))
+    y = ops.bias_dropout_add(x, None, None, 0.5, state("cuda"))
     for first in (0, 2**31 - 5000, n - 5003):
         piece = y[first : first + 5003]
         assert torch.equal((piece != 0).cpu(), expected_mask((5003,), 0.5, SEED, OFFSET, first))

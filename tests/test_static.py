@@ -24,11 +24,11 @@ WIDE = {
     "adamw_step": (3, 3),
     "grad_sum_of_squares": (1, 0),
     "selective_project": (1, 1),
-    "add_kernel": (1, 1),
-    "bias_grad_kernel": (1, 0),
-    "norm_kernel": (1, 1),
-    "norm_grad_kernel": (1, 1),
-    "norm_weight_grad_kernel": (1, 0),
+    "bias_dropout_add_kernel": (1, 1),
+    "bias_dropout_add_backward_kernel": (1, 0),
+    "dropout_add_norm_kernel": (1, 1),
+    "dropout_add_norm_backward_kernel": (1, 1),
+    "dropout_add_norm_weight_backward_kernel": (1, 0),
     "part_sums_kernel": (0, 0),  # a column a thread
 }
 
@@ -57,7 +57,7 @@ def number_of_kernels(source: str) -> int:
 def most_registers(kernel: str, arch: str) -> int:
     if "kernel<double>" in kernel:  # for which two blocks must do
         return 128
-    if re.fullmatch(r"norm_grad_kernel<b?float16>", kernel):  # three blocks
+    if re.fullmatch(r"dropout_add_norm_backward_kernel<b?float16>", kernel):  # three blocks
         return 80
     # An importance in float64, and the sums of selective projection: three blocks.
     if re.fullmatch(r"adamw_step<(double, double, weighted|.*, selective)>", kernel):

@@ -28,7 +28,7 @@ inline void widen_all(const void* from, int64_t offset, int64_t n, T* to) {
 }
 
 #if defined(__F16C__)
-// Half precision by the instructions for it, with the bits of math/rounding.h.
+// float16 by the processor's own instructions; the same bits as math/rounding.h gives.
 template <>
 inline void widen_all<float16, float>(const void* from, int64_t offset, int64_t n, float* to) {
   const float16* source = static_cast<const float16*>(from) + offset;
@@ -57,7 +57,7 @@ constexpr DType native = DType::f32;
 template <>
 constexpr DType native<double> = DType::f64;
 
-// n elements from offset on in the type T: in place where they are stored so, else widened into buffer.
+// n elements from offset on as T: a pointer into data where they are stored as T, else widened into buffer.
 template <typename T>
 inline T* load(const void* data, DType dtype, int64_t offset, int64_t n, T* buffer) {
   if (data == nullptr) return nullptr;
@@ -97,7 +97,8 @@ inline void narrow_all(const float* __restrict from, void* to, int64_t offset, i
   }
 }
 
-// Undoes load: elements that were widened are rounded back, masked-out ones excepted.
+// Rounds values that load() widened back into data, except where the mask is 0. Does nothing where data holds T: there
+// load() gave a pointer into it.
 template <typename T>
 inline void store(const T* values, void* data, DType dtype, int64_t offset, int64_t n, const uint8_t* mask = nullptr) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -106,13 +107,13 @@ inline void store(const T* values, void* data, DType dtype, int64_t offset, int6
   }
 }
 
-// Where to compute what store() then puts into data: in place where it is stored so, else in buffer.
+// Where to write results that store() then rounds into data: data itself where it holds T, else buffer.
 template <typename T>
 inline T* target(void* data, DType dtype, int64_t offset, T* buffer) {
   return dtype == native<T> ? static_cast<T*>(data) + offset : buffer;
 }
 
-// load and store for those who keep the values: always a copy.
+// load and store that always copy, for callers that keep the values.
 template <typename T>
 inline void load_into(const void* data, DType dtype, int64_t offset, int64_t n, T* buffer) {
   const T* loaded = load(data, dtype, offset, n, buffer);

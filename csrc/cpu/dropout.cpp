@@ -68,36 +68,37 @@ void sum_parts(const std::vector<unsigned char>& partial, int64_t parts, int64_t
 
 }  // namespace
 
-void dropout_add(const DropoutAdd& call) {
+void bias_dropout_add(const BiasDropoutAdd& call) {
   want_huge_pages(call.y, call.numel * item_size(call.dtype));
   // In units of four elements, which share one call of the generator.
-  parallel_for((call.numel + 3) / 4, kGrain / 4,
-               [&](int64_t begin, int64_t end) { kernels().add(call, 4 * begin, std::min(4 * end, call.numel)); });
+  parallel_for((call.numel + 3) / 4, kGrain / 4, [&](int64_t begin, int64_t end) {
+    kernels().bias_dropout_add(call, 4 * begin, std::min(4 * end, call.numel));
+  });
 }
 
-void dropout_bias_grad(const DropoutBiasGrad& call) {
+void bias_dropout_add_backward(const BiasDropoutAddBackward& call) {
   want_huge_pages(call.dx, call.rows * call.columns * item_size(call.x_dtype));
   const Parts parts(call.rows, call.columns);
   const int64_t bytes = call.columns * width(call.dtype);
   std::vector<unsigned char> partial(parts.count * bytes);
   parallel_for(parts.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
-      kernels().bias_grad(call, parts.begin(p), parts.begin(p + 1), partial.data() + p * bytes);
+      kernels().bias_dropout_add_backward(call, parts.begin(p), parts.begin(p + 1), partial.data() + p * bytes);
   });
   sum_parts(partial, parts.count, call.columns, 0, call.columns, call.dbias, call.dtype, call.bias_dtype);
 }
 
-void dropout_norm(const DropoutNorm& call) {
+void dropout_add_norm(const DropoutAddNorm& call) {
   want_huge_pages(call.y, call.rows * call.columns * item_size(call.dtype));
   want_huge_pages(call.sum, call.rows * call.columns * item_size(call.dtype));
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, call.columns));
   parallel_for(call.rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<unsigned char> scratch(3 * call.columns * width(call.dtype));
-    kernels().norm(call, begin, end, scratch.data());
+    kernels().dropout_add_norm(call, begin, end, scratch.data());
   });
 }
 
-void dropout_norm_grad(const DropoutNormGrad& call) {
+void dropout_add_norm_backward(const DropoutAddNormBackward& call) {
   want_huge_pages(call.dx, call.rows * call.columns * item_size(call.x_dtype));
   want_huge_pages(call.dresidual, call.rows * call.columns * item_size(call.residual_dtype));
   const Parts parts(call.rows, call.columns);
@@ -106,7 +107,8 @@ void dropout_norm_grad(const DropoutNormGrad& call) {
   parallel_for(parts.count, 1, [&](int64_t begin, int64_t end) {
     std::vector<unsigned char> scratch(3 * call.columns * width(call.dtype));
     for (int64_t p = begin; p < end; ++p)
-      kernels().norm_grad(call, parts.begin(p), parts.begin(p + 1), partial.data() + p * bytes, scratch.data());
+      kernels().dropout_add_norm_backward(call, parts.begin(p), parts.begin(p + 1), partial.data() + p * bytes,
+                                          scratch.data());
   });
   const int64_t n = call.columns;
   sum_parts(partial, parts.count, 2 * n, 0, n, call.dweight, call.dtype, call.weight_dtype);

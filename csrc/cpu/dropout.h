@@ -5,9 +5,9 @@
 
 namespace fastft::cpu {
 
-void dropout_add(const DropoutAdd& call);
-void dropout_bias_grad(const DropoutBiasGrad& call);
-void dropout_norm(const DropoutNorm& call);
-void dropout_norm_grad(const DropoutNormGrad& call);
+void bias_dropout_add(const BiasDropoutAdd& call);
+void bias_dropout_add_backward(const BiasDropoutAddBackward& call);
+void dropout_add_norm(const DropoutAddNorm& call);
+void dropout_add_norm_backward(const DropoutAddNormBackward& call);
 
 }  // namespace fastft::cpu

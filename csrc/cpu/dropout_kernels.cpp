@@ -21,8 +21,8 @@ inline DropoutScalars<T> scalars_of(const DropoutRandom& r) {
 // The generator for many groups at a time: group first + j's words go to out[4j … 4j+3]. It may write up to
 // kExtraGroups groups beyond `count`.
 #if defined(__AVX2__)
-// A lane holds one 32-bit number in its lower half, and anything in its upper half: what a multiplication takes and
-// gives. Several vectors at once, since each has to wait for its own multiplications.
+// A 64-bit lane holds one 32-bit number in its lower half; the upper half is ignored, as the multiplication does.
+// Several vectors at a time, since each has to wait for its own multiplications.
 #if defined(__AVX512F__)
 typedef uint64_t Lanes __attribute__((vector_size(64)));
 constexpr Lanes kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7}, kFirstPairs = {0, 8, 1, 9, 2, 10, 3, 11},
@@ -76,7 +76,7 @@ inline void philox_groups(uint64_t seed, uint64_t block, uint64_t first, int64_t
 constexpr int64_t kExtraGroups = 0;
 
 inline void philox_groups(uint64_t seed, uint64_t block, uint64_t first, int64_t count, uint32_t* out) {
-  // One array for each of the four words and one round after the other, which compilers make vectors of.
+  // One array for each of the four words, and one round after the other: compilers vectorise these loops.
   alignas(64) uint32_t a[kBlock / 4 + 1], b[kBlock / 4 + 1], c[kBlock / 4 + 1], d[kBlock / 4 + 1];
   for (int64_t j = 0; j < count; ++j) {
     a[j] = static_cast<uint32_t>(block);
@@ -123,7 +123,7 @@ class Words {
   alignas(64) uint32_t words_[4 * (kBlock / 4 + 1 + kExtraGroups)];
 };
 
-// Has elements [at, at + n) brought in from memory, which goes on while words are computed.
+// Prefetches elements [at, at + n), so that they arrive while the words are computed.
 inline void prefetch(const void* data, DType dtype, int64_t at, int64_t n) {
   if (data == nullptr) return;
   const char* bytes = static_cast<const char*>(data) + at * item_size(dtype);
@@ -145,7 +145,7 @@ inline void drop(const DropoutScalars<T>& s, const uint32_t* words, const T* x, 
 }
 
 template <typename T>
-void add_as(const DropoutAdd& call, int64_t begin, int64_t end) {
+void bias_dropout_add_as(const BiasDropoutAdd& call, int64_t begin, int64_t end) {
   const DropoutScalars<T> s = scalars_of<T>(call.random);
   Words random;
   alignas(64) T x_[kBlock], b_[kBlock], m_[kBlock], r_[kBlock], y_[kBlock];
@@ -178,7 +178,7 @@ void add_as(const DropoutAdd& call, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-void bias_grad_as(const DropoutBiasGrad& call, int64_t begin, int64_t end, void* partial) {
+void bias_dropout_add_backward_as(const BiasDropoutAddBackward& call, int64_t begin, int64_t end, void* partial) {
   const DropoutScalars<T> s = scalars_of<T>(call.random);
   Words random;
   T* sums = static_cast<T*>(partial);
@@ -211,7 +211,7 @@ inline T lane_sum(int64_t n, const F& f) {
   return total;
 }
 
-// weight in the type T, or `absent` for all columns; `buffer` holds it if it must be made.
+// The weight as T, or `absent` in every column if there is none; in `buffer` where it is not stored as T.
 template <typename T>
 inline const T* load_or_fill(const void* weight, DType dtype, int64_t columns, T absent, T* buffer) {
   if (weight) return load(weight, dtype, 0, columns, buffer);
@@ -220,7 +220,7 @@ inline const T* load_or_fill(const void* weight, DType dtype, int64_t columns, T
 }
 
 template <typename T>
-void norm_as(const DropoutNorm& call, int64_t begin, int64_t end, void* scratch) {
+void dropout_add_norm_as(const DropoutAddNorm& call, int64_t begin, int64_t end, void* scratch) {
   const DropoutScalars<T> s = scalars_of<T>(call.random);
   const int64_t n = call.columns;
   T* const sum = static_cast<T*>(scratch);
@@ -254,7 +254,8 @@ void norm_as(const DropoutNorm& call, int64_t begin, int64_t end, void* scratch)
 }
 
 template <typename T>
-void norm_grad_as(const DropoutNormGrad& call, int64_t begin, int64_t end, void* partial, void* scratch) {
+void dropout_add_norm_backward_as(const DropoutAddNormBackward& call, int64_t begin, int64_t end, void* partial,
+                                  void* scratch) {
   const DropoutScalars<T> s = scalars_of<T>(call.random);
   const int64_t n = call.columns;
   T *const dweight = static_cast<T*>(partial), *const dbias = dweight + n;
@@ -279,7 +280,7 @@ void norm_grad_as(const DropoutNormGrad& call, int64_t begin, int64_t end, void*
     const T mean_g = call.mean ? lane_sum<T>(n, [&](int64_t i) { return g[i]; }) / static_cast<T>(n) : T(0);
     const T mean_gh = lane_sum<T>(n, [&](int64_t i) { return g[i] * h[i]; }) / static_cast<T>(n);
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) g[i] = norm_grad(g[i], h[i], mean_g, mean_gh, rstd);
+    for (int64_t i = 0; i < n; ++i) g[i] = norm_backward(g[i], h[i], mean_g, mean_gh, rstd);
     for (int64_t column = 0; column < n; column += kBlock) {
       const int64_t length = smaller(kBlock, n - column), at = start + column;
       T* ds = g + column;
@@ -302,26 +303,28 @@ void norm_grad_as(const DropoutNormGrad& call, int64_t begin, int64_t end, void*
 #define FASTFT_BY_DTYPE(function, call, ...) \
   (call.dtype == DType::f64 ? function##_as<double>(call, __VA_ARGS__) : function##_as<float>(call, __VA_ARGS__))
 
-void add(const DropoutAdd& call, int64_t begin, int64_t end) {
-  FASTFT_BY_DTYPE(add, call, begin, end);
+void bias_dropout_add(const BiasDropoutAdd& call, int64_t begin, int64_t end) {
+  FASTFT_BY_DTYPE(bias_dropout_add, call, begin, end);
 }
 
-void bias_grad(const DropoutBiasGrad& call, int64_t begin, int64_t end, void* partial) {
-  FASTFT_BY_DTYPE(bias_grad, call, begin, end, partial);
+void bias_dropout_add_backward(const BiasDropoutAddBackward& call, int64_t begin, int64_t end, void* partial) {
+  FASTFT_BY_DTYPE(bias_dropout_add_backward, call, begin, end, partial);
 }
 
-void norm(const DropoutNorm& call, int64_t begin, int64_t end, void* scratch) {
-  FASTFT_BY_DTYPE(norm, call, begin, end, scratch);
+void dropout_add_norm(const DropoutAddNorm& call, int64_t begin, int64_t end, void* scratch) {
+  FASTFT_BY_DTYPE(dropout_add_norm, call, begin, end, scratch);
 }
 
-void norm_grad(const DropoutNormGrad& call, int64_t begin, int64_t end, void* partial, void* scratch) {
-  FASTFT_BY_DTYPE(norm_grad, call, begin, end, partial, scratch);
+void dropout_add_norm_backward(const DropoutAddNormBackward& call, int64_t begin, int64_t end, void* partial,
+                               void* scratch) {
+  FASTFT_BY_DTYPE(dropout_add_norm_backward, call, begin, end, partial, scratch);
 }
 
 #undef FASTFT_BY_DTYPE
 
 }  // namespace
 
-extern const DropoutKernels FASTFT_KERNELS = {add, bias_grad, norm, norm_grad};
+extern const DropoutKernels FASTFT_KERNELS = {bias_dropout_add, bias_dropout_add_backward, dropout_add_norm,
+                                              dropout_add_norm_backward};
 
 }  // namespace fastft::cpu

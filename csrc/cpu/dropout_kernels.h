@@ -7,13 +7,14 @@ namespace fastft::cpu {
 
 struct DropoutKernels {
   // Elements [begin, end); begin is a multiple of 4.
-  void (*add)(const DropoutAdd& call, int64_t begin, int64_t end);
+  void (*bias_dropout_add)(const BiasDropoutAdd& call, int64_t begin, int64_t end);
   // Rows [begin, end). `partial`: columns sums of dx, in float (double for double).
-  void (*bias_grad)(const DropoutBiasGrad& call, int64_t begin, int64_t end, void* partial);
+  void (*bias_dropout_add_backward)(const BiasDropoutAddBackward& call, int64_t begin, int64_t end, void* partial);
   // Rows [begin, end). `scratch`: 3 · columns items of float (double for double).
-  void (*norm)(const DropoutNorm& call, int64_t begin, int64_t end, void* scratch);
+  void (*dropout_add_norm)(const DropoutAddNorm& call, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end). `partial`: 2 · columns sums, of dy·h and of dy; `scratch`: 3 · columns.
-  void (*norm_grad)(const DropoutNormGrad& call, int64_t begin, int64_t end, void* partial, void* scratch);
+  void (*dropout_add_norm_backward)(const DropoutAddNormBackward& call, int64_t begin, int64_t end, void* partial,
+                                    void* scratch);
 };
 
 extern const DropoutKernels dropout_baseline;

@@ -10,9 +10,8 @@
 
 namespace fastft::cpu {
 
-// Asks the system to back an array by large pages where it is not backed by anything yet. Only whole ones that lie
-// inside of it are asked for, so that no memory is taken that it would not take itself. numpy does the same from the
-// same size on.
+// Asks for large pages where an array has no pages yet. Only for whole large pages inside the array, so that it takes
+// no extra memory. numpy does the same from the same size on.
 inline void want_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2u << 20;

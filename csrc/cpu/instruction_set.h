@@ -1,4 +1,4 @@
-// Which set of inner loops this machine can run.
+// The instruction sets that the inner loops are compiled for, and which one to run.
 #pragma once
 
 #include <cstdlib>
@@ -25,8 +25,7 @@ inline InstructionSet supported_set() {
   return InstructionSet::baseline;
 }
 
-// The most that the environment allows: FASTFT_CPU_CAPABILITY, which tests and comparisons set, as ATEN_CPU_CAPABILITY
-// does for torch.
+// The highest set that FASTFT_CPU_CAPABILITY allows: for tests and comparisons, like torch's ATEN_CPU_CAPABILITY.
 inline InstructionSet allowed_set() {
   const char* value = std::getenv("FASTFT_CPU_CAPABILITY");
   const std::string name = value ? value : "";

@@ -17,8 +17,8 @@ constexpr int64_t kMostParts = 64;
 template <typename Stored>
 constexpr int kTake = sizeof(Stored) == 2 ? 8 : 4;
 
-// How many blocks a multiprocessor has registers for, with no value moved to memory. (One fewer for norm_grad in 16
-// bits.)
+// How many blocks a multiprocessor has registers for, with no value moved to memory. (One fewer for
+// dropout_add_norm_backward in 16 bits.)
 template <typename Stored>
 constexpr int kBlocks = sizeof(Stored) == 8 ? 2 : 4;
 
@@ -114,10 +114,10 @@ __device__ __forceinline__ void write_some_any(void* data, DType, int64_t i, int
 
 template <typename Stored>
 __global__ void __launch_bounds__(kThreads)
-    add_kernel(const __grid_constant__ Args<DropoutAdd, compute_t<Stored>> args) {
+    bias_dropout_add_kernel(const __grid_constant__ Args<BiasDropoutAdd, compute_t<Stored>> args) {
   using T = compute_t<Stored>;
   constexpr int N = kTake<Stored>;
-  const DropoutAdd& call = args.call;
+  const BiasDropoutAdd& call = args.call;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
   const int64_t count = call.numel - i;
   if (count <= 0) return;
@@ -174,10 +174,10 @@ __device__ __forceinline__ void for_lane(int64_t columns, const Work& work) {
 // A lane reads again what it has written itself, so nothing needs to be waited for.
 template <typename Stored>
 __global__ void __launch_bounds__(kThreads, kBlocks<Stored>)
-    norm_kernel(const __grid_constant__ Args<DropoutNorm, compute_t<Stored>> args) {
+    dropout_add_norm_kernel(const __grid_constant__ Args<DropoutAddNorm, compute_t<Stored>> args) {
   using T = compute_t<Stored>;
   constexpr int N = kTake<Stored>;
-  const DropoutNorm& call = args.call;
+  const DropoutAddNorm& call = args.call;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= call.rows) return;  // a whole warp
   const int64_t start = row * call.columns;
@@ -230,10 +230,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Stored>)
 
 template <typename Stored>
 __global__ void __launch_bounds__(kThreads, kBlocks<Stored> - (sizeof(Stored) == 2))
-    norm_grad_kernel(const __grid_constant__ Args<DropoutNormGrad, compute_t<Stored>> args) {
+    dropout_add_norm_backward_kernel(const __grid_constant__ Args<DropoutAddNormBackward, compute_t<Stored>> args) {
   using T = compute_t<Stored>;
   constexpr int N = kTake<Stored>;
-  const DropoutNormGrad& call = args.call;
+  const DropoutAddNormBackward& call = args.call;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= call.rows) return;  // a whole warp
   const int64_t start = row * call.columns;
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Stored> - (sizeof(Stored) ==
     if (call.dsum) read_some(call.dsum, call.dtype, start + c, count, args.wide, dsum);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      g[j] = norm_grad(g[j], h[j], mean_g, mean_gh, rstd);
+      g[j] = norm_backward(g[j], h[j], mean_g, mean_gh, rstd);
       if (call.dsum) g[j] += dsum[j];
     }
     write_some_any(call.dresidual, call.residual_dtype, start + c, count, args.wide, g);
@@ -326,9 +326,9 @@ __device__ __forceinline__ void sum_rows(int64_t rows, int64_t columns, int64_t 
 
 template <typename Stored>
 __global__ void __launch_bounds__(kThreads, kBlocks<Stored>)
-    bias_grad_kernel(const __grid_constant__ Args<DropoutBiasGrad, compute_t<Stored>> args) {
+    bias_dropout_add_backward_kernel(const __grid_constant__ Args<BiasDropoutAddBackward, compute_t<Stored>> args) {
   using T = compute_t<Stored>;
-  const DropoutBiasGrad& call = args.call;
+  const BiasDropoutAddBackward& call = args.call;
   const DropoutScalars<T> s = args.random();
   sum_rows<1>(call.rows, call.columns, args.parts, static_cast<T*>(args.partial),
               [&](int64_t row, int64_t column, int64_t count, T(&sums)[1][4]) {
@@ -347,10 +347,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Stored>)
 }
 
 template <typename Stored>
-__global__ void __launch_bounds__(kThreads, kBlocks<Stored>)
-    norm_weight_grad_kernel(const __grid_constant__ Args<DropoutNormGrad, compute_t<Stored>> args) {
+__global__ void __launch_bounds__(kThreads, kBlocks<Stored>) dropout_add_norm_weight_backward_kernel(
+    const __grid_constant__ Args<DropoutAddNormBackward, compute_t<Stored>> args) {
   using T = compute_t<Stored>;
-  const DropoutNormGrad& call = args.call;
+  const DropoutAddNormBackward& call = args.call;
   sum_rows<2>(call.rows, call.columns, args.parts, static_cast<T*>(args.partial),
               [&](int64_t row, int64_t column, int64_t count, T(&sums)[2][4]) {
                 const int64_t i = row * call.columns + column;
@@ -427,17 +427,18 @@ int64_t row_sums_bytes(int64_t rows, int64_t columns, DType dtype, int64_t sums)
   return sums * parts_of(rows) * columns * width;
 }
 
-void dropout_add(const DropoutAdd& call, int32_t device, void* stream) {
+void bias_dropout_add(const BiasDropoutAdd& call, int32_t device, void* stream) {
   const DeviceGuard guard(device);
   const bool wide = aligned({call.x, call.minus, call.residual, call.y});
   by_dtype(call.dtype, [&](auto stored) {
     using Stored = decltype(stored);
     auto args = args_of<compute_t<Stored>>(call, wide);
-    launch(add_kernel<Stored>, "dropout_add", blocks_of(call.numel, kThreads * kTake<Stored>), stream, args);
+    launch(bias_dropout_add_kernel<Stored>, "bias_dropout_add", blocks_of(call.numel, kThreads * kTake<Stored>), stream,
+           args);
   });
 }
 
-void dropout_bias_grad(const DropoutBiasGrad& call, void* workspace, int32_t device, void* stream) {
+void bias_dropout_add_backward(const BiasDropoutAddBackward& call, void* workspace, int32_t device, void* stream) {
   const DeviceGuard guard(device);
   const bool wide = aligned({call.dy, call.dx}) && call.columns % 8 == 0;
   by_dtype(call.dtype, [&](auto stored) {
@@ -446,23 +447,23 @@ void dropout_bias_grad(const DropoutBiasGrad& call, void* workspace, int32_t dev
     auto args = args_of<T>(call, wide);
     args.parts = parts_of(call.rows);
     args.partial = workspace;
-    launch(bias_grad_kernel<Stored>, "dropout_bias_grad", static_cast<uint32_t>(tiles_of(call.columns) * args.parts),
-           stream, args);
+    launch(bias_dropout_add_backward_kernel<Stored>, "bias_dropout_add_backward",
+           static_cast<uint32_t>(tiles_of(call.columns) * args.parts), stream, args);
     launch_part_sums(static_cast<const T*>(workspace), args.parts, call.columns, call.dbias, call.bias_dtype, stream);
   });
 }
 
-void dropout_norm(const DropoutNorm& call, int32_t device, void* stream) {
+void dropout_add_norm(const DropoutAddNorm& call, int32_t device, void* stream) {
   const DeviceGuard guard(device);
   const bool wide = aligned({call.x, call.residual, call.y, call.sum, call.weight, call.bias}) && call.columns % 8 == 0;
   by_dtype(call.dtype, [&](auto stored) {
     using Stored = decltype(stored);
     auto args = args_of<compute_t<Stored>>(call, wide);
-    launch(norm_kernel<Stored>, "dropout_norm", blocks_of(call.rows, kWarps), stream, args);
+    launch(dropout_add_norm_kernel<Stored>, "dropout_add_norm", blocks_of(call.rows, kWarps), stream, args);
   });
 }
 
-void dropout_norm_grad(const DropoutNormGrad& call, void* workspace, int32_t device, void* stream) {
+void dropout_add_norm_backward(const DropoutAddNormBackward& call, void* workspace, int32_t device, void* stream) {
   const DeviceGuard guard(device);
   const bool wide =
       aligned({call.dy, call.dsum, call.sum, call.weight, call.dx, call.dresidual}) && call.columns % 8 == 0;
@@ -471,11 +472,12 @@ void dropout_norm_grad(const DropoutNormGrad& call, void* workspace, int32_t dev
     using T = compute_t<Stored>;
     auto args = args_of<T>(call, wide);
     if (call.rows > 0)
-      launch(norm_grad_kernel<Stored>, "dropout_norm_grad", blocks_of(call.rows, kWarps), stream, args);
+      launch(dropout_add_norm_backward_kernel<Stored>, "dropout_add_norm_backward", blocks_of(call.rows, kWarps),
+             stream, args);
     if (call.dweight == nullptr && call.dbias == nullptr) return;
     args.parts = parts_of(call.rows);
     args.partial = workspace;
-    launch(norm_weight_grad_kernel<Stored>, "dropout_norm_weight_grad",
+    launch(dropout_add_norm_weight_backward_kernel<Stored>, "dropout_add_norm_weight_backward",
            static_cast<uint32_t>(tiles_of(call.columns) * args.parts), stream, args);
     const T* sums = static_cast<const T*>(workspace);
     launch_part_sums(sums, args.parts, call.columns, call.dweight, call.weight_dtype, stream);

@@ -45,7 +45,8 @@ FASTFT_HD bool dropout_keeps(const DropoutScalars<T>& s, uint32_t word) {
   return word <= s.last_kept && !s.none;
 }
 
-// x, or 0. By its bits on the host: compilers turn a choice into a masked load of x, which costs more than a plain one.
+// x where kept, else 0. On the host by its bits: compilers turn `keep ? x : 0` into a masked load of x, which costs
+// more than a plain one.
 FASTFT_HD float dropout_select(float x, bool keep) {
 #if defined(__CUDA_ARCH__)
   return keep ? x : 0.0f;

@@ -1,5 +1,5 @@
-// Layer normalisation (Ba et al. 2016, arXiv 1607.06450) and root-mean-square normalisation (Zhang & Sennrich 2019,
-// arXiv 1910.07467) of a row s of n elements:
+// Layer normalisation (Ba et al. 2016, https://arxiv.org/abs/1607.06450) and root-mean-square normalisation (Zhang &
+// Sennrich 2019, https://arxiv.org/abs/1910.07467) of a row s of n elements:
 //
 //   layer:  mean = Σs/n,  rstd = 1/√(Σ(s − mean)²/n + ε)      rms:  mean = 0,  rstd = 1/√(Σs²/n + ε)
 //   h = (s − mean)·rstd,  y = h·weight + bias
@@ -30,7 +30,7 @@ FASTFT_HD T norm_element(T s, T mean, T rstd, T weight, T bias) {
 }
 
 template <typename T>
-FASTFT_HD T norm_grad(T g, T h, T mean_g, T mean_gh, T rstd) {
+FASTFT_HD T norm_backward(T g, T h, T mean_g, T mean_gh, T rstd) {
   return rstd * (g - mean_g - h * mean_gh);
 }
 

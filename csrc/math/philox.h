@@ -1,5 +1,5 @@
 // Philox4x32-10, the counter-based generator of Salmon et al. 2011 (Parallel random numbers: as easy as 1, 2, 3;
-// doi 10.1145/2063384.2063405): a keyed bijection of 128-bit counters, so that any word of the stream can be had at any
+// doi 10.1145/2063384.2063405): a keyed bijection of 128-bit counters, so any word of the stream can be computed at any
 // time, in any order, with nothing stored. Known answer: key 0, counter 0 → 6627e8d5 e169c58d bc57ac4c 9b00dbd8.
 #pragma once
 

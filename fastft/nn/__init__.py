@@ -1,7 +1,7 @@
-"""Dropout that stores no mask: as functions, as modules, and swapped into models that are there already."""
+"""Dropout that stores no mask: as functions, as modules, and swapped into existing models."""
 
 from fastft.nn import functional
-from fastft.nn.fuse import FuseReport, fuse_dropout_, unfuse_dropout_
+from fastft.nn.fuse import FuseReport, fuse_dropout_
 from fastft.nn.modules import BiasDropoutAdd, Dropout, DropoutAddLayerNorm, DropoutAddRMSNorm, Mixout
 
 __all__ = [
@@ -13,5 +13,4 @@ __all__ = [
     "Mixout",
     "functional",
     "fuse_dropout_",
-    "unfuse_dropout_",
 ]

@@ -1,7 +1,7 @@
-"""Eager dropout: autograd functions straight onto the core, which keep (p, seed, offset) and no mask.
+"""Eager dropout: autograd functions that call the core and save (p, seed, offset) instead of a mask.
 
-Legacy style (``forward`` with ``ctx``): it costs less, and what functorch transforms comes by another way
-(:func:`fastft.nn.functional.path_of`).
+In the old style (``forward`` with ``ctx``), which costs less: functorch transforms never get here
+(:func:`fastft.nn.functional.route_of`).
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from fastft import _C
 from . import kernels
 from .random import Random
 
-core_dropout, core_add, core_takes = _C.dropout, _C.dropout_add, _C.dropout_takes
+core_dropout, core_bias_dropout_add, core_takes = _C.dropout, _C.bias_dropout_add, _C.dropout_takes
 Apply: TypeAlias = Callable[..., Any]
 grad_enabled, transforms_active = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
 
 
 class Dropout(Function):
-    """dropout(x). Linear, so that it is its own derivative: applied to gradients, and to those of gradients."""
+    """dropout(x). Linear, so it is its own derivative: it is applied to gradients, and to their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, random: Random) -> Tensor:
         ctx.random = random
-        return kernels.add(x, None, None, random)
+        return kernels.bias_dropout_add(x, None, None, random)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if grad_enabled() or transforms_active():
-            return dropped(grad, ctx.random), None
+            return dropout_again(grad, ctx.random), None
         if grad.is_neg():
             grad = grad.resolve_neg()
         dx = core_dropout(grad, ctx.random)
         if dx is None:  # not contiguous: what sum() sends back, for one
             dx = grad.clone(memory_format=torch.contiguous_format)
             if not core_takes(dx):
-                return dropped(grad, ctx.random), None
-            core_add(dx, dx, ctx.random)
+                return dropout_again(grad, ctx.random), None
+            core_bias_dropout_add(dx, dx, ctx.random)
         return dx, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return dropped(tangent, ctx.random)
+        return dropout_again(tangent, ctx.random)
 
 
 class PlainDropout(Dropout):
@@ -59,8 +59,8 @@ class PlainDropout(Dropout):
         return core_dropout(x, random)
 
 
-# A small call's time goes to Python, and a tenth of it to what torch does for functorch, which never comes here: these
-# are Function.apply, and the method that the autograd engine calls, without that.
+# A small call's time goes to Python, a tenth of it to what torch does for functorch, which never gets here. These are
+# Function.apply, and the method that the autograd engine calls, without that part.
 apply_plain_dropout: Apply = super(Function, PlainDropout).apply
 PlainDropout._backward_cls.apply = PlainDropout.backward  # type: ignore[attr-defined]
 
@@ -72,12 +72,12 @@ class DropoutInPlace(Dropout):
     def forward(ctx: Any, x: Tensor, random: Random) -> Tensor:
         ctx.random = random
         ctx.mark_dirty(x)
-        write_dropped(x, random)
+        dropout_(x, random)
         return x
 
 
 class Mixout(Dropout):
-    """anchor + dropout(weight − anchor), the anchor being constant."""
+    """anchor + dropout(weight − anchor), with a constant anchor."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, anchor: Tensor, random: Random) -> Tensor:  # type: ignore[override]
@@ -90,11 +90,11 @@ class Mixout(Dropout):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return dropped(tangent, ctx.random)
+        return dropout_again(tangent, ctx.random)
 
 
 class BiasDropoutAdd(Function):
-    """residual + dropout(x + bias), either of the two left out (None)."""
+    """residual + dropout(x + bias); bias and residual may be None."""
 
     @staticmethod
     def forward(
@@ -102,7 +102,7 @@ class BiasDropoutAdd(Function):
     ) -> Tensor:
         ctx.random = random
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype, None if residual is None else residual.dtype
-        return kernels.add(x, bias, residual, random, dtype)
+        return kernels.bias_dropout_add(x, bias, residual, random, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,12 +111,12 @@ class BiasDropoutAdd(Function):
         dx = dbias = dresidual = None
         plain = readable(grad) if wants_bias and not grad_enabled() else None
         if plain is not None:
-            dx, dbias = kernels.bias_grad(plain, ctx.random, dtype, bias_dtype)
+            dx, dbias = kernels.bias_dropout_add_backward(plain, ctx.random, dtype, bias_dtype)
         elif wants_bias:
-            full = dropped(grad, ctx.random)
+            full = dropout_again(grad, ctx.random)
             dx, dbias = full.to(dtype), full.reshape(-1, full.shape[-1]).sum(0).to(bias_dtype)
         elif wants_x:
-            dx = dropped(grad, ctx.random, dtype)
+            dx = dropout_again(grad, ctx.random, dtype)
         if wants_residual:
             dresidual = grad.to(residual_dtype)
         return dx, dbias, dresidual, None, None
@@ -126,15 +126,15 @@ class BiasDropoutAdd(Function):
         shifted = bias if x is None else x if bias is None else x + bias
         if shifted is None:
             return residual
-        tangent = dropped(shifted, ctx.random)
+        tangent = dropout_again(shifted, ctx.random)
         return tangent if residual is None else residual + tangent
 
 
 class DropoutAddNorm(Function):
     """(norm(sum), sum) with sum = residual + dropout(x): layer or rms norm over the last ``columns`` elements.
 
-    Keeps the sum, the norm's statistics and its weight. The sum is an output even where nobody asks for it, so that
-    the gradient's own derivative can be taken with respect to it.
+    Saves the sum, the norm's statistics and its weight. The sum is always an output, so that the gradient can be
+    differentiated with respect to it.
     """
 
     @staticmethod
@@ -150,7 +150,7 @@ class DropoutAddNorm(Function):
         dtype: torch.dtype,
         random: Random,
     ) -> tuple[Tensor, Tensor]:
-        y, sum, mean, rstd = kernels.norm(x, residual, weight, bias, columns, eps, rms, dtype, True, random)
+        y, sum, mean, rstd = kernels.dropout_add_norm(x, residual, weight, bias, columns, eps, rms, dtype, True, random)
         ctx.save_for_backward(sum, weight, mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.columns, ctx.eps, ctx.rms, ctx.random = columns, eps, rms, random
@@ -168,7 +168,7 @@ class DropoutAddNorm(Function):
         if grad_enabled() or plain is None or (plain_sum is None) != (dsum is None):
             return (*DropoutAddNorm.composed_backward(ctx, dy, dsum, sum, weight), *[None] * 5)
         shape, weight_dtype = ctx.affine
-        dx, dresidual, dweight, dbias = kernels.norm_grad(
+        dx, dresidual, dweight, dbias = kernels.dropout_add_norm_backward(
             plain,
             plain_sum,
             sum,
@@ -207,40 +207,40 @@ class DropoutAddNorm(Function):
         ds = (rstd * ds).reshape(sum.shape)
         if dsum is not None:
             ds = ds + dsum
-        return dropped(ds, ctx.random).to(dtype), ds.to(residual_dtype), dweight, dbias
+        return dropout_again(ds, ctx.random).to(dtype), ds.to(residual_dtype), dweight, dbias
 
 
 def readable(x: Tensor) -> Tensor | None:
-    """A gradient as the core reads it; None if it cannot: for one of a batch under vmap, and for subclasses."""
+    """A gradient as the core reads it; None where it cannot (under vmap, and for tensor subclasses)."""
     if transforms_active():
         return None
     x = kernels.ready(x)
     return x if core_takes(x) else None
 
 
-def dropped(x: Tensor, random: Random, dtype: torch.dtype | None = None) -> Tensor:
-    """dropout(x) with the mask of ``random`` for any x that backward passes meet."""
+def dropout_again(x: Tensor, random: Random, dtype: torch.dtype | None = None) -> Tensor:
+    """dropout(x) with a mask that was drawn before, for any x that a backward pass may bring."""
     if grad_enabled() and x.requires_grad and not transforms_active():
         result: Tensor = apply_dropout(x, random)
         return result.to(dtype or x.dtype)
     plain = readable(x)
     if plain is not None:
-        return kernels.add(plain, None, None, random, dtype)
-    kept = kernels.add(torch.ones(x.shape, dtype=x.dtype, device=x.device), None, None, random) != 0
+        return kernels.bias_dropout_add(plain, None, None, random, dtype)
+    kept = kernels.bias_dropout_add(torch.ones(x.shape, dtype=x.dtype, device=x.device), None, None, random) != 0
     p = random[0]
     return torch.where(kept, x * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0).to(dtype or x.dtype)
 
 
-def write_dropped(x: Tensor, random: Random) -> None:
-    """x becomes dropout(x), whatever its layout; autograd has to be told by the caller."""
+def dropout_(x: Tensor, random: Random) -> None:
+    """x becomes dropout(x), in any layout. Version counters and autograd are the caller's job."""
     if core_takes(x) and not x.is_neg():
-        core_add(x, x, random)
+        core_bias_dropout_add(x, x, random)
     else:
-        x.copy_(kernels.add(x, None, None, random))
+        x.copy_(kernels.bias_dropout_add(x, None, None, random))
 
 
 apply_dropout: Apply = Dropout.apply
-apply_dropout_in_place: Apply = DropoutInPlace.apply
+apply_dropout_: Apply = DropoutInPlace.apply
 apply_mixout: Apply = Mixout.apply
 apply_bias_dropout_add: Apply = BiasDropoutAdd.apply
 apply_dropout_add_norm: Apply = DropoutAddNorm.apply

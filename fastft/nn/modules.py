@@ -1,4 +1,4 @@
-"""The functions as modules, with the parameters and names of torch's own where there are such."""
+"""The functions as modules. Those that torch has too have the parameters and names of torch's."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ class Dropout(nn.Dropout):
         inplace: write into the input.
 
     Shape: any; the output has the input's.
+
+    Raises:
+        ValueError: p is outside [0, 1].
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,6 +39,9 @@ class BiasDropoutAdd(nn.Module):
         p: the probability of an element to become 0.
 
     Shape: input and residual ``[..., n]``, bias ``[n]``; bias and residual may be None.
+
+    Raises:
+        ValueError: p is outside [0, 1].
     """
 
     def __init__(self, p: float = 0.5) -> None:
@@ -61,6 +67,9 @@ class DropoutAddLayerNorm(nn.LayerNorm):
         eps, elementwise_affine, bias, device, dtype: as in ``torch.nn.LayerNorm``.
 
     Shape: input and residual ``[..., *normalized_shape]``; the outputs have the same.
+
+    Raises:
+        ValueError: p is outside [0, 1].
     """
 
     def __init__(
@@ -107,6 +116,9 @@ class DropoutAddRMSNorm(nn.RMSNorm):
         eps, elementwise_affine, device, dtype: as in ``torch.nn.RMSNorm``.
 
     Shape: input and residual ``[..., *normalized_shape]``; the outputs have the same.
+
+    Raises:
+        ValueError: p is outside [0, 1].
     """
 
     def __init__(
@@ -148,15 +160,20 @@ class Mixout(nn.Module):
         anchor = fastft.Anchor.snapshot(model)
         parametrize.register_parametrization(layer, "weight", Mixout(anchor, layer.weight, p=0.7))
 
-    The pre-trained values are kept beside the weight in a buffer that is not saved: make the parametrization again
-    from the anchor when a checkpoint is loaded.
+    The pre-trained values are in a buffer that is not saved: make the parametrization again from the anchor before
+    loading a checkpoint.
 
     Args:
-        anchor: a :class:`fastft.Anchor`, or the pre-trained values themselves.
-        key: which of the anchor's weights: a name, or a parameter that it was made from. None with a tensor.
+        anchor: a :class:`fastft.Anchor`, or the pre-trained values themselves (they are copied).
+        key: the weight's name in the anchor, or a parameter that the anchor was made from. None with a tensor.
         p: the probability of an element to be replaced.
 
-    Raises ``KeyError`` if the anchor does not hold ``key``.
+    Shape: any; the output has the weight's.
+
+    Raises:
+        KeyError: the anchor does not hold ``key``.
+        TypeError: an anchor without a key, or a tensor with one.
+        ValueError: p is outside [0, 1].
     """
 
     anchor: Tensor
@@ -165,7 +182,10 @@ class Mixout(nn.Module):
         super().__init__()
         self.p = checked_p(p)
         if isinstance(anchor, Anchor) == (key is None):
-            raise TypeError("Mixout: expected an Anchor with a key (a name or a parameter), or a tensor without one")
+            raise TypeError(
+                "anchor: expected an Anchor and a key (a name or a parameter), or a tensor and no key, got "
+                f"{type(anchor).__name__} and {'no key' if key is None else 'a key'}"
+            )
         if isinstance(anchor, Anchor):
             assert key is not None
             values = anchor[key].detach()
@@ -179,7 +199,7 @@ class Mixout(nn.Module):
         return functional.mixout(weight, self.anchor, self.p, self.training)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What is assigned to the parametrized weight becomes the weight."""
+        """Assigning to the parametrized weight sets the weight itself."""
         return weight
 
     def extra_repr(self) -> str:
@@ -187,7 +207,7 @@ class Mixout(nn.Module):
 
 
 def checked_p(p: float) -> float:
-    """Raises as torch's modules do."""
+    """p, checked as torch's modules check it."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     return p

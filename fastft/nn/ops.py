@@ -1,7 +1,7 @@
-"""The same operations as ``torch.ops.fastft.*``, for compiled and exported graphs.
+"""The operations as ``torch.ops.fastft.*``, for compiled and exported graphs.
 
-Each is a function of its arguments: the mask's state {seed, offset} is one of them, an int64[2] tensor on the device.
-(An operation that drew for itself would be merged with its twin by common subexpression elimination.)
+Each is a pure function: the mask's state {seed, offset} is an argument, an int64[2] tensor on the device. (Two equal
+calls of an operation that drew its own state would be merged by common subexpression elimination.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def define(
     schema: str, fake: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[[Function], Function]:
-    """Decorates what computes an operation."""
+    """A decorator: registers an operation that the decorated function computes."""
     name = "fastft::" + schema.split("(")[0]
 
     def decorate(function: Function) -> Function:
@@ -50,69 +50,69 @@ def promoted(*tensors: Tensor | None) -> torch.dtype:
 # -- residual + dropout(x + bias) --------------------------------------------------------------------------
 
 
-def fake_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor | None, p: float, state: Tensor) -> Tensor:
+def fake_bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor | None, p: float, state: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=promoted(x, bias, residual))
 
 
-def setup_dropout_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_bias_dropout_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bias, residual, ctx.p, state = inputs
     ctx.save_for_backward(state)
     ctx.dtypes = x.dtype, None if bias is None else bias.dtype, None if residual is None else residual.dtype
 
 
-def backward_dropout_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def autograd_bias_dropout_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (state,) = ctx.saved_tensors
     dtype, bias_dtype, residual_dtype = ctx.dtypes
     wants_x, wants_bias, wants_residual = ctx.needs_input_grad[:3]
     dx = dbias = None
     if wants_bias:
-        dx, dbias = ops.dropout_bias_grad(grad, ctx.p, state, dtype, bias_dtype)
+        dx, dbias = ops.bias_dropout_add_backward(grad, ctx.p, state, dtype, bias_dtype)
     elif wants_x:
-        dx = ops.dropout_add(grad, None, None, ctx.p, state).to(dtype)
+        dx = ops.bias_dropout_add(grad, None, None, ctx.p, state).to(dtype)
     return dx, dbias, grad.to(residual_dtype) if wants_residual else None, None, None
 
 
 @define(
-    "dropout_add(Tensor x, Tensor? bias, Tensor? residual, float p, Tensor state) -> Tensor",
-    fake_dropout_add,
-    setup_dropout_add,
-    backward_dropout_add,
+    "bias_dropout_add(Tensor x, Tensor? bias, Tensor? residual, float p, Tensor state) -> Tensor",
+    fake_bias_dropout_add,
+    setup_bias_dropout_add,
+    autograd_bias_dropout_add,
 )
-def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor | None, p: float, state: Tensor) -> Tensor:
-    return kernels.add(x, bias, residual, (p, state), promoted(x, bias, residual))
+def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor | None, p: float, state: Tensor) -> Tensor:
+    return kernels.bias_dropout_add(x, bias, residual, (p, state), promoted(x, bias, residual))
 
 
 # -- its gradient where there is a bias --------------------------------------------------------------------
 
 
-def fake_dropout_bias_grad(
+def fake_bias_dropout_add_backward(
     grad: Tensor, p: float, state: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return grad.new_empty(grad.shape, dtype=dtype), grad.new_empty(grad.shape[-1:], dtype=bias_dtype)
 
 
-def setup_dropout_bias_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def setup_bias_dropout_add_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     grad, ctx.p, state, *_ = inputs
     ctx.dtype = grad.dtype
     ctx.save_for_backward(state)
 
 
-def backward_dropout_bias_grad(ctx: Any, ddx: Tensor, ddbias: Tensor) -> tuple[Tensor | None, ...]:
+def autograd_bias_dropout_add_backward(ctx: Any, ddx: Tensor, ddbias: Tensor) -> tuple[Tensor | None, ...]:
     (state,) = ctx.saved_tensors
-    return ops.dropout_add(ddx.to(ctx.dtype) + ddbias.to(ctx.dtype), None, None, ctx.p, state), *[None] * 4
+    return ops.bias_dropout_add(ddx.to(ctx.dtype) + ddbias.to(ctx.dtype), None, None, ctx.p, state), *[None] * 4
 
 
 @define(
-    "dropout_bias_grad(Tensor grad, float p, Tensor state, ScalarType dtype, ScalarType bias_dtype)"
+    "bias_dropout_add_backward(Tensor grad, float p, Tensor state, ScalarType dtype, ScalarType bias_dtype)"
     " -> (Tensor, Tensor)",
-    fake_dropout_bias_grad,
-    setup_dropout_bias_grad,
-    backward_dropout_bias_grad,
+    fake_bias_dropout_add_backward,
+    setup_bias_dropout_add_backward,
+    autograd_bias_dropout_add_backward,
 )
-def dropout_bias_grad(
+def bias_dropout_add_backward(
     grad: Tensor, p: float, state: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return kernels.bias_grad(grad, (p, state), dtype, bias_dtype)
+    return kernels.bias_dropout_add_backward(grad, (p, state), dtype, bias_dtype)
 
 
 # -- anchor + dropout(weight − anchor) ---------------------------------------------------------------------
@@ -127,13 +127,13 @@ def setup_mixout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(state)
 
 
-def backward_mixout(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def autograd_mixout(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (state,) = ctx.saved_tensors
-    return ops.dropout_add(grad, None, None, ctx.p, state), None, None, None
+    return ops.bias_dropout_add(grad, None, None, ctx.p, state), None, None, None
 
 
 @define(
-    "mixout(Tensor weight, Tensor anchor, float p, Tensor state) -> Tensor", fake_mixout, setup_mixout, backward_mixout
+    "mixout(Tensor weight, Tensor anchor, float p, Tensor state) -> Tensor", fake_mixout, setup_mixout, autograd_mixout
 )
 def mixout(weight: Tensor, anchor: Tensor, p: float, state: Tensor) -> Tensor:
     return kernels.mixout(weight, anchor, (p, state))
@@ -142,7 +142,7 @@ def mixout(weight: Tensor, anchor: Tensor, p: float, state: Tensor) -> Tensor:
 # -- norm(residual + dropout(x)) ---------------------------------------------------------------------------
 
 
-def fake_dropout_norm(
+def fake_dropout_add_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -159,7 +159,7 @@ def fake_dropout_norm(
     return y, torch.empty_like(y), rstd.new_empty((0,)) if rms else torch.empty_like(rstd), rstd
 
 
-def setup_dropout_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_dropout_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, ctx.columns, _, _, dtype, ctx.p, state = inputs
     _, sum, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -170,12 +170,12 @@ def setup_dropout_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.dtypes = x.dtype, residual.dtype, dtype if affine is None else affine.dtype
 
 
-def backward_dropout_norm(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def autograd_dropout_add_norm(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     sum, weight, mean, rstd, state = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(sum)
     _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-    dx, dresidual, dweight, dbias = ops.dropout_norm_grad(
+    dx, dresidual, dweight, dbias = ops.dropout_add_norm_backward(
         dy, dsum, sum, weight, mean, rstd, ctx.columns, ctx.p, state, *ctx.dtypes, wants_weight, wants_bias
     )
     dweight = dweight.view(ctx.affine) if wants_weight else None
@@ -184,13 +184,13 @@ def backward_dropout_norm(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: 
 
 
 @define(
-    "dropout_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, SymInt columns, float eps, bool rms,"
+    "dropout_add_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, SymInt columns, float eps, bool rms,"
     " ScalarType dtype, float p, Tensor state) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake_dropout_norm,
-    setup_dropout_norm,
-    backward_dropout_norm,
+    fake_dropout_add_norm,
+    setup_dropout_add_norm,
+    autograd_dropout_add_norm,
 )
-def dropout_norm(
+def dropout_add_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -202,10 +202,10 @@ def dropout_norm(
     p: float,
     state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return kernels.norm(x, residual, weight, bias, columns, eps, rms, dtype, True, (p, state))
+    return kernels.dropout_add_norm(x, residual, weight, bias, columns, eps, rms, dtype, True, (p, state))
 
 
-def fake_dropout_norm_grad(
+def fake_dropout_add_norm_backward(
     dy: Tensor,
     dsum: Tensor | None,
     sum: Tensor,
@@ -235,19 +235,19 @@ def no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def not_twice(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
-        "fastft: the second derivative of dropout_add_layer_norm and dropout_add_rms_norm is there in eager mode only"
+        "dropout_add_layer_norm, dropout_add_rms_norm: expected one derivative outside eager mode, got a second one"
     )
 
 
 @define(
-    "dropout_norm_grad(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor mean, Tensor rstd, SymInt columns,"
-    " float p, Tensor state, ScalarType dtype, ScalarType residual_dtype, ScalarType weight_dtype, bool wants_weight,"
-    " bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake_dropout_norm_grad,
+    "dropout_add_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor mean, Tensor rstd,"
+    " SymInt columns, float p, Tensor state, ScalarType dtype, ScalarType residual_dtype, ScalarType weight_dtype,"
+    " bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake_dropout_add_norm_backward,
     no_context,
     not_twice,
 )
-def dropout_norm_grad(
+def dropout_add_norm_backward(
     dy: Tensor,
     dsum: Tensor | None,
     sum: Tensor,
@@ -263,7 +263,7 @@ def dropout_norm_grad(
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, ...]:
-    grads = kernels.norm_grad(
+    grads = kernels.dropout_add_norm_backward(
         dy,
         dsum,
         sum,

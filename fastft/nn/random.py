@@ -1,4 +1,4 @@
-"""Where a mask comes from: (seed, offset) of torch's generators, or a state that lies on the device."""
+"""Seed and offset of a mask, drawn from torch's generators."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-# What the core takes: (p, seed, offset), or (p, state) with an int64[2] tensor {seed, offset} on the device.
+# An argument of the core: (p, seed, offset), or (p, state) with an int64[2] tensor {seed, offset} on the device.
 Random: TypeAlias = "tuple[float, int, int] | tuple[float, Tensor]"
 
-# What one call takes from a CUDA generator: offsets count 32-bit words, and must stay multiples of four.
+# By how much one call moves a CUDA generator on. Offsets count 32-bit words and must stay multiples of four.
 OFFSET_STEP = 4
 
 
 class Draws(threading.local):
-    """One thread's place for the number that a CPU generator draws: to allocate one takes longer than to draw it."""
+    """A buffer per thread for the number that a CPU generator draws: allocating one takes longer than drawing."""
 
     def __init__(self) -> None:
         place = torch.empty((), dtype=torch.int64, device="cpu")
@@ -27,7 +27,7 @@ draws = Draws()
 
 
 def draw(p: float, tensor: Tensor, generator: torch.Generator | None) -> Random:
-    """The mask of the next call on ``tensor``: takes from the generator (None: the default one of the device)."""
+    """The mask of the next call on ``tensor``, drawn from the generator (None: the default one of the device)."""
     if tensor.is_cpu:
         draw_number, number = draws.draw_and_number
         if generator is None:
@@ -49,11 +49,11 @@ def draw(p: float, tensor: Tensor, generator: torch.Generator | None) -> Random:
 
 
 def draw_state(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """A new {seed, offset} on the device, drawn by an ordinary operation: a compiled or captured graph repeats it, and
-    every run of the graph gives another one."""
+    """A new {seed, offset} on the device, drawn by an ordinary operation: every run of a compiled or captured graph
+    draws another one."""
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
 def signed(seed: int) -> int:
-    """The same 64 bits as the core takes them."""
+    """The same 64 bits as a signed integer, which the core takes."""
     return (seed + 2**63) % 2**64 - 2**63

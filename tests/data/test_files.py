@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from fastft.commands.demo import corpus
 from fastft.data import read_rows, read_table
 from fastft.data.files import FileError
 from fastft.errors import UserError
+from fastft.problems import corpus
 
 datasets = pytest.importorskip("datasets")
 

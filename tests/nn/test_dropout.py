@@ -32,7 +32,7 @@ def seeded(seed: int = 5) -> torch.Generator:
 
 
 def mask_of(generator: torch.Generator, size: tuple[int, ...], p: float) -> Tensor:
-    """What the next call with this generator will keep: its seed is the generator's next int64."""
+    """The mask of the next call with this generator. Its seed is the generator's next int64."""
     copy = torch.Generator()
     copy.set_state(generator.get_state())
     seed = int(torch.empty((), dtype=torch.int64).random_(generator=copy))

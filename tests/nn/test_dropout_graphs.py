@@ -13,6 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fastft.nn
+from fastft import _C
+from fastft.nn import autograd, kernels
 from fastft.nn import functional as fn
 
 ops: Any = torch.ops.fastft
@@ -41,14 +43,21 @@ def needs_grad(*size: int, seed: int = 0, dtype: torch.dtype = torch.float64) ->
 # -- the operations ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ("bias_dropout_add", "dropout_add_norm"))
+def test_an_operation_and_its_backward_have_one_name_at_every_level(name: str) -> None:
+    for level in (_C, kernels, ops):
+        assert callable(getattr(level, name)) and callable(getattr(level, f"{name}_backward"))
+    assert hasattr(autograd, name.title().replace("_", ""))
+
+
 def norm_results(rms: bool) -> tuple[Tensor, ...]:
-    results: tuple[Tensor, ...] = ops.dropout_norm(
+    results: tuple[Tensor, ...] = ops.dropout_add_norm(
         values(*SHAPE), values(*SHAPE, seed=1), values(10, seed=2), None, 10, 1e-3, rms, torch.float64, P, STATE
     )
     return results
 
 
-def norm_grad_arguments(rms: bool, **changed: Any) -> tuple[Any, ...]:
+def backward_arguments(rms: bool, **changed: Any) -> tuple[Any, ...]:
     _, sum, mean, rstd = norm_results(rms)
     arguments = {
         "dy": values(*SHAPE, seed=3),
@@ -70,13 +79,13 @@ def norm_grad_arguments(rms: bool, **changed: Any) -> tuple[Any, ...]:
 
 
 CALLS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
-    "dropout_add": lambda: (
-        ops.dropout_add,
+    "bias_dropout_add": lambda: (
+        ops.bias_dropout_add,
         (needs_grad(*SHAPE), needs_grad(10, seed=1), needs_grad(*SHAPE, seed=2), P, STATE),
     ),
-    "dropout_add alone": lambda: (ops.dropout_add, (needs_grad(*SHAPE), None, None, P, STATE)),
-    "dropout_add channels_last": lambda: (
-        ops.dropout_add,
+    "bias_dropout_add alone": lambda: (ops.bias_dropout_add, (needs_grad(*SHAPE), None, None, P, STATE)),
+    "bias_dropout_add channels_last": lambda: (
+        ops.bias_dropout_add,
         (
             values(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_(),
             None,
@@ -85,17 +94,17 @@ CALLS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
             STATE,
         ),
     ),
-    "dropout_add mixed": lambda: (
-        ops.dropout_add,
+    "bias_dropout_add mixed": lambda: (
+        ops.bias_dropout_add,
         (needs_grad(*SHAPE, dtype=torch.bfloat16), None, needs_grad(*SHAPE, seed=1, dtype=torch.float32), P, STATE),
     ),
-    "dropout_bias_grad": lambda: (
-        ops.dropout_bias_grad,
+    "bias_dropout_add_backward": lambda: (
+        ops.bias_dropout_add_backward,
         (needs_grad(*SHAPE), P, STATE, torch.float64, torch.float64),
     ),
     "mixout": lambda: (ops.mixout, (needs_grad(*SHAPE), values(*SHAPE, seed=1), P, STATE)),
-    "dropout_norm layer": lambda: (
-        ops.dropout_norm,
+    "dropout_add_norm layer": lambda: (
+        ops.dropout_add_norm,
         (
             needs_grad(*SHAPE),
             needs_grad(*SHAPE, seed=1),
@@ -109,8 +118,8 @@ CALLS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
             STATE,
         ),
     ),
-    "dropout_norm rms": lambda: (
-        ops.dropout_norm,
+    "dropout_add_norm rms": lambda: (
+        ops.dropout_add_norm,
         (
             needs_grad(*SHAPE),
             needs_grad(*SHAPE, seed=1),
@@ -124,8 +133,8 @@ CALLS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
             STATE,
         ),
     ),
-    "dropout_norm mixed": lambda: (
-        ops.dropout_norm,
+    "dropout_add_norm mixed": lambda: (
+        ops.dropout_add_norm,
         (
             needs_grad(*SHAPE, dtype=torch.bfloat16),
             needs_grad(*SHAPE, seed=1, dtype=torch.float32),
@@ -139,10 +148,10 @@ CALLS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
             STATE,
         ),
     ),
-    "dropout_norm_grad": lambda: (ops.dropout_norm_grad, norm_grad_arguments(False)),
-    "dropout_norm_grad rms, sparing": lambda: (
-        ops.dropout_norm_grad,
-        norm_grad_arguments(True, dsum=None, wants_weight=False, wants_bias=False),
+    "dropout_add_norm_backward": lambda: (ops.dropout_add_norm_backward, backward_arguments(False)),
+    "dropout_add_norm_backward rms, sparing": lambda: (
+        ops.dropout_add_norm_backward,
+        backward_arguments(True, dsum=None, wants_weight=False, wants_bias=False),
     ),
 }
 
@@ -163,11 +172,11 @@ def test_every_operation_is_checked() -> None:
 def test_operations_are_functions_of_their_state(dtype: torch.dtype) -> None:
     x, r = values(*SHAPE, dtype=dtype), values(*SHAPE, seed=1, dtype=dtype)
     before = torch.get_rng_state()
-    first, second = (ops.dropout_add(x, None, r, P, STATE) for _ in range(2))
+    first, second = (ops.bias_dropout_add(x, None, r, P, STATE) for _ in range(2))
     assert same_bits(first, second) and torch.equal(torch.get_rng_state(), before)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert same_bits(first, (r.to(wide) + dropped(x.to(wide), KEEP, P)).to(dtype))
-    assert not torch.equal(ops.dropout_add(x, None, r, P, STATE + 4), first)
+    assert not torch.equal(ops.bias_dropout_add(x, None, r, P, STATE + 4), first)
 
 
 @pytest.mark.parametrize("rms", (False, True))
@@ -175,16 +184,16 @@ def test_operations_and_eager_functions_have_the_same_derivatives(rms: bool) -> 
     tensors = [needs_grad(*SHAPE), needs_grad(*SHAPE, seed=1), needs_grad(10, seed=2)]
 
     def op(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        y, sum, *_ = ops.dropout_norm(x, r, w, None, 10, 1e-3, rms, torch.float64, P, STATE)
+        y, sum, *_ = ops.dropout_add_norm(x, r, w, None, 10, 1e-3, rms, torch.float64, P, STATE)
         return y, sum
 
     assert torch.autograd.gradcheck(op, tensors)
-    add = lambda x, r, b: ops.dropout_add(x, b, r, P, STATE)  # noqa: E731
+    add = lambda x, r, b: ops.bias_dropout_add(x, b, r, P, STATE)  # noqa: E731
     assert torch.autograd.gradcheck(add, tensors) and torch.autograd.gradgradcheck(add, tensors)
     y, _ = op(*tensors)
-    *_, mean, rstd = ops.dropout_norm(*tensors, None, 10, 1e-3, rms, torch.float64, P, STATE)
+    *_, mean, rstd = ops.dropout_add_norm(*tensors, None, 10, 1e-3, rms, torch.float64, P, STATE)
     assert not mean.requires_grad and not rstd.requires_grad
-    with pytest.raises(NotImplementedError, match="the second derivative of dropout_add_layer_norm"):
+    with pytest.raises(NotImplementedError, match=r"dropout_add_layer_norm, .*: expected one derivative"):
         (grad,) = torch.autograd.grad(y.sum(), tensors[0], create_graph=True)
         grad.sum().backward()
 
@@ -336,8 +345,8 @@ def test_modules_and_sizes_that_change_compile_once() -> None:
         assert call(values(rows, 10, dtype=torch.float32)).shape == (rows, 10)
     assert len(graphs) == 1
     names = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert sum("fastft.dropout_add" in name for name in names) == 1
-    assert sum("fastft.dropout_norm" in name for name in names) == 1
+    assert sum("fastft.bias_dropout_add" in name for name in names) == 1
+    assert sum("fastft.dropout_add_norm" in name for name in names) == 1
 
 
 def test_a_generator_in_a_graph() -> None:
@@ -360,7 +369,7 @@ def test_an_export_draws_in_every_run(strict: bool) -> None:
             return fn.dropout(x, 0.5)
 
     exported = torch.export.export(Model(), (torch.ones(1000),), strict=strict)
-    assert any("fastft.dropout_add" in str(node.target) for node in exported.graph.nodes)
+    assert any("fastft.bias_dropout_add" in str(node.target) for node in exported.graph.nodes)
     run = exported.module()
     first, second = run(torch.ones(1000)), run(torch.ones(1000))
     assert set(first.tolist()) == {0.0, 2.0} and not torch.equal(first, second)
@@ -370,7 +379,7 @@ def test_an_export_draws_in_every_run(strict: bool) -> None:
 def test_traces_see_the_operation(tracing: str) -> None:
     graph = make_fx(lambda x: fn.mixout(fn.dropout(x, 0.5), x, 0.5), tracing_mode=tracing)(torch.ones(1000))
     names = [str(node.target) for node in graph.graph.nodes]
-    assert "fastft.dropout_add.default" in names and "fastft.mixout.default" in names
+    assert "fastft.bias_dropout_add.default" in names and "fastft.mixout.default" in names
     assert not torch.equal(graph(torch.ones(1000)), graph(torch.ones(1000)))
 
 
@@ -386,7 +395,7 @@ def test_modes_see_the_operation_and_get_the_gradient() -> None:
     with Watch():
         y = fn.dropout(x, 0.5)
         z = fn.dropout_add_layer_norm(y, y, (10,), p=0.5)
-    assert "fastft::dropout_add" in seen and "fastft::dropout_norm" in seen
+    assert "fastft::bias_dropout_add" in seen and "fastft::dropout_add_norm" in seen
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
     assert torch.equal(grad != 0, y != 0)
     assert isinstance(z, Tensor) and torch.autograd.grad(z.sum(), x)[0].isfinite().all()

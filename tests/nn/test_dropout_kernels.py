@@ -59,7 +59,7 @@ def add(
     residual: Any = None,
 ) -> Tensor:
     y = torch.full_like(x, 99.0, dtype=dtype)
-    _C.dropout_add(x, y, random, bias, minus, residual)
+    _C.bias_dropout_add(x, y, random, bias, minus, residual)
     return y
 
 
@@ -180,7 +180,7 @@ def test_inf_and_nan_stay_where_kept_and_vanish_where_dropped(dtype: torch.dtype
 def test_output_may_be_the_input() -> None:
     x = values(1003)
     expected = add(x, (0.3, 1, 0))
-    _C.dropout_add(x, x, (0.3, 1, 0))
+    _C.bias_dropout_add(x, x, (0.3, 1, 0))
     assert same_bits(x, expected)
 
 
@@ -209,7 +209,7 @@ def test_what_the_core_takes() -> None:
 def test_bias_gradients(dtype: torch.dtype, shape: tuple[int, int], p: float) -> None:
     dy = values(*shape, dtype=dtype)
     dx, dbias = torch.full_like(dy, 99.0), torch.full(shape[1:], 99.0, dtype=dtype)
-    _C.dropout_bias_grad(dy, dx, dbias, (p, SEED, OFFSET), workspace(dy, shape[1], 1))
+    _C.bias_dropout_add_backward(dy, dx, dbias, (p, SEED, OFFSET), workspace(dy, shape[1], 1))
     wide = dropped(dy.to(computed(dtype)), expected_mask(shape, p, SEED, OFFSET), p)
     assert same_bits(dx, wide.to(dtype))
     # Sums of n numbers in the computed dtype, then rounded once to the stored one.
@@ -221,7 +221,7 @@ def test_bias_gradients(dtype: torch.dtype, shape: tuple[int, int], p: float) ->
 def test_bias_gradients_in_dtypes_of_their_own(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     dy = values(40, 24, dtype=dtypes[0])
     dx, dbias = torch.empty_like(dy, dtype=dtypes[1]), torch.empty(24, dtype=dtypes[1])
-    _C.dropout_bias_grad(dy, dx, dbias, (0.5, 1, 0), workspace(dy, 24, 1))
+    _C.bias_dropout_add_backward(dy, dx, dbias, (0.5, 1, 0), workspace(dy, 24, 1))
     wide = dropped(dy.float(), expected_mask((40, 24), 0.5, 1), 0.5)
     assert same_bits(dx, wide.to(dtypes[1]))
     torch.testing.assert_close(dbias, wide.sum(0).to(dtypes[1]))
@@ -233,7 +233,7 @@ def test_row_sums_do_not_depend_on_threads() -> None:
     for count in (1, 2, 3, 1):
         dx, dbias = torch.empty_like(dy), torch.empty(40)
         with threads(count):
-            _C.dropout_bias_grad(dy, dx, dbias, (0.3, 1, 0), workspace(dy, 40, 1))
+            _C.bias_dropout_add_backward(dy, dx, dbias, (0.3, 1, 0), workspace(dy, 40, 1))
         results.append(dbias)
     assert all(same_bits(r, results[0]) for r in results)
 
@@ -270,7 +270,7 @@ class Norm:
         y, sum = (torch.full(self.shape, 99.0, dtype=self.dtype) for _ in range(2))
         rstd = torch.full(self.shape[:1], 99.0, dtype=computed(self.dtype))
         mean = None if self.rms else torch.full_like(rstd, 99.0)
-        _C.dropout_norm(
+        _C.dropout_add_norm(
             self.x, self.residual, self.weight, self.bias, y, sum, mean, rstd, self.shape[1], self.eps, self.random
         )
         return y, sum, mean, rstd
@@ -280,7 +280,7 @@ class Norm:
         dx, dresidual = torch.full_like(self.x, 99.0), torch.full_like(self.residual, 99.0)
         dweight, dbias = (None if t is None else torch.full_like(t, 99.0) for t in (self.weight, self.bias))
         columns, memory = self.shape[1], workspace(self.dy, self.shape[1], 2)
-        _C.dropout_norm_grad(
+        _C.dropout_add_norm_backward(
             self.dy,
             self.dsum if with_dsum else None,
             sum,
@@ -397,7 +397,7 @@ def test_the_sum_may_be_overwritten_by_the_output() -> None:
         expected, *_ = case.forward()
         y, rstd = torch.empty_like(expected), torch.empty(37, dtype=computed(dtype))
         mean = torch.empty_like(rstd)
-        _C.dropout_norm(case.x, case.residual, case.weight, case.bias, y, y, mean, rstd, 130, case.eps, case.random)
+        _C.dropout_add_norm(case.x, case.residual, case.weight, case.bias, y, y, mean, rstd, 130, case.eps, case.random)
         assert same_bits(y, expected)
 
 
@@ -412,11 +412,11 @@ def test_gradients_are_made_only_where_wanted_and_do_not_depend_on_threads() -> 
     rest = (case.shape[1], case.random, workspace(case.dy, 40, 2))
     alone = torch.full((40,), 99.0)
     outputs = torch.empty_like(case.x), torch.empty_like(case.x)
-    _C.dropout_norm_grad(case.dy, case.dsum, sum, case.weight, mean, rstd, *outputs, alone, None, *rest)
+    _C.dropout_add_norm_backward(case.dy, case.dsum, sum, case.weight, mean, rstd, *outputs, alone, None, *rest)
     assert same_bits(alone, dweight)
-    _C.dropout_norm_grad(case.dy, case.dsum, sum, case.weight, mean, rstd, *outputs, None, alone, *rest)
+    _C.dropout_add_norm_backward(case.dy, case.dsum, sum, case.weight, mean, rstd, *outputs, None, alone, *rest)
     assert same_bits(alone, dbias)
-    _C.dropout_norm_grad(case.dy, case.dsum, sum, case.weight, mean, rstd, *outputs, None, None, *rest)
+    _C.dropout_add_norm_backward(case.dy, case.dsum, sum, case.weight, mean, rstd, *outputs, None, None, *rest)
     assert same_bits(outputs[0], dx)
 
 
@@ -452,53 +452,62 @@ def norm_arguments(**changed: Any) -> list[Any]:
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
-    "integers": (lambda: _C.dropout_add(ROW.int(), ROW, OK), "input: expected float32, bfloat16, float16 or float64"),
-    "no tensor": (lambda: _C.dropout_add(None, ROW, OK), "input: expected a plain strided tensor"),
-    "no output": (lambda: _C.dropout_add(ROW, None, OK), "output: expected a plain strided tensor"),
-    "no memory": (lambda: _C.dropout_add(torch._efficientzerotensor((4,)), ROW, OK), "with memory of its own"),
-    "strides": (lambda: _C.dropout_add(MATRIX.t(), MATRIX.t().contiguous(), OK), "input: expected a contiguous tensor"),
+    "integers": (
+        lambda: _C.bias_dropout_add(ROW.int(), ROW, OK),
+        "input: expected float32, bfloat16, float16 or float64",
+    ),
+    "no tensor": (lambda: _C.bias_dropout_add(None, ROW, OK), "input: expected a plain strided tensor"),
+    "no output": (lambda: _C.bias_dropout_add(ROW, None, OK), "output: expected a plain strided tensor"),
+    "no memory": (lambda: _C.bias_dropout_add(torch._efficientzerotensor((4,)), ROW, OK), "with memory of its own"),
+    "strides": (
+        lambda: _C.bias_dropout_add(MATRIX.t(), MATRIX.t().contiguous(), OK),
+        "input: expected a contiguous tensor",
+    ),
     "output's strides": (
-        lambda: _C.dropout_add(torch.ones(4, 3), MATRIX.t(), OK),
+        lambda: _C.bias_dropout_add(torch.ones(4, 3), MATRIX.t(), OK),
         r"output: expected a contiguous tensor, got shape \[4, 3\]",
     ),
-    "output's shape": (lambda: _C.dropout_add(MATRIX, ROW, OK), r"output: expected shape \[3, 4\], got \[4\]"),
-    "output's dtype": (lambda: _C.dropout_add(ROW, ROW.double(), OK), "float64 only with float64, got float64"),
+    "output's shape": (lambda: _C.bias_dropout_add(MATRIX, ROW, OK), r"output: expected shape \[3, 4\], got \[4\]"),
+    "output's dtype": (lambda: _C.bias_dropout_add(ROW, ROW.double(), OK), "float64 only with float64, got float64"),
     "bias's size": (
-        lambda: _C.dropout_add(MATRIX, MATRIX, OK, torch.ones(3)),
+        lambda: _C.bias_dropout_add(MATRIX, MATRIX, OK, torch.ones(3)),
         r"bias: expected 4 elements, got shape \[3\]",
     ),
-    "bias's dtype": (lambda: _C.dropout_add(ROW, ROW, OK, ROW.int()), "bias: expected a floating dtype"),
+    "bias's dtype": (lambda: _C.bias_dropout_add(ROW, ROW, OK, ROW.int()), "bias: expected a floating dtype"),
     "two dtypes": (
-        lambda: _C.dropout_add(ROW, ROW, OK, None, ROW, ROW.half()),
+        lambda: _C.bias_dropout_add(ROW, ROW, OK, None, ROW, ROW.half()),
         "residual: expected float32, got float16",
     ),
-    "p above 1": (lambda: _C.dropout_add(ROW, ROW, (1.5, 1, 0)), "p: expected a probability from 0 to 1, got 1.5"),
-    "p below 0": (lambda: _C.dropout_add(ROW, ROW, (-0.1, 1, 0)), "p: expected a probability from 0 to 1, got -0.1"),
-    "p NaN": (lambda: _C.dropout_add(ROW, ROW, (float("nan"), 1, 0)), "p: expected a probability from 0 to 1"),
+    "p above 1": (lambda: _C.bias_dropout_add(ROW, ROW, (1.5, 1, 0)), "p: expected a probability from 0 to 1, got 1.5"),
+    "p below 0": (
+        lambda: _C.bias_dropout_add(ROW, ROW, (-0.1, 1, 0)),
+        "p: expected a probability from 0 to 1, got -0.1",
+    ),
+    "p NaN": (lambda: _C.bias_dropout_add(ROW, ROW, (float("nan"), 1, 0)), "p: expected a probability from 0 to 1"),
     "state": (
-        lambda: _C.dropout_add(ROW, ROW, (0.5, ROW)),
+        lambda: _C.bias_dropout_add(ROW, ROW, (0.5, ROW)),
         r"state: expected two int64 on cpu, got shape \[4\] float32",
     ),
-    "too few arguments": (lambda: _C.dropout_add(ROW, ROW), "expected 3 to 6 arguments, got 2"),
+    "too few arguments": (lambda: _C.bias_dropout_add(ROW, ROW), "expected 3 to 6 arguments, got 2"),
     "gradient's columns": (
-        lambda: _C.dropout_bias_grad(MATRIX, MATRIX, torch.ones(5), OK, None),
+        lambda: _C.bias_dropout_add_backward(MATRIX, MATRIX, torch.ones(5), OK, None),
         r"grad_bias: expected 4 elements, got shape \[5\]",
     ),
     "narrow sums of float64": (
-        lambda: _C.dropout_bias_grad(MATRIX.double(), MATRIX.double(), ROW, OK, None),
+        lambda: _C.bias_dropout_add_backward(MATRIX.double(), MATRIX.double(), ROW, OK, None),
         "grad_bias: expected a floating dtype, float64 only with float64, got float32 with float64",
     ),
-    "columns": (lambda: _C.dropout_norm(*norm_arguments(columns=5)), "columns: expected a divisor of 12, got 5"),
-    "no columns": (lambda: _C.dropout_norm(*norm_arguments(columns=0)), "columns: expected a divisor of 12, got 0"),
-    "weight": (lambda: _C.dropout_norm(*norm_arguments(weight=torch.ones(3))), "weight: expected 4 elements"),
+    "columns": (lambda: _C.dropout_add_norm(*norm_arguments(columns=5)), "columns: expected a divisor of 12, got 5"),
+    "no columns": (lambda: _C.dropout_add_norm(*norm_arguments(columns=0)), "columns: expected a divisor of 12, got 0"),
+    "weight": (lambda: _C.dropout_add_norm(*norm_arguments(weight=torch.ones(3))), "weight: expected 4 elements"),
     "bias and weight": (
-        lambda: _C.dropout_norm(*norm_arguments(bias=ROW.half())),
+        lambda: _C.dropout_add_norm(*norm_arguments(bias=ROW.half())),
         "bias: expected float32, got float16",
     ),
-    "sum": (lambda: _C.dropout_norm(*norm_arguments(sum=MATRIX.half())), "sum: expected float32, got float16"),
-    "statistics": (lambda: _C.dropout_norm(*norm_arguments(rstd=torch.ones(4))), "rstd: expected 3 elements"),
+    "sum": (lambda: _C.dropout_add_norm(*norm_arguments(sum=MATRIX.half())), "sum: expected float32, got float16"),
+    "statistics": (lambda: _C.dropout_add_norm(*norm_arguments(rstd=torch.ones(4))), "rstd: expected 3 elements"),
     "their dtype": (
-        lambda: _C.dropout_norm(*norm_arguments(mean=torch.ones(3).half())),
+        lambda: _C.dropout_add_norm(*norm_arguments(mean=torch.ones(3).half())),
         "mean: expected float32, got float16",
     ),
 }
@@ -520,7 +529,7 @@ NEEDED = 3 * 2 * HUGE  # one tensor of 16-bit numbers, in place; and room for ot
 @pytest.mark.skipif(available_memory() < NEEDED, reason=f"less than {NEEDED >> 30} GB of memory to spare")
 def test_more_elements_than_32_bits_count() -> None:
     x = torch.ones(HUGE, dtype=torch.bfloat16)
-    _C.dropout_add(x, x, (0.5, SEED, OFFSET))
+    _C.bias_dropout_add(x, x, (0.5, SEED, OFFSET))
     for first in (0, 2**31 - 5000, HUGE - 5003):
         piece = x[first : first + 5003]
         assert torch.equal(piece != 0, expected_mask(piece.shape, 0.5, SEED, OFFSET, first))

@@ -156,8 +156,8 @@ def test_mixout_names_what_is_wrong() -> None:
         Mixout(anchor, "wieght")
     with pytest.raises(KeyError, match=r"a parameter of shape \[4, 3\]: not anchored"):
         Mixout(anchor, nn.Parameter(torch.ones(4, 3)))
-    for arguments in ((anchor,), (layer.weight, "weight")):
-        with pytest.raises(TypeError, match=r"expected an Anchor with a key \(a name or a parameter\), or a tensor"):
+    for arguments, got in (((anchor,), "Anchor and no key"), ((layer.weight, "weight"), "Parameter and a key")):
+        with pytest.raises(TypeError, match=rf"anchor: expected an Anchor and a key .*, got {got}"):
             Mixout(*arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"between 0 and 1, but got 1\.5"):
         Mixout(anchor, "weight", p=1.5)

@@ -574,7 +574,7 @@ STATE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "two_dtypes": (
         lambda s: s.update(max_exp_avg_sq=torch.zeros(3, 2).half()),
-        "^bad: exp_avg_sq: expected exp_avg's dtype float32, got float16$",
+        "^bad: max_exp_avg_sq: expected exp_avg's dtype float32, got float16$",
     ),
     "step_shape": (
         lambda s: s.update(step=torch.zeros(2)),

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from fastft.commands import demo, shell
-from fastft.commands.demo import corpus, experiment
+from fastft.commands.demo import experiment
 from fastft.commands.demo.train import Config
+from fastft.problems import split_reviews
 
 pytest.importorskip("transformers")
 SMALL = Config(train_rows=96, test_rows=80, pools=2, pool_size=40, batch_size=16)
@@ -49,7 +50,7 @@ def test_the_table_and_the_report_say_the_same(result: tuple[Path, str]) -> None
     assert report["config"]["anchor_decay"] > 0
 
 
-def test_the_recipes_start_alike_and_clip(result: tuple[Path, str]) -> None:
+def test_the_methods_start_alike_and_clip(result: tuple[Path, str]) -> None:
     report = json.loads((result[0] / "report.json").read_text(encoding="utf-8"))
     torchs, *others = (run["steps"] for run in report["runs"].values())
     for ours in others:
@@ -85,7 +86,7 @@ def test_the_model_loads_and_predicts_what_the_report_says(result: tuple[Path, s
     encoder = AutoModel.from_pretrained(folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     head = load_file(folder / "model" / "head.safetensors")
-    _, test_set = corpus.split_reviews(corpus.load_reviews(), SMALL.train_rows, SMALL.test_rows)
+    _, test_set = split_reviews("movie", SMALL.train_rows, SMALL.test_rows)
     inputs = tokenizer(
         [r.text for r in test_set], padding=True, truncation=True, max_length=SMALL.max_length, return_tensors="pt"
     )
