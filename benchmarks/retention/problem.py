@@ -30,7 +30,7 @@ class Problem(Protocol):
     tokenizer: Any
     """Of transformers, for what :meth:`as_tokens` gives."""
     synonyms: Mapping[str, Sequence[str]] | Path
-    """Words of the target task that may be replaced, and by which; or a file of them, for ``SynonymReplacement``."""
+    """Words of the target task and their synonyms, as :class:`fastft.data.SynonymReplacement` takes them."""
 
     def start(self) -> Any:
         """A fresh copy of the pre-trained model, under a head fitted by a linear probe."""
