@@ -230,6 +230,7 @@ def test_an_anchor_in_a_file_is_not_copied_into_checkpoints(bert: Any, tmp_path:
 
 # -- adapters ------------------------------------------------------------------------------------------------
 
+
 def lora(folder: Path, **options: Any) -> Any:
     peft = pytest.importorskip("peft")
     model = tiny_gpt2(folder / "gpt2", GPT2ForSequenceClassification)
