@@ -1,8 +1,8 @@
 """``python benchmarks/bench_data.py``: what mixing and augmenting cost a DataLoader, and which near copies are found.
 
 Loaders over the same examples take turns in one process, without workers, so that all of their work is timed: in
-seconds of the processor, which others at work on the machine disturb least. The data are those of the demo: movie
-reviews as the target, product reviews as the source, MiniLM's tokenizer.
+seconds of the processor, which others at work on the machine disturb least. The data are those of ``fastft.problems``:
+movie reviews as the target, product reviews as the source, MiniLM's tokenizer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from itertools import permutations
@@ -20,10 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fastft.commands.bench.command import significant, verdict
-from fastft.commands.bench.harness import CpuClock, Measurement, Work, alternate, environment, quartiles
-from fastft.commands.demo.corpus import read_table
-from fastft.commands.demo.experiment import load_tokenizer
+from fastft.commands.bench import CpuClock, Measurement, Work, alternate, environment, significant, verdict
 from fastft.data import (
     Augmented,
     AugmentingCollator,
@@ -32,9 +30,10 @@ from fastft.data import (
     SynonymReplacement,
     TextAugment,
     TokenDropout,
+    find_duplicates,
     find_leakage,
 )
-from fastft.data.duplicates import words_of
+from fastft.problems import load_tokenizer, read_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "data" / "loaders"
 PLAIN = "plain DataLoader"
@@ -178,7 +177,7 @@ def figures(measured: Measurement, batches: Mapping[str, int]) -> dict[str, dict
     for title, count in batches.items():
         found[title] = {"ms_per_batch": significant(1e3 * measured.median(title) / count)}
         if title != PLAIN:
-            lower, median, upper = map(significant, quartiles(measured.ratios(title, PLAIN)))
+            lower, median, upper = map(significant, measured.quartiles(title, PLAIN))
             found[title] |= {"ratio": median, "ratio_quartiles": [lower, upper]}
     return found
 
@@ -188,9 +187,9 @@ def figures(measured: Measurement, batches: Mapping[str, int]) -> dict[str, dict
 
 def near_copies() -> dict[str, Any]:
     """The share of one-word edits that is found, and of texts taken for near copies of texts of another origin."""
-    different = {name: list({" ".join(words_of(text)): text for text in texts(name)}.values()) for name in CORPORA}
+    different = {name: without_repetitions(texts(name)) for name in CORPORA}
     draw = random.Random(0)
-    originals = [text for text in different["movie_reviews"] if len(words_of(text)) >= 5]
+    originals = [text for text in different["movie_reviews"] if len(re.findall(r"\w+", text)) >= 5]
     words = " ".join(originals[:200]).split()
     found = {match.index for match in find_leakage(originals, [edited(text, draw, words) for text in originals])}
     false = {}
@@ -202,6 +201,12 @@ def near_copies() -> dict[str, Any]:
         "one_word_edits_found": significant(len(found) / len(originals)),
         "false_positive_rates": false,
     }
+
+
+def without_repetitions(texts: list[str]) -> list[str]:
+    """The texts that differ in more than case, spacing and punctuation."""
+    repeated = {match.index for match in find_duplicates(texts, near=None)}
+    return [text for i, text in enumerate(texts) if i not in repeated]
 
 
 def edited(text: str, draw: random.Random, others: list[str]) -> str:

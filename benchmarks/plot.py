@@ -1,8 +1,8 @@
 """``python benchmarks/plot.py``: plots and tables from the files in ``results/``.
 
-README gets the headline cases and the demo's table, docs/retention.md what keeps what a model knew, docs/data.md what
-replay and augmentation do and cost, docs/_generated/benchmarks.md all speeds; plots lie beside it. With ``--check``
-nothing is written, and it fails if a table says anything else than the results do.
+README gets the headline cases and the demo's table, docs/retention.md the retention benchmark, docs/data.md the effect
+and cost of replay and augmentation, docs/_generated/benchmarks.md all speeds; plots lie beside it. With ``--check``
+nothing is written, and it fails if a table differs from the results.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fastft.plotting import BLUE, GREEN, GREY, ORANGE, figure, whiskers
+from fastft.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 SPEED = RESULTS / "speed"
-"""What ``fastft bench --json`` wrote, a file for each device; nothing else lies there."""
+"""Files of ``fastft bench --json``, one for each device; nothing else lies there."""
 LOADERS = RESULTS / "data" / "loaders"
-"""What ``bench_data.py`` wrote, likewise."""
+"""Files of ``bench_data.py``, likewise."""
 GENERATED = ROOT / "docs" / "_generated"
 DATA_PLOT = "replay-and-augmentation.png"
 RETENTION_PLOT = "retention.png"
-GREY, BLUE, ORANGE, GREEN = "#8a8a8a", "#0072b2", "#d55e00", "#009e73"
 HEADLINES = (
     "plain",
     "clip_anchor_decoupled",
@@ -38,7 +41,7 @@ HEADLINES = (
     "dropout_add_layer_norm_16m_float32",
     "training_minilm",
 )
-"""README's cases: where fastft claims something, each against what it is measured against first."""
+"""README's cases: where fastft claims something, each against the first of what it is measured against."""
 SWEEPS = {"frozen_tensors": "whole tensors frozen", "masked_rows": "rows masked"}
 Result = dict[str, Any]
 
@@ -99,7 +102,7 @@ def filled_in(text: str, name: str, content: str) -> str:
 
 
 def circumstances(result: Result) -> str:
-    """What was measured, on what, and how."""
+    """The measurement: machine, versions, rounds and bandwidth."""
     known = result["environment"]
     return (
         f"{known['device']}, {known['threads']} threads, torch {known['torch']}, fastft {known['fastft']} at "
@@ -114,14 +117,18 @@ def milliseconds(value: float) -> str:
 
 def headline_table(result: Result) -> str:
     """One device's headline cases as a Markdown table, and what is slower than the other."""
-    lines = [circumstances(result), "", "| | against | fastft | other | ratio |", "| --- | --- | ---: | ---: | ---: |"]
-    for case in (result["cases"][name] for name in HEADLINES if name in result["cases"]):
+    rows = []
+    for case in headlines(result):
         name, other = next(iter(case["against"].items()))
-        lines.append(
-            f"| {case['title']} | {name} | {milliseconds(case['median_ms'])} | {milliseconds(other['median_ms'])} "
-            f"| {other['ratio_of_medians']:.2f} |"
-        )
-    return "\n".join([*lines, "", lost_to(result)])
+        times = [milliseconds(case["median_ms"]), milliseconds(other["median_ms"])]
+        rows.append([case["title"], name, *times, f"{other['ratio_of_medians']:.2f}"])
+    table = markdown(["", "against", "fastft", "other", "ratio"], rows, left=2)
+    return "\n".join([circumstances(result), "", *table, "", lost_to(result)])
+
+
+def headlines(result: Result) -> list[Result]:
+    """README's cases, as far as the results hold them."""
+    return [result["cases"][name] for name in HEADLINES if name in result["cases"]]
 
 
 def lost_to(result: Result) -> str:
@@ -156,20 +163,25 @@ def document(measured: dict[str, Result]) -> str:
 
 def full_table(result: Result) -> str:
     """One device's cases as a Markdown table; of the copy: the share of its bandwidth that fastft's bytes take."""
-    lines = [
-        "| | against | fastft | of the copy | other | ratio | quartiles | rounds |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for case in result["cases"].values():
         share = share_of_copy(result, case)
         for name, other in case["against"].items():
             lower, upper = other["ratio_quartiles"]
-            lines.append(
-                f"| {case['title']} | {name} | {milliseconds(case['median_ms'])} "
-                f"| {'' if share is None else f'{100 * share:.0f} %'} | {milliseconds(other['median_ms'])} "
-                f"| {other['ratio_of_medians']:.3f} | {lower:.3f}–{upper:.3f} | {case['rounds']} |"
+            rows.append(
+                [
+                    case["title"],
+                    name,
+                    milliseconds(case["median_ms"]),
+                    "" if share is None else f"{100 * share:.0f} %",
+                    milliseconds(other["median_ms"]),
+                    f"{other['ratio_of_medians']:.3f}",
+                    f"{lower:.3f}–{upper:.3f}",
+                    str(case["rounds"]),
+                ]
             )
-    return "\n".join(lines)
+    titles = ["", "against", "fastft", "of the copy", "other", "ratio", "quartiles", "rounds"]
+    return "\n".join(markdown(titles, rows, left=2))
 
 
 def share_of_copy(result: Result, case: Result) -> float | None:
@@ -208,20 +220,18 @@ def fit_sentence(result: Result, family: str) -> str:
 
 
 def demo_table(report: dict[str, Any]) -> str:
-    """The demo's runs as a Markdown table, and what they mean."""
-    lines = [
-        "| | target accuracy | source recall@1 | optimizer | training | peak optimizer state | anchor |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    base = report["base"]
-    for run in (base, *report["runs"].values()):
-        row = f"| {run['name']} | {run['target_accuracy']['value']:.3f} | {run['source_recall_at_1']['value']:.3f} "
-        if run is base:
-            row += "| | | | |"
+    """The demo's runs as a Markdown table, and their meaning in words."""
+    rows = []
+    for run in (report["base"], *report["runs"].values()):
+        row = [run["name"], *(f"{run[key]['value']:.3f}" for key in ("target_accuracy", "source_recall_at_1"))]
+        if run is report["base"]:
+            row += [""] * 4
         else:
-            row += f"| {run['optimizer_seconds_with_clipping']:.2f} s | {run['training_seconds']:.1f} s "
-            row += f"| {run['peak_state_bytes'] / 1e6:.1f} MB | {run['anchor_bytes'] / 1e6:.1f} MB |"
-        lines.append(row)
+            row += [f"{run['optimizer_seconds_with_clipping']:.2f} s", f"{run['training_seconds']:.1f} s"]
+            row += [f"{run[key] / 1e6:.1f} MB" for key in ("peak_state_bytes", "anchor_bytes")]
+        rows.append(row)
+    titles = ["", "target accuracy", "source recall@1", "optimizer", "training", "peak optimizer state", "anchor"]
+    lines = markdown(titles, rows)
     steps = len(report["runs"]["torch"]["steps"]["loss"])
     versions, config = report["environment"]["versions"], report["config"]
     lines += [
@@ -247,7 +257,7 @@ def retention_results() -> tuple[Any, list[str], Any]:
 
 
 def retention_section(comparison: Any) -> str:
-    """What keeps what a model knew: in words, as a table and as a plot."""
+    """The retention benchmark: in words, as a table and as a plot."""
     return "\n\n".join(
         [
             wrapped(comparison.verdict()),
@@ -258,7 +268,7 @@ def retention_section(comparison: Any) -> str:
 
 
 def data_section(results: Any) -> str:
-    """What replay and augmentation do: in words, as a table and as a plot."""
+    """The effect of replay and augmentation: in words, as a table and as a plot."""
     said = f"Source recall: {results.verdict('source')}. Target accuracy: {results.verdict('target')}."
     return "\n\n".join(
         [
@@ -271,14 +281,13 @@ def data_section(results: Any) -> str:
 
 
 def loaders_section() -> str:
-    """What mixing and augmenting cost a DataLoader, on each device."""
+    """The cost of mixing and augmenting in a DataLoader, on each device."""
     parts = []
     for path in sorted(LOADERS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         cases, known = result["loaders"], result["environment"]
         plain, *others = list(dict.fromkeys(title for loaders in cases.values() for title in loaders))
-        rows = [["", *cases], ["---", *["---:"] * len(cases)]]
-        rows.append([plain, *(milliseconds(case[plain]["ms_per_batch"]) for case in cases.values())])
+        rows = [[plain, *(milliseconds(case[plain]["ms_per_batch"]) for case in cases.values())]]
         rows += [[title, *(cost(case.get(title)) for case in cases.values())] for title in others]
         about = (
             f"Processor milliseconds a batch of {result['batch_size']}, and the time relative to the plain loader's "
@@ -286,7 +295,7 @@ def loaders_section() -> str:
             f"{known['device']}, no workers, torch {known['torch']}, fastft at {known['commit']}; medians of "
             f"at most {result['rounds']} rounds, alternating in one process."
         )
-        parts += ["\n".join(f"| {' | '.join(row)} |" for row in rows), wrapped(about)]
+        parts += ["\n".join(markdown(["", *cases], rows)), wrapped(about)]
     return "\n\n".join(parts)
 
 
@@ -303,63 +312,56 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def figure_and_axes(result: Result, title: str, height: float = 4.2) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+@contextmanager
+def titled(result: Result, title: str, path: Path, height: float = 4.2) -> Iterator[Any]:
+    """Axes under a title that says where it was measured; saved to ``path``."""
     known = result["environment"]
-    where = f"{known['device']}, {known['threads']} threads, torch {known['torch']}"
-    axes.set_title(f"{title}\n{where}", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    with figure(path, 8, height, dpi=130) as axes:
+        where = f"{known['device']}, {known['threads']} threads, torch {known['torch']}"
+        axes.set_title(f"{title}\n{where}", loc="left", fontsize=10)
+        yield axes
 
 
 def plot_bandwidth(result: Result, path: Path) -> None:
     cases = bandwidths(result)
-    figure, axes = figure_and_axes(result, "Bandwidth as a share of a copy's", 0.3 * len(cases) + 1.4)
-    shares = [100 * (share_of_copy(result, case) or 0.0) for case in cases]
-    axes.barh([case["title"] for case in cases], shares, color=BLUE)
-    axes.axvline(100, color=GREY, linestyle="--", linewidth=1)
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("bytes that must move / time, in % of what a copy in the same run reaches")
-    figure.savefig(path)
+    with titled(result, "Bandwidth as a share of a copy's", path, 0.3 * len(cases) + 1.4) as axes:
+        shares = [100 * (share_of_copy(result, case) or 0.0) for case in cases]
+        axes.barh([case["title"] for case in cases], shares, color=BLUE)
+        axes.axvline(100, color=GREY, linestyle="--", linewidth=1)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_xlabel("bytes that must move / time, in % of what a copy in the same run reaches")
 
 
 def plot_frozen(result: Result, path: Path) -> None:
-    figure, axes = figure_and_axes(result, "Time of a step against the frozen share")
-    for color, (family, label) in zip((BLUE, ORANGE), SWEEPS.items(), strict=True):
-        if not sweep(result, family):
-            continue
-        live, cost = costs(result, family)
-        slope = slope_through_origin(live, cost)
-        axes.plot([100 * (1 - x) for x in live], cost, "o", color=color, label=label)
-        axes.plot([0, 100], [slope, 0], color=color, linewidth=1)
-    axes.set_xlabel("frozen, %")
-    axes.set_ylabel("time / time of a whole step")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+    with titled(result, "Time of a step against the frozen share", path) as axes:
+        for color, (family, label) in zip((BLUE, ORANGE), SWEEPS.items(), strict=True):
+            if not sweep(result, family):
+                continue
+            live, cost = costs(result, family)
+            slope = slope_through_origin(live, cost)
+            axes.plot([100 * (1 - x) for x in live], cost, "o", color=color, label=label)
+            axes.plot([0, 100], [slope, 0], color=color, linewidth=1)
+        axes.set_xlabel("frozen, %")
+        axes.set_ylabel("time / time of a whole step")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
 
 
 def plot_tensors(result: Result, path: Path) -> None:
     cases = sweep(result, "tensors")
-    figure, axes = figure_and_axes(result, "Host time of a step against the number of tensors")
     x = [case["axis"]["tensors"] for case in cases]
-    axes.loglog(
-        x, [1e3 * case["median_ms"] / n for case, n in zip(cases, x, strict=True)], "o-", color=BLUE, label="fastft"
-    )
-    for color, name in zip((ORANGE, GREEN), cases[0]["against"], strict=False):
-        y = [1e3 * case["against"][name]["median_ms"] / n for case, n in zip(cases, x, strict=True)]
-        axes.loglog(x, y, "o-", color=color, label=name)
-    axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.set_xlabel("tensors of 4 float32")
-    axes.set_ylabel("µs a tensor")
-    axes.legend(frameon=False)
-    figure.savefig(path)
+    times = {"fastft": [case["median_ms"] for case in cases]}
+    for name in list(cases[0]["against"])[:2]:
+        times[name] = [case["against"][name]["median_ms"] for case in cases]
+    with titled(result, "Host time of a step against the number of tensors", path) as axes:
+        for color, (name, milliseconds) in zip((BLUE, ORANGE, GREEN), times.items(), strict=False):
+            y = [1e3 * ms / n for ms, n in zip(milliseconds, x, strict=True)]
+            axes.loglog(x, y, "o-", color=color, label=name)
+        axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
+        axes.set_xlabel("tensors of 4 float32")
+        axes.set_ylabel("µs a tensor")
+        axes.legend(frameon=False)
 
 
 def bandwidths(result: Result) -> list[Result]:
@@ -381,34 +383,23 @@ def plots_of(result: Result) -> dict[str, tuple[str, Callable[[Result, Path], No
 
 def plot(result: Result, path: Path) -> None:
     """A bar for each headline case: our time as a share of the other's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = []
-    for case in (result["cases"][name] for name in HEADLINES if name in result["cases"]):
+    for case in headlines(result):
         name, other = next(iter(case["against"].items()))
         rows.append((f"{case['title']}\nagainst {name}", other["ratio_of_medians"], other["ratio_quartiles"]))
-    figure = Figure(figsize=(10, 0.62 * len(rows) + 1.5), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for y, (_, ratio, (lower, upper)) in enumerate(rows):
-        error = [[max(0.0, ratio - lower)], [max(0.0, upper - ratio)]]
-        axes.barh(y, ratio, color=BLUE, height=0.6, xerr=error, error_kw={"ecolor": GREY, "capsize": 3})
-        axes.text(max(ratio, upper) + 0.02, y, f"{ratio:.2f}", va="center", fontsize=10)
-    axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows], fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlabel("time relative to the other (1 = as long; shorter bars are faster)")
     known = result["environment"]
-    axes.set_title(
-        f"fastft on {known['device']}, {known['threads']} threads, torch {known['torch']}",
-        loc="left",
-        fontweight="bold",
-        fontsize=11,
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(0, max(1.1, max(upper for _, _, (_, upper) in rows) + 0.12))
-    figure.savefig(path)
+    with figure(path, 10, 0.62 * len(rows) + 1.5, dpi=130) as axes:
+        for y, (_, ratio, (lower, upper)) in enumerate(rows):
+            look = {"ecolor": GREY, "capsize": 3}
+            axes.barh(y, ratio, color=BLUE, height=0.6, xerr=whiskers(ratio, lower, upper), error_kw=look)
+            axes.text(max(ratio, upper) + 0.02, y, f"{ratio:.2f}", va="center", fontsize=10)
+        axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(rows)), [label for label, _, _ in rows], fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlabel("time relative to the other (1 = as long; shorter bars are faster)")
+        title = f"fastft on {known['device']}, {known['threads']} threads, torch {known['torch']}"
+        axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
+        axes.set_xlim(0, max(1.1, max(upper for _, _, (_, upper) in rows) + 0.12))
 
 
 if __name__ == "__main__":

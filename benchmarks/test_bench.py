@@ -9,8 +9,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastft.commands.bench.cases import FASTFT, Case
-from fastft.commands.bench.command import CASES, measure, result_of, why_not
+from fastft.commands.bench import CASES, FASTFT, Case, measure, result_of, why_not
 
 ROUNDS = 15
 
@@ -23,9 +22,9 @@ def test_case(benchmark: BenchmarkFixture, case: Case, device_type: str) -> None
     device = torch.device(device_type)
     if reason := why_not(case, device, quick=False):
         pytest.skip(reason)
-    measured, prepared = measure(case, device, rounds=1 if benchmark.disabled else ROUNDS)
-    benchmark.extra_info.update(result_of(case, measured, prepared, device))
-    work = prepared.works[FASTFT]
+    measured, ready = measure(case, device, rounds=1 if benchmark.disabled else ROUNDS)
+    benchmark.extra_info.update(result_of(case, measured, ready, device))
+    work = ready.works[FASTFT]
 
     def finished() -> None:
         work()

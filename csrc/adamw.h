@@ -1,4 +1,4 @@
-// What one AdamW step works on, as both backends see it. Pointers are borrowed; all arrays of an entry hold
+// The operands of one AdamW step, for both backends. Pointers are borrowed; all arrays of an entry hold
 // `numel` items in the same memory order.
 #pragma once
 
@@ -39,7 +39,7 @@ struct AdamWGroup {
   DType lr_dtype;
 };
 
-// What the whole step shares. On CUDA the pointers are device memory and nothing is read by the host.
+// Shared by all tensors of the step. On CUDA the pointers are device memory and nothing is read by the host.
 struct AdamWControl {
   const double* sum_of_squares;  // Σ grad² over all live elements, before unscaling; null when not needed
   const float* grad_scale;       // null or a factor that the gradients still carry

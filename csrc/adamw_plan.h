@@ -19,9 +19,9 @@ namespace fastft {
 
 class AdamWPlan {
  public:
-  // One AdamWRecord for each parameter, in the order of the groups. Throws ArgumentError. The plan keeps neither parameters
-  // nor their state alive (what a user takes out of a group or of the state is gone at once), only local parts,
-  // anchors, importances, masks and rows.
+  // One AdamWRecord for each parameter, in the order of the groups. Throws ArgumentError. The plan keeps neither
+  // parameters nor their state alive (a tensor that a user takes out of a group or of the state is gone at once), only
+  // local parts, anchors, importances, masks and rows.
   explicit AdamWPlan(const py::list& records);
 
   // Whether the plan still describes `parameter_lists` (one sequence a group) and `state`; if so, their gradients are
@@ -69,7 +69,7 @@ class AdamWPlan {
     AdamWEntry entry = {};
     // This step:
     py::object grad;
-    std::array<py::object, Field::count_> held;  // what is borrowed: others may let go of it while the kernels run
+    std::array<py::object, Field::count_> held;  // the borrowed ones: others may let go of them
     bool active = false;
 
     const TensorRef& operator[](size_t field) const { return tensors[field]; }
@@ -88,7 +88,7 @@ class AdamWPlan {
     }
   };
 
-  // What a dict held when the plan was made: addresses, to be compared with what it holds now.
+  // An item of a dict when the plan was made: addresses, to be compared with those it has now.
   struct Snapshot {
     PyObject *key, *value;
   };

@@ -157,7 +157,7 @@ TensorRef::TensorRef(const py::object& tensor, const std::string& argument, Hold
   impl_ = *static_cast<const char**>(handle);
   if (torch.dtype(handle, &torch_dtype_) || torch.device_type(handle, &torch_device_type_) ||
       torch.device_index(handle, &torch_device_index_))
-    throw ArgumentError(text(argument, ": torch does not tell its dtype and device"));
+    throw ArgumentError(text(argument, ": torch does not report its dtype and device"));
 }
 
 void TensorRef::prefetch() const {

@@ -9,10 +9,14 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+__all__ = ["NameIndex", "bare", "clean", "closest", "covers", "listed", "matching", "named_tensors"]
+
 # Parts of a path that wrappers inside a model add: torch.compile, FSDP, activation checkpointing.
 ADDED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PEFT_PREFIX = "base_model.model."
 DDP_PREFIX = "module."
+
+MOST_LISTED = 12  # names in an error
 
 
 def named_tensors(source: nn.Module | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -100,3 +104,10 @@ class NameIndex:
             if found:
                 return found[0]
         return None
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in quotes, separated by commas; of many the first, and how many more there are."""
+    shown = [repr(name) for name in names]
+    more = len(shown) - MOST_LISTED
+    return ", ".join(shown[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")

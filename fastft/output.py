@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fastft.errors import UserError
 
-class OutputError(Exception):
+__all__ = ["OutputError", "staged"]
+
+
+class OutputError(UserError):
     """The output folder cannot be used as asked."""
 
 

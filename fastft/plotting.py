@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError("plot needs matplotlib: install it, or fastft[plots]") from error
 
-__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "figure"]
+__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "figure", "whiskers"]
 
 # Okabe and Ito's colours, told apart with every kind of colour vision, and a grey for what others are compared with.
 GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0072b2", "#d55e00", "#009e73"
@@ -35,3 +35,10 @@ def figure(path: Path, width: float, height: float, rows: int = 1, *, dpi: int =
         one.set_axisbelow(True)
     yield axes
     drawn.savefig(path)
+
+
+def whiskers(value: float, low: float | None, high: float | None, scale: float = 1.0) -> list[list[float]] | None:
+    """An interval as matplotlib's error bars, which are lengths from the value; None without an interval."""
+    if low is None or high is None:
+        return None
+    return [[scale * max(0.0, value - low)], [scale * max(0.0, high - value)]]

@@ -1,7 +1,8 @@
-"""The combination that keeps most of what a model knows at no cost in what it learns, in one call."""
+"""``recipe``: anchor, clipping, warm-up and gradual unfreezing in one call."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,9 +11,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastft.anchor import Anchor
+from fastft.layers import layer_groups
 from fastft.layers.groups import GroupPatterns
 from fastft.optim import AdamW, warm_up_then_decay
-from fastft.unfreeze import GradualUnfreeze, LayerGroup, Unfreezer, layer_groups
+from fastft.unfreeze import GradualUnfreeze, Unfreezer
+from fastft.unfreeze.unfreezer import current_mode
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,23 @@ class Recipe:
     anchor: Anchor
 
     def step(self) -> None:
-        """After ``backward()``: update, clear the gradients, and go on in both schedules."""
+        """After ``backward()``: step the optimizer, clear the gradients, and step both schedules."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.unfreezer.step()
 
+    def undo(self) -> None:
+        """When training is over: open everything, put all ``requires_grad`` flags back, and take all hooks away."""
+        self.unfreezer.undo()
+
     def close(self) -> None:
-        """When training is over: put all ``requires_grad`` flags back."""
-        self.unfreezer.close()
+        """The old name of :meth:`undo`."""
+        warnings.warn("Recipe.close() is called undo() now", DeprecationWarning, stacklevel=2)
+        self.undo()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on, the anchor with it; the model's own state aside."""
+        """The states of optimizer (with its anchor), scheduler and unfreezer. The model's own state is not in it."""
         return {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "unfreezer")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -57,36 +65,37 @@ def recipe(
     weight_decay: float = 0.01,
     max_grad_norm: float | None = 1.0,
     groups: GroupPatterns | None = None,
-    mode: Literal["requires_grad", "mask"] = "requires_grad",
+    mode: Literal["requires_grad", "freeze"] = "requires_grad",
 ) -> Recipe:
-    """What the retention benchmark found to keep the source task while learning the target as well as the best.
+    """Optimizer, learning-rate schedule and unfreezer in the combination that did best in the retention benchmark.
 
-    :class:`~fastft.AdamW` with a decoupled anchor at the values that ``model`` has now, clipping inside the step, and
-    layers that open from the output down (:class:`~fastft.unfreeze.GradualUnfreeze`; Howard & Ruder 2018, arXiv
-    1801.06146). As most layers are closed at first, it also takes less time than to train all of them.
+    It kept the source task and learned the target as well as the best there. It is :class:`~fastft.AdamW` with a
+    decoupled anchor at the values that ``model`` has now, clipping inside the step, and layers that open from the
+    output down (:class:`~fastft.unfreeze.GradualUnfreeze`; Howard & Ruder 2018, https://arxiv.org/abs/1801.06146). As
+    most layers are closed at first, it also takes less time than to train all of them.
 
-    A new head should be fitted first, by :func:`fastft.retention.fit_head_`, as it was there: what a random one costs,
-    nothing here brings back.
+    Fit a new head first, by :func:`fastft.retention.fit_head_`, as was done there: the knowledge that training with a
+    random head costs is not brought back.
 
     Args:
         model: pre-trained, and on the device that it is trained on.
         total_steps: optimizer steps of the run.
-        exclude: names, glob patterns or module names of what is not pre-trained, such as a new head: nothing pulls it.
-            It should be the topmost layer group, which is open from the start.
+        exclude: names, glob patterns or module names of parameters that are not pre-trained, such as a new head's:
+            nothing pulls them. They should be the topmost layer group, which is open from the start.
         lr: at its peak.
-        anchor_decay: λ; over a step a weight moves lr·λ of its way back.
+        anchor_decay: λ; each step moves a weight by lr·λ of its distance to the anchor.
         open_by: the part of the steps, above 0 up to 1, after which the lowest layer is open.
         warmup: the part of the steps in which lr rises from near 0; then it falls in a straight line to 0.
         weight_decay: decoupled, of all parameters.
         max_grad_norm: of the gradients together; None: no clipping.
-        groups: as :func:`~fastft.unfreeze.layer_groups` takes them; by default read from the model.
-        mode: as in :class:`~fastft.unfreeze.Unfreezer`; ``"mask"`` under DDP and ``torch.compile``.
+        groups: as :func:`~fastft.layers.layer_groups` takes them; by default read from the model.
+        mode: as in :class:`~fastft.unfreeze.Unfreezer`; ``"freeze"`` under DDP and ``torch.compile``.
 
     Raises:
         ValueError: a number out of range, a pattern that matches nothing, or a model that has no layers to tell apart.
     """
-    found = layer_groups(model, groups)
-    opening = GradualUnfreeze.open_by(open_by, total_steps, found)
+    mode = current_mode(mode)
+    opening = GradualUnfreeze.open_by(open_by, total_steps, layer_groups(model, groups))
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup: expected a part of the steps from 0 to below 1, got {warmup!r}")
     anchor = Anchor.snapshot(model, exclude=exclude)
@@ -100,8 +109,3 @@ def recipe(
     )
     scheduler = LambdaLR(optimizer, warm_up_then_decay(total_steps, warmup))
     return Recipe(optimizer, scheduler, Unfreezer(model, optimizer, opening, groups=groups, mode=mode), anchor)
-
-
-def opening_by(part: float, total_steps: int, groups: list[LayerGroup]) -> GradualUnfreeze:
-    """From the topmost group down, evenly, the lowest after a part of the steps."""
-    return GradualUnfreeze.open_by(part, total_steps, groups)

@@ -7,11 +7,18 @@ from collections.abc import Sequence
 __all__ = ["aligned", "markdown"]
 
 
-def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
-    table = [titles, *rows]
+def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]], *, over: Sequence[str] | None = None) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right.
+
+    ``over``: a line of titles above the titles; with it a rule parts them from the rows.
+    """
+    head = [titles] if over is None else [over, titles]
+    table = [*head, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
+    if over is not None:
+        lines.insert(2, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return lines
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:

@@ -38,7 +38,7 @@ def main() -> int:
             problems.append(f"links {sorted(foreign)}")
     if wheel.stat().st_size > LARGEST:
         problems.append(f"{wheel.stat().st_size:,} bytes, more than {LARGEST:,}")
-    for wanted in ("fastft/py.typed", "fastft/commands/demo/data/LICENSE.WordNet.txt", "licenses/LICENSE"):
+    for wanted in ("fastft/py.typed", "fastft/problems/data/LICENSE.WordNet.txt", "licenses/LICENSE"):
         if not any(name.endswith(wanted) for name in names):
             problems.append(f"lacks {wanted}")
     if stray := [name for name in names if name.split("/")[0] not in ("fastft",) and ".dist-info/" not in name]:

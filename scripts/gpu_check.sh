@@ -51,7 +51,7 @@ check() {
 check build 90 env FASTFT_CUDA=1 FASTFT_CUDA_ARCHS="$arch" \
   "$python" -m pip install --quiet --no-build-isolation --no-deps --target "$site" .
 # -P: not the source tree, whose fastft/ holds no compiled module.
-check info 30 "$python" -P -m fastft.commands.cli info
+check info 30 "$python" -P -m fastft info
 check tests 150 "$python" -P -m pytest -q -m cuda "${collect[@]}" tests/test_cuda*.py
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 for tool in memcheck racecheck; do
@@ -64,7 +64,7 @@ for tool in memcheck racecheck; do
     failed=1
   fi
 done
-check bench 110 "$python" -P -m fastft.commands.cli bench --quick --device "$device" --json "$logs/bench.json" "${cases[@]}"
+check bench 110 "$python" -P -m fastft bench --quick --device "$device" --json "$logs/bench.json" "${cases[@]}"
 
 printf '%s\n' "${table[@]}"
 "$python" - "$logs/bench.json" <<'PYTHON'

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fastft.commands import cli
-from fastft.commands.demo import corpus
+from fastft.commands import shell
+from fastft.problems import corpus
 
 Row = Mapping[str, Any]
 
@@ -118,7 +118,7 @@ def save_model(folder: Path, kind: str) -> Path:
 
 def minilm(folder: Path) -> Path:
     """The real MiniLM, in a folder as a user has it."""
-    from fastft.commands.demo.experiment import model_folder
+    from fastft.problems import model_folder
 
     return Path(shutil.copytree(model_folder(), folder, dirs_exist_ok=True))
 
@@ -149,7 +149,7 @@ def finetune(**options: Any) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            status = cli.main(["finetune", *flags(**options)])
+            status = shell.main(["finetune", *flags(**options)])
         except SystemExit as left:
             status = int(left.code or 0)
     return Done(status, out.getvalue(), err.getvalue())
@@ -157,7 +157,9 @@ def finetune(**options: Any) -> Done:
 
 def finetune_apart(first: str, **options: Any) -> Done:
     """``fastft finetune`` in a process of its own that executes ``first`` before, with as many threads as here."""
-    program = f"{first}\nimport sys\nfrom fastft.commands import cli\nsys.exit(cli.main(['finetune', *sys.argv[1:]]))"
+    program = (
+        f"{first}\nimport sys\nfrom fastft.commands import shell\nsys.exit(shell.main(['finetune', *sys.argv[1:]]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, *flags(**options)],
         capture_output=True,

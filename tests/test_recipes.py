@@ -77,8 +77,18 @@ def test_it_is_its_parts(model: Net) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert all(p.grad is None for p in model.parameters())
     assert recipe.scheduler.get_last_lr() == [0.0]
-    recipe.close()
+    recipe.undo()
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_old_words_still_work(model: Net) -> None:
+    with pytest.warns(DeprecationWarning, match='mode: "mask" is called "freeze" now') as found:
+        recipe = fastft.recipe(model, STEPS, groups=GROUPS, mode="mask")  # type: ignore[arg-type]
+    assert recipe.unfreezer.mode == "freeze"
+    with pytest.warns(DeprecationWarning, match=r"close\(\) is called undo\(\) now") as ended:
+        recipe.close()
+    assert [warning.filename for warning in (*found, *ended)] == [__file__] * 2
+    fastft.recipe(model, STEPS, groups=GROUPS)  # all of the first is gone
 
 
 def test_all_but_what_is_new_is_pulled(model: Net) -> None:

@@ -26,10 +26,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastft.commands.demo import corpus
-from fastft.commands.demo.experiment import model_folder
 from fastft.integrations.transformers import UnfreezeCallback, optimizer_cls_and_kwargs
 from fastft.optim import biases_and_norms, layerwise_lr
+from fastft.problems import corpus, model_folder
 from fastft.unfreeze import LISA, GradualUnfreeze, OnPlateau, layer_groups
 
 Rows = list[dict[str, Any]]
@@ -95,7 +94,7 @@ def review_rows(train: int, test: int, length: int = 16) -> tuple[Rows, Rows]:
             for ids, mask, review in zip(inputs["input_ids"], inputs["attention_mask"], reviews, strict=True)
         ]
 
-    for_training, for_testing = corpus.split_reviews(corpus.load_reviews(), train, test)
+    for_training, for_testing = corpus.split_reviews("movie", train, test)
     return rows(for_training), rows(for_testing)
 
 
@@ -229,7 +228,7 @@ def tiny(folder: Path, kill_at: int | None, policy: Any, **options: Any) -> Run:
 
 
 def lisa(folder: Path, kill_at: int | None = None) -> Run:
-    return tiny(folder, kill_at, LISA(1, every=2, seed=3), mode="mask", state_policy="reset")
+    return tiny(folder, kill_at, LISA(1, every=2, seed=3), mode="freeze", state_policy="reset")
 
 
 def plateau(folder: Path, kill_at: int | None = None) -> Run:
@@ -257,7 +256,7 @@ def train_and_die(folder: Path) -> None:
 
 
 def whole(
-    folder: Path, model: Path, rows_at_once: int, resume: Path | None = None, mode: str = "mask", rank: int = 0
+    folder: Path, model: Path, rows_at_once: int, resume: Path | None = None, mode: str = "freeze", rank: int = 0
 ) -> dict[str, Any]:
     """A run of 8 rows a step, however many processes these are spread over; ``eval_m`` is another on each of them."""
     bert = tiny_bert(model, dropout=0.0)

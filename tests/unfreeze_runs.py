@@ -96,7 +96,7 @@ def lisa() -> Run:
     optimizer = fastft.AdamW(groups, anchor="init", anchor_decay=2.0, max_grad_norm=0.5)
     scheduler = RewarmLR(optimizer, TOTAL, 3, starts=(0, 10))
     policy = LISA(2, every=2, seed=7)
-    unfreezer = Unfreezer(model, optimizer, policy, mode="mask", state_policy="reset", rewarm_steps=2)
+    unfreezer = Unfreezer(model, optimizer, policy, mode="freeze", state_policy="reset", rewarm_steps=2)
     return Run(optimizer, model, scheduler, unfreezer)
 
 
@@ -138,7 +138,7 @@ def resume(folder: Path) -> None:
 # -- two processes -------------------------------------------------------------------------------------------
 
 
-def whole(wrap: Callable[[Stack], nn.Module], part: Callable[[Tensor], Tensor], mode: Any = "mask") -> dict[str, Any]:
+def whole(wrap: Callable[[Stack], nn.Module], part: Callable[[Tensor], Tensor], mode: Any = "freeze") -> dict[str, Any]:
     """Trains on its part of every batch; the parameters after each step."""
     model = Stack(3)
     wrapped = wrap(model)

@@ -1,1 +1,1 @@
-"""What each way of keeping knowledge keeps, and what it costs on the new task: README.md says how it is measured."""
+"""The retention benchmark: how much each method keeps, and its cost on the new task. README.md says how."""

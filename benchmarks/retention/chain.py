@@ -1,4 +1,4 @@
-"""Movie, Amazon, movie again: what a later task does to an earlier one, and each of them to what the model knew.
+"""Movie, Amazon, movie again: how a later task changes an earlier one, and each of them what the model knew.
 
 ``python -m benchmarks.retention.chain --lr 1e-4 --also distill=10 --text-kind tweets``. Each stage starts from the
 encoder of the one before it, with a head of its own that is kept; what is held on to is the start of the stage.
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from fastft.commands.bench.harness import environment
-from fastft.commands.demo.train import Classifier
+from fastft.commands.bench import environment
+from fastft.problems import Classifier
 
 from . import records
+from .methods import INGREDIENTS, Method, fine_tune
 from .minilm import MiniLM
-from .recipes import INGREDIENTS, Recipe, fine_tune
 from .run import Settings, strengths
 
 STAGES = ("movie", "amazon", "movie")
@@ -29,13 +29,13 @@ STAGES = ("movie", "amazon", "movie")
 def chain(settings: Settings) -> dict[str, Any]:
     """Train on one task after the other, and test on all after each."""
     begun = time.perf_counter()
-    recipe = Recipe(settings.lr, settings.ingredients, settings.texts or 16, settings.text_kind or "tweets")
+    method = Method(settings.lr, settings.ingredients, settings.texts or 16, settings.text_kind or "tweets")
     model: Classifier | None = None
     heads: dict[str, torch.nn.Linear] = {}
     stages = []
     for stage, target in enumerate(STAGES):
         problem = MiniLM(settings.rows, "test", target, model)
-        trained = fine_tune(problem, recipe, settings.epochs, settings.seed + 100 * stage)
+        trained = fine_tune(problem, method, settings.epochs, settings.seed + 100 * stage)
         model = trained.model
         assert model is not None
         heads[target] = model.head

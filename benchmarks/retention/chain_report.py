@@ -1,4 +1,4 @@
-"""What a chain of tasks did to each of them, and to what the model knew: a table from chain.jsonl and nothing else.
+"""How a chain of tasks changed each of them, and what the model knew: a table from chain.jsonl and nothing else.
 
 ``python benchmarks/plot.py`` puts it into the documentation.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+from fastft.retention import Estimate
+from fastft.tables import markdown
 
 from . import plan, records
-from .report import Array, Bootstrap, Estimate, Result, described, interval
+from .report import Array, Result, described, retention_report, signed
 
 FILE = records.RESULTS / "chain.jsonl"
 TASKS = ("movie", "amazon")
@@ -27,43 +28,39 @@ class Chain:
         self.settings = described(plan.Choice(self.name, settings, "1"))
         self.seconds = sum(stage["cpu_seconds"] for stage in record["stages"])
         self.hits: list[dict[str, Array]] = [
-            {name: records.unpack(packed).numpy().astype(np.float64) for name, packed in stage["scores"].items()}
+            {name: records.unpack(packed).numpy() for name, packed in stage["scores"].items()}
             for stage in record["stages"]
         ]
-        self.hits.insert(0, {"source": base.source[0]})
-        self.bootstrap = Bootstrap({name: len(hits) for name, hits in self.hits[-1].items()})
-
-    def draws(self, stage: int, name: str) -> Array:
-        return self.bootstrap.draws(name, self.hits[stage][name][None], self.name)
+        self.before = base.source[0]
 
     def transfer(self, name: str, learned: int, later: int) -> Estimate:
-        """What a later stage did to a task: its accuracy then, minus that after the stage that learned it."""
-        value = self.hits[later][name].mean() - self.hits[learned][name].mean()
-        return interval(float(value), self.draws(later, name) - self.draws(learned, name))
+        """How a later stage changed the accuracy on a task since the stage that learned it, in points."""
+        report = retention_report("learned", self.hits[learned][name])
+        return report.add("later", source={"source": self.hits[later][name]}).source["source"].gain
 
     def kept(self, stage: int) -> Estimate:
         """The part of the pre-trained model's source recall after a stage."""
-        value = self.hits[stage]["source"].mean() / self.hits[0]["source"].mean()
-        return interval(float(value), self.draws(stage, "source") / self.draws(0, "source"))
+        report = retention_report("pre-trained", self.before)
+        kept = report.add("stage", source={"source": self.hits[stage]["source"]}).source["source"].retention
+        assert kept is not None
+        return kept
 
     def cells(self) -> list[str]:
         """A row of the table."""
         movie, amazon = ([f"{hits[name].mean():.3f}" for hits in self.hits if name in hits] for name in TASKS)
-        transfers = (self.transfer("movie", 1, 2), self.transfer("amazon", 2, 3))
+        transfers = (self.transfer("movie", 0, 1), self.transfer("amazon", 1, 2))
         return [
             self.name,
             self.settings,
             *(" → ".join(scores) for scores in (movie, amazon)),
-            *(f"{transfer.show(100, 1, '+')}{' (tie)' * transfer.is_tie}" for transfer in transfers),
-            *(self.kept(stage).show(100, 1) for stage in (1, 2, 3)),
+            *map(signed, transfers),
+            *(self.kept(stage).show(100, 1) for stage in range(len(self.hits))),
             f"{self.seconds:.0f}",
         ]
 
 
 def chain_table(found: list[dict[str, Any]], base: Result) -> list[str]:
     """Markdown: a row a chain."""
-    head = ["method", "settings", "movie accuracy", "Amazon accuracy", "Amazon on movie, points"]
-    head += ["movie on Amazon, points", *(f"kept after {stage}, %" for stage in ("movie", "Amazon", "movie again"))]
-    head += ["CPU s"]
-    rows = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *(Chain(record, base).cells() for record in found)]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    titles = ["method", "settings", "movie accuracy", "Amazon accuracy", "Amazon on movie, points"]
+    titles += ["movie on Amazon, points", *(f"kept after {stage}, %" for stage in ("movie", "Amazon", "movie again"))]
+    return markdown([*titles, "CPU s"], [Chain(record, base).cells() for record in found], left=2)

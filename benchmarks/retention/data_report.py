@@ -1,4 +1,4 @@
-"""What replay and augmentation do, by the runs of ``plan.DATA``: a table, what it says, and a plot.
+"""Replay and augmentation, by the runs of ``plan.DATA``: a table, a sentence on it, and a plot.
 
 ``python benchmarks/plot.py`` puts them into the documentation. From the JSON lines and nothing else.
 """
@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from fastft.plotting import BLUE, GREEN, GREY, ORANGE, figure
+from fastft.retention import Estimate
+from fastft.tables import markdown
 
 from . import plan, records
 from .plan import Choice
-from .report import BLUE, CONFIDENCE, GREEN, GREY, ORANGE, Estimate, Result, Results, result, whiskers
+from .report import CONFIDENCE, Result, Results, bars, result, signed
 
 BEFORE = "before fine-tuning"
 FILE = records.DATA_RESULTS / plan.data_settings(None).file
@@ -23,7 +24,7 @@ LABEL_GAP = 0.075
 
 
 class DataResults(Results):
-    """The recipes of ``plan.DATA`` over their seeds, and the pre-trained model."""
+    """The methods of ``plan.DATA`` over their seeds, and the pre-trained model."""
 
     def __init__(self, found: list[dict[str, Any]]) -> None:
         self.by_key = {record["key"]: record for record in found}
@@ -40,12 +41,9 @@ class DataResults(Results):
         """Markdown."""
         assert self.base is not None
         against = f"− {plan.PLAIN}, points"
+        titles = ["", "seeds", "target accuracy", against, "source recall@1", "kept, %", against, "CPU s"]
         lines = [
-            f"| | seeds | target accuracy | {against} | source recall@1 | kept, % | {against} | CPU s |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for row in [self.base, *self.rows]:
-            cells = [
+            [
                 row.choice.name,
                 str(row.seeds) if row is not self.base else "",
                 self.score(row, "target"),
@@ -55,8 +53,9 @@ class DataResults(Results):
                 self.apart(row, "source"),
                 f"{row.cpu_seconds:.0f}" if row.cpu_seconds else "",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return lines
+            for row in [self.base, *self.rows]
+        ]
+        return markdown(titles, lines)
 
     def score(self, row: Result, role: str) -> str:
         """With its standard error over the seeds, and its interval."""
@@ -65,17 +64,14 @@ class DataResults(Results):
 
     def apart(self, row: Result, role: str) -> str:
         """How far the score is from that with neither replay nor augmentation."""
-        if row is self.plain:
-            return ""
-        difference = self.difference(row, self.plain, role)
-        return difference.show(100, 1, "+") + " (tie)" * difference.is_tie
+        return "" if row is self.plain else signed(self.difference(row, self.plain, role))
 
     def verdict(self, role: str) -> str:
-        """Which recipes differ from the one with neither."""
+        """Which methods differ from the one with neither."""
         apart = {row.choice.name: self.difference(row, self.plain, role) for row in self.rows if row is not self.plain}
         kinds: dict[str, Callable[[Estimate], bool]] = {
-            "higher with": lambda difference: difference.low > 0,
-            "lower with": lambda difference: difference.high < 0,
+            "higher with": lambda difference: not difference.is_tie and difference.value > 0,
+            "lower with": lambda difference: not difference.is_tie and difference.value < 0,
             "a tie with": lambda difference: difference.is_tie,
         }
         said = []
@@ -85,7 +81,7 @@ class DataResults(Results):
         return "; ".join(said)
 
     def circumstances(self) -> str:
-        """What was measured, on what, and how."""
+        """The measurement: rows, training, tests, intervals, machine and versions."""
         plain, settings = self.plain, self.plain.choice.settings
         steps = {row.choice.name: self.by_key[row.choice.settings.key]["training"]["steps"] for row in self.rows}
         as_many = steps[plain.choice.name]
@@ -104,34 +100,28 @@ class DataResults(Results):
     def plot(self, path: Path) -> None:
         """Source recall against target accuracy: a point for each recipe, its name beside the axes."""
         assert self.base is not None
-        figure = Figure(figsize=(7, 4.4), dpi=200)
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        figure.subplots_adjust(left=0.09, right=0.76, bottom=0.12, top=0.97)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.set_xlabel("target accuracy, %")
-        axes.set_ylabel("source recall@1, %")
         rows = sorted([self.base, *self.rows], key=lambda row: row.mean("source"))
         points = [(100 * row.mean("target"), 100 * row.mean("source")) for row in rows]
-        for row, (x, y) in zip(rows, points, strict=True):
-            error = {"xerr": whiskers(self.estimate(row, "target")), "yerr": whiskers(self.estimate(row, "source"))}
-            axes.errorbar(x, y, **error, fmt="none", ecolor=self.colour(row), elinewidth=1, capsize=3, alpha=0.5)
-            axes.plot(x, y, "o", color=self.colour(row), markersize=6)
-        low, high = axes.get_ylim()
-        heights = spread([(y - low) / (high - low) for _, y in points], LABEL_GAP)
-        for row, point, height in zip(rows, points, heights, strict=True):
-            line = {"arrowstyle": "-", "linestyle": ":", "color": self.colour(row), "relpos": (0, 0.5)}
-            axes.annotate(
-                row.choice.name,
-                point,
-                (1.04, height),
-                textcoords="axes fraction",
-                va="center",
-                color=self.colour(row),
-                arrowprops=line,
-            )
-        figure.savefig(path)
+        with figure(path, 7, 4.4, dpi=200) as axes:
+            axes.set_xlabel("target accuracy, %")
+            axes.set_ylabel("source recall@1, %")
+            for row, (x, y) in zip(rows, points, strict=True):
+                error = {"xerr": bars(self.estimate(row, "target")), "yerr": bars(self.estimate(row, "source"))}
+                axes.errorbar(x, y, **error, fmt="none", ecolor=self.colour(row), elinewidth=1, capsize=3, alpha=0.5)
+                axes.plot(x, y, "o", color=self.colour(row), markersize=6)
+            low, high = axes.get_ylim()
+            heights = spread([(y - low) / (high - low) for _, y in points], LABEL_GAP)
+            for row, point, height in zip(rows, points, heights, strict=True):
+                line = {"arrowstyle": "-", "linestyle": ":", "color": self.colour(row), "relpos": (0, 0.5)}
+                axes.annotate(
+                    row.choice.name,
+                    point,
+                    (1.04, height),
+                    textcoords="axes fraction",
+                    va="center",
+                    color=self.colour(row),
+                    arrowprops=line,
+                )
 
     def colour(self, row: Result) -> str:
         if row is self.base or row is self.plain:

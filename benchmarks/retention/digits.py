@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from fastft.commands.demo.train import fit_linear_probe
+from fastft.problems import ItemScores, fit_linear_probe
 from fastft.retention import Fisher, estimate_fisher
 
-from .problem import Batch, Scores
+from .problem import Batch
 
 BATCH = 32
 WIDTH = 48
@@ -27,7 +27,7 @@ TEST_PART = 3
 
 
 class Block(nn.Module):
-    """A convolution and a linear layer over the channels, so that what is made for linear layers applies too."""
+    """A convolution and a linear layer over the channels, so that methods for linear layers apply too."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Digits:
         self.old_head = copy.deepcopy(self.base.head)
         mine, labels = self.rows(self.new & ~test)
         with torch.no_grad():
-            fit_linear_probe(self.base, self.base.embed(mine), labels)
+            fit_linear_probe(self.base.head, self.base.embed(mine), labels)
 
     def rows(self, which: Tensor) -> Batch:
         """Images and labels, 0 to 4 in either task."""
@@ -138,7 +138,7 @@ class Digits:
         return estimate_fisher(self.base, batches, forward=lambda model, x: self.old_head(model.embed(x))).normalized()
 
     @torch.no_grad()
-    def score(self, model: Net) -> Scores:
+    def score(self, model: Net) -> ItemScores:
         new, new_labels = self.rows(self.new & self.test)
         old, old_labels = self.rows(self.old & self.test)
-        return Scores(model(new).argmax(1) == new_labels, self.old_head(model.embed(old)).argmax(1) == old_labels)
+        return ItemScores(model(new).argmax(1) == new_labels, self.old_head(model.embed(old)).argmax(1) == old_labels)

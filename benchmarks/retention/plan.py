@@ -1,4 +1,4 @@
-"""What to run, in order of value. Tuning: every method gets ``GRID_SIZE`` settings, tested on the validation split."""
+"""The runs, in order of value. Tuning: every method gets ``GRID_SIZE`` settings, tested on the validation split."""
 
 from __future__ import annotations
 

@@ -1,33 +1,26 @@
-"""What a fine-tuning problem has to offer for every recipe to be tried on it."""
+"""The interface of a fine-tuning problem, which every method is tried on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from fastft.problems import ItemScores
 
 Batch = tuple[Any, Tensor]
 """Inputs and labels."""
 
 
 class Model(Protocol):
-    """An encoder under a new head. Modules, as in ``fastft.commands.demo.train.Classifier``."""
+    """An encoder under a new head. A module, such as ``fastft.problems.Classifier``."""
 
     encoder: nn.Module
     head: nn.Linear
 
     def embed(self, inputs: Any) -> Tensor:
-        """One vector per input: what must be kept."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """For each test item, whether the model got it right: of the new task, and of what it knew."""
-
-    target: Tensor
-    source: Tensor
+        """One vector per input, which fine-tuning should keep."""
 
 
 class Problem(Protocol):
@@ -42,7 +35,7 @@ class Problem(Protocol):
         """A fresh copy of the pre-trained model, under a head fitted by a linear probe."""
 
     def batches(self, epochs: int, seed: int) -> list[Batch]:
-        """All batches of a run, the same for every recipe."""
+        """All batches of a run, the same for every method."""
 
     def as_tokens(self, inputs: Any) -> dict[str, Any]:
         """A batch's inputs with ``input_ids`` [rows, tokens], in a dict that may be changed."""
@@ -59,5 +52,5 @@ class Problem(Protocol):
     def importance(self, seed: int) -> Mapping[str, Tensor]:
         """How much each of the encoder's weights matters to what the model knew: its Fisher information, mean 1."""
 
-    def score(self, model: Any) -> Scores:
+    def score(self, model: Any) -> ItemScores:
         """Test the model."""

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from fastft.tables import aligned
+
 from . import records
 from .digits import Digits
 from .run import ALPHAS, Settings, run
 
 EPOCHS = 6
 LR = 1e-2
-RECIPES: tuple[tuple[float, dict[str, float]], ...] = (
+METHODS: tuple[tuple[float, dict[str, float]], ...] = (
     (0.0, {}),
     (LR, {}),
     (LR / 10, {}),
@@ -46,10 +48,10 @@ RECIPES: tuple[tuple[float, dict[str, float]], ...] = (
 
 
 def quick(results: Path) -> list[dict[str, Any]]:
-    """Run every recipe, append the records to ``digits.jsonl`` in ``results``, and return them."""
+    """Run every method, append the records to ``digits.jsonl`` in ``results``, and return them."""
     problem = Digits()
     found = []
-    for lr, ingredients in RECIPES:
+    for lr, ingredients in METHODS:
         settings = Settings.of(lr, ingredients, rows=len(problem.batches(1, 0)), epochs=EPOCHS, split="test")
         record = run(settings, problem, ALPHAS)
         records.append(results / "digits.jsonl", record)
@@ -59,15 +61,12 @@ def quick(results: Path) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """A line for each record."""
-    blended = f"source at α = {ALPHAS[-1]:g}"
-    lines = [f"{'method':<20} {'lr':>6}  {'target':>6}  {'source':>6}  {blended}"]
+    lines = []
     for record in found:
         settings, scores = record["settings"], list(record["scores"].values())
-        lines.append(
-            f"{settings['method']:<20} {settings['lr']:>6g}  {scores[0]['target']['mean']:>6.3f}  "
-            f"{scores[0]['source']['mean']:>6.3f}  {scores[-1]['source']['mean']:>{len(blended)}.3f}"
-        )
-    return "\n".join(lines)
+        numbers = [scores[0]["target"]["mean"], scores[0]["source"]["mean"], scores[-1]["source"]["mean"]]
+        lines.append([settings["method"], f"{settings['lr']:g}", *(f"{number:.3f}" for number in numbers)])
+    return "\n".join(aligned(["method", "lr", "target", "source", f"source at α = {ALPHAS[-1]:g}"], lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,13 +34,13 @@ def pack(items: Tensor) -> dict[str, Any]:
 
 
 def unpack(packed: dict[str, Any]) -> Tensor:
-    """What was packed, as booleans."""
+    """The items of :func:`pack`, as booleans."""
     octets = np.frombuffer(base64.b64decode(packed["bits"]), dtype=np.uint8)
     return torch.from_numpy(np.unpackbits(octets, count=packed["items"]).astype(bool))
 
 
 def load(*paths: Path) -> list[dict[str, Any]]:
-    """The records of files that exist; what a killed process left of a line is passed over."""
+    """The records of files that exist, without lines that were cut off by a killed process."""
     found = []
     for path in paths:
         for line in path.read_text("utf-8").splitlines() if path.exists() else []:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from fastft.retention import pareto_front
+from fastft.plotting import BLUE, GREY, ORANGE, figure, whiskers
+from fastft.retention import Estimate, RetentionReport, pareto_front
+from fastft.tables import markdown
 
 from . import plan, records
 from .plan import Choice
@@ -23,62 +23,18 @@ from .run import TUNING_ROWS, Settings
 RESAMPLES = 4000
 CONFIDENCE = 0.95
 GOAL = 0.97
-"""What part of the source recall a recipe should keep within a point of the best accuracy."""
+"""What part of the source recall a method should keep within a point of the best accuracy."""
 BASELINE = "full FT + WiSE"
 RIVALS = (BASELINE, "LP-FT + WiSE")
 RECIPE = "anchor + gradual"
 """``fastft.recipe`` on a model whose head ``fit_head_`` has fitted."""
-GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0072b2", "#d55e00", "#009e73"
 
-Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def show(self, scale: float = 1.0, digits: int = 3, sign: str = "") -> str:
-        low, high = (f"{scale * x:{sign}.{digits}f}" for x in (self.low, self.high))
-        return f"{scale * self.value:{sign}.{digits}f} [{low}, {high}]"
-
-    @property
-    def is_tie(self) -> bool:
-        """Whether a difference may be none."""
-        return self.low <= 0.0 <= self.high
-
-
-class Bootstrap:
-    """Draws items, the same ones for every method, and each method's seeds.
-
-    With several seeds an interval covers both the choice of test items and the chance of training; with one, the
-    items only.
-    """
-
-    def __init__(self, items: dict[str, int]) -> None:
-        rng = np.random.default_rng(0)
-        self.counts = {
-            role: rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
-            for role, count in items.items()
-        }
-
-    def draws(self, role: str, scores: Array, name: str) -> Array:
-        """The mean score in each resample, from scores [seeds, items]."""
-        # Sums of whole numbers, which are exact in any order: a table says the same on any machine.
-        by_seed = self.counts[role] @ scores.T
-        # Seeds of different methods are independent, so each method has draws of its own.
-        rng = np.random.default_rng([int(b) for b in name.encode("utf-8")])
-        seeds = rng.integers(len(scores), size=(RESAMPLES, len(scores)))
-        hits: Array = np.take_along_axis(by_seed, seeds, axis=1).sum(axis=1)
-        return hits / scores.size
+Array = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row: what a choice reached, over its seeds."""
+    """One row: the scores of a choice, over its seeds."""
 
     choice: Choice
     target: Array
@@ -101,15 +57,15 @@ class Result:
         return float(getattr(self, role).mean(axis=1).std(ddof=1) / self.seeds**0.5)
 
 
-def interval(value: float, draws: Array) -> Estimate:
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
-
-
 def stacked(found: list[dict[str, Any]], alpha: str, role: str) -> Array:
     """[seeds, items]"""
-    return np.stack([records.unpack(r["scores"][alpha][role]).numpy() for r in found]).astype(np.float64)
+    return np.stack([records.unpack(r["scores"][alpha][role]).numpy() for r in found])
+
+
+def retention_report(before: str, source: Array, target: Array | None = None) -> RetentionReport:
+    """A report against scores [items] with this benchmark's intervals."""
+    targets = {} if target is None else {"target": target}
+    return RetentionReport({"source": source}, targets, before=before, confidence=CONFIDENCE, resamples=RESAMPLES)
 
 
 def result(choice: Choice, found: list[dict[str, Any]]) -> Result | None:
@@ -133,25 +89,31 @@ class Results:
         self.base, self.rows = base, rows
 
     @cached_property
-    def bootstrap(self) -> Bootstrap:
-        any_row = self.base or self.rows[0]
-        return Bootstrap({"target": any_row.target.shape[1], "source": any_row.source.shape[1]})
+    def report(self) -> RetentionReport:
+        """All rows against the pre-trained model."""
+        assert self.base is not None
+        report = retention_report(self.base.choice.name, self.base.source[0], self.base.target[0])
+        for row in self.rows:
+            report.add(row.choice.name, source={"source": row.source}, target={"target": row.target})
+        return report
 
-    def draws(self, row: Result, role: str) -> Array:
-        return self.bootstrap.draws(role, getattr(row, role), row.choice.name)
+    def name(self, row: Result) -> str | None:
+        """The row's name in the report."""
+        return None if row is self.base else row.choice.name
 
     def estimate(self, row: Result, role: str) -> Estimate:
-        return interval(row.mean(role), self.draws(row, role))
+        return self.report.score(role, role, self.name(row))
 
     def kept(self, row: Result) -> Estimate:
         """The part of the pre-trained model's source recall."""
-        assert self.base is not None
-        ratio = row.mean("source") / self.base.mean("source")
-        return interval(ratio, self.draws(row, "source") / self.draws(self.base, "source"))
+        name = self.name(row)
+        kept = Estimate(1.0, 1.0, 1.0) if name is None else self.report.result(name).source["source"].retention
+        assert kept is not None
+        return kept
 
     def difference(self, row: Result, other: Result, role: str) -> Estimate:
-        """Paired over the items."""
-        return interval(row.mean(role) - other.mean(role), self.draws(row, role) - self.draws(other, role))
+        """In points, paired over the items."""
+        return self.report.difference(self.name(row), self.name(other), role, role)
 
 
 class Comparison(Results):
@@ -195,27 +157,24 @@ class Comparison(Results):
         """Markdown."""
         reference, baseline = self.reference, self.named(BASELINE) or self.reference
         assert self.base is not None
+        ahead_of = baseline.choice.name if baseline else BASELINE
+        titles = ["method", "settings", "seeds", "target accuracy", "− best full FT, points", "source recall@1"]
+        titles += ["kept, %", f"recall − {ahead_of}, points", "CPU s"]
         lines = [
-            "| method | settings | seeds | target accuracy | − best full FT, points | source recall@1 | kept, % "
-            f"| recall − {baseline.choice.name if baseline else BASELINE}, points | CPU s |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for row in [self.base, *self.rows]:
-            apart = self.difference(row, reference, "target") if reference and row is not reference else None
-            ahead = self.difference(row, baseline, "source") if baseline and row is not baseline else None
-            cells = [
+            [
                 row.choice.name,
                 described(row.choice),
                 str(row.seeds) if row is not self.base else "",
                 self.estimate(row, "target").show(),
-                apart.show(100, 1, "+") + " (tie)" * apart.is_tie if apart else "",
+                signed(self.difference(row, reference, "target")) if reference and row is not reference else "",
                 self.estimate(row, "source").show(),
                 self.kept(row).show(100, 1),
-                ahead.show(100, 1, "+") + " (tie)" * ahead.is_tie if ahead else "",
+                signed(self.difference(row, baseline, "source")) if baseline and row is not baseline else "",
                 f"{row.cpu_seconds:.0f}" if row.cpu_seconds else "",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-        return lines
+            for row in [self.base, *self.rows]
+        ]
+        return markdown(titles, lines, left=2)
 
     def verdict(self) -> str:
         """Whether the goal is reached by what validation chose: on the test split nothing is picked out."""
@@ -228,7 +187,7 @@ class Comparison(Results):
         best = max(near, key=lambda row: row.choice.source)
         kept, lost = self.kept(best), 100 * (reference.mean("target") - best.mean("target"))
         reached = kept.value >= GOAL and lost <= 100 * plan.POINT
-        sure = " (the interval's lower end too)" if reached and kept.low >= GOAL else ""
+        sure = " (the interval's lower end too)" if reached and kept.low is not None and kept.low >= GOAL else ""
         return (
             f"Of the methods here that see nothing of the source task (not {' and '.join(plan.SEE_OLD_TASK)}), and "
             f"that are within a point of the best full fine-tuning, **{best.choice.name}** kept the most on the "
@@ -240,7 +199,7 @@ class Comparison(Results):
         ).rstrip()
 
     def recipe_against_rivals(self) -> str:
-        """The recipe, as trained, against full fine-tuning that was tuned and blended back."""
+        """``fastft.recipe``, as trained, against full fine-tuning that was tuned and blended back."""
         recipe = self.named(RECIPE)
         rivals = [row for row in map(self.named, RIVALS) if row is not None]
         if recipe is None or not rivals:
@@ -253,51 +212,52 @@ class Comparison(Results):
             learned, kept = (self.difference(recipe, rival, role) for role in ("target", "source"))
             said.append(
                 f"Against {rival.choice.name} ({self.kept(rival).show(100, 1)} %) that is "
-                f"{kept.show(100, 1, '+')} points of recall{' (tie)' * kept.is_tie} and "
-                f"{learned.show(100, 1, '+')} of accuracy{' (tie)' * learned.is_tie}."
+                f"{signed(kept, ' points of recall')} and {signed(learned, ' of accuracy')}."
             )
         return " ".join(said)
 
     def plot(self, path: Path) -> None:
         """Source kept against target accuracy; a line joins one training run's blends."""
         assert self.base is not None
-        figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
         recall = self.base.mean("source")
 
         def place(row: Result) -> tuple[float, float]:
             return 100 * row.mean("target"), 100 * row.mean("source") / recall
 
-        for curve in self.curves.values():
-            colour = GREY if curve[0].choice.name in plan.FULL else BLUE
-            axes.plot(*zip(*map(place, curve), strict=True), "-", color=colour, alpha=0.3, linewidth=1)
-        for number, row in enumerate([self.base, *self.rows]):
-            x, y = place(row)
-            colour = ORANGE if row is self.base else GREY if row.choice.name.startswith(plan.FULL) else BLUE
-            error = {"xerr": whiskers(self.estimate(row, "target")), "yerr": whiskers(self.kept(row))}
-            axes.errorbar(x, y, **error, fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.25)
-            axes.plot(x, y, "o", color=colour, markersize=11, label=f"{number}  {row.choice.name}")
-            axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=6.5, color="white")
-        points = [place(row) for row in [self.base, *self.rows]]
-        front = [points[i] for i in pareto_front(points)]
-        axes.step(*zip(*front, strict=True), where="pre", color=ORANGE, alpha=0.6, linewidth=1.5, label="Pareto front")
-        reference = self.reference
-        if reference is not None:
-            floor = 100 * (reference.mean("target") - plan.POINT)
-            axes.axvline(floor, color=GREY, linestyle=":", linewidth=1, label="a point below the best full fine-tuning")
-        axes.axhline(100 * GOAL, color=GREY, linestyle="--", linewidth=1, label=f"{GOAL:.0%} kept")
-        axes.set_xlabel("target accuracy, %")
-        axes.set_ylabel("source recall@1 kept, %")
-        axes.set_title(f"What was learned, and what was kept ({self.split} split)", loc="left", fontweight="bold")
-        axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=0.5)
-        figure.savefig(path)
+        with figure(path, 10, 6) as axes:
+            for curve in self.curves.values():
+                colour = GREY if curve[0].choice.name in plan.FULL else BLUE
+                axes.plot(*zip(*map(place, curve), strict=True), "-", color=colour, alpha=0.3, linewidth=1)
+            for number, row in enumerate([self.base, *self.rows]):
+                x, y = place(row)
+                colour = ORANGE if row is self.base else GREY if row.choice.name.startswith(plan.FULL) else BLUE
+                error = {"xerr": bars(self.estimate(row, "target")), "yerr": bars(self.kept(row))}
+                axes.errorbar(x, y, **error, fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.25)
+                axes.plot(x, y, "o", color=colour, markersize=11, label=f"{number}  {row.choice.name}")
+                axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=6.5, color="white")
+            points = [place(row) for row in [self.base, *self.rows]]
+            front = [points[i] for i in pareto_front(points)]
+            look = {"where": "pre", "color": ORANGE, "alpha": 0.6, "linewidth": 1.5}
+            axes.step(*zip(*front, strict=True), **look, label="Pareto front")
+            if (reference := self.reference) is not None:
+                floor = 100 * (reference.mean("target") - plan.POINT)
+                label = "a point below the best full fine-tuning"
+                axes.axvline(floor, color=GREY, linestyle=":", linewidth=1, label=label)
+            axes.axhline(100 * GOAL, color=GREY, linestyle="--", linewidth=1, label=f"{GOAL:.0%} kept")
+            axes.set_xlabel("target accuracy, %")
+            axes.set_ylabel("source recall@1 kept, %")
+            axes.set_title(f"What was learned, and what was kept ({self.split} split)", loc="left", fontweight="bold")
+            axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=0.5)
 
 
-def whiskers(estimate: Estimate) -> list[list[float]]:
-    return [[100 * (estimate.value - estimate.low)], [100 * (estimate.high - estimate.value)]]
+def signed(difference: Estimate, unit: str = "") -> str:
+    """A difference in points, and whether it is a tie."""
+    return f"{difference.show(digits=1, sign=True)}{unit}{' (tie)' * difference.is_tie}"
+
+
+def bars(estimate: Estimate) -> list[list[float]] | None:
+    """An interval as error bars, in percent."""
+    return whiskers(estimate.value, estimate.low, estimate.high, 100)
 
 
 def same(row: Result, other: Result) -> bool:
@@ -322,10 +282,11 @@ def described(choice: Choice) -> str:
 
 def tuning_table(tuned: list[dict[str, Any]]) -> list[str]:
     """How much of each method's grid has been run."""
-    lines = ["| method | tuned | grid |", "| --- | ---: | --- |"]
-    for name, settings in plan.GRIDS.items():
-        lines.append(f"| {name} | {len(plan.measured(name, tuned))} of {plan.GRID_SIZE} | {grid_text(settings)} |")
-    return lines
+    lines = [
+        [name, grid_text(settings), f"{len(plan.measured(name, tuned))} of {plan.GRID_SIZE}"]
+        for name, settings in plan.GRIDS.items()
+    ]
+    return markdown(["method", "grid", "tuned"], lines, left=2)
 
 
 def grid_text(settings: list[Settings]) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from fastft.commands.bench.harness import environment
+from fastft.commands.bench import environment
 
 from . import records
+from .methods import INGREDIENTS, Method, blended, fine_tune
 from .problem import Problem
-from .recipes import INGREDIENTS, Recipe, blended, fine_tune
 
 EPOCHS = 2
 TUNING_ROWS = 6070
@@ -84,7 +84,7 @@ class Settings:
         return [f"--method={basis}", *mixture, *texts, *rows, *common]
 
     def for_test(self, seed: int) -> Settings:
-        """The same recipe, trained on everything."""
+        """The same method, trained on all rows."""
         return replace(self, rows=None, split="test", seed=seed)
 
     @property
@@ -99,11 +99,11 @@ def run(settings: Settings, problem: Problem, alphas: Sequence[float]) -> dict[s
     # Before the work: by its end another commit may be checked out.
     where = environment(torch.device("cpu"))
     scores, training = {}, {}
-    recipe = Recipe(settings.lr, settings.ingredients, settings.texts, settings.text_kind)
+    method = Method(settings.lr, settings.ingredients, settings.texts, settings.text_kind)
     if settings.method == "probe":
         model, alphas = problem.start().eval(), (0.0,)
     else:
-        trained = fine_tune(problem, recipe, settings.epochs, settings.seed)
+        trained = fine_tune(problem, method, settings.epochs, settings.seed)
         model = trained.model
         training = {
             "steps": trained.steps,
@@ -113,7 +113,7 @@ def run(settings: Settings, problem: Problem, alphas: Sequence[float]) -> dict[s
             "cpu_seconds": trained.cpu_seconds,
         }
     for alpha in alphas:
-        tested = problem.score(model if alpha in (0.0, 1.0) else blended(problem, model, alpha, recipe))
+        tested = problem.score(model if alpha in (0.0, 1.0) else blended(problem, model, alpha, method))
         scores[f"{alpha:g}"] = {"target": records.pack(tested.target), "source": records.pack(tested.source)}
     return {
         "key": settings.key,
@@ -160,7 +160,7 @@ def strengths(text: str) -> tuple[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retention.run", description=__doc__)
     names = ["probe", "full", *INGREDIENTS]
-    parser.add_argument("--method", required=True, choices=names, help="see recipes.py")
+    parser.add_argument("--method", required=True, choices=names, help="see methods.py")
     parser.add_argument("--strength", type=float, default=1.0, help="of the method, if it has one")
     parser.add_argument("--also", type=strengths, action="append", default=[], metavar="NAME=STRENGTH", help="combine")
     parser.add_argument("--lr", type=float, default=1e-4)

@@ -9,7 +9,7 @@
 
 namespace fastft::cuda {
 
-// What lies on the device between steps: the table of entries, the map from chunks to entries, tickets and
+// Device memory that is kept between steps: the table of entries, the map from chunks to entries, tickets and
 // partial sums. It is written only when something in it changed, so a step usually uploads nothing.
 class AdamWTable {
  public:

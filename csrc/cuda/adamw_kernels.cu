@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) grad_sum_of_squares(const __grid_con
   }
 }
 
-// What all threads of a block share.
+// Shared by all threads of a block.
 template <typename T>
 struct Shared {
   DeviceEntry entry;

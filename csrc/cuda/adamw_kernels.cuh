@@ -1,4 +1,4 @@
-// The kernels of the CUDA step and what they are handed; cuda/adamw.cu fills that in and launches them.
+// The kernels of the CUDA step and their parameters; cuda/adamw.cu fills these in and launches them.
 #pragma once
 
 #include "../adamw.h"
@@ -24,7 +24,7 @@ struct DeviceEntry {
   const void* importance;
 };
 
-// What the tensors of one group and step count share.
+// Shared by the tensors of one group and step count.
 struct StepOptions {
   AdamWOptions options;
   double bias1, bias2;

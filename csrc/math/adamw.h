@@ -14,7 +14,7 @@
 // With an importance the anchor's penalty is λ/2·F·(p − a)² (elastic weight consolidation), and its pull an implicit
 // (proximal) step on it: p − a is divided by 1 + lr·λ·F. Fisher informations lie many orders of magnitude apart, so no
 // one lr·λ suits an explicit step: min(1, lr·λ·F) would throw every heavy element back to the anchor at each step and
-// tell none of them apart. The implicit step never overshoots, for no lr·λ, and keeps their order; for small lr·λ·F
+// distinguish none of them. The implicit step never overshoots, for no lr·λ, and keeps their order; for small lr·λ·F
 // both are the same. Without an importance the bound on lr·λ is checked, and the explicit step is what users of a
 // decoupled decay expect.
 //
@@ -37,8 +37,8 @@ namespace fastft {
 enum class Anchoring : uint8_t { none, decoupled, l2, decoupled_weighted, l2_weighted, selective };
 constexpr const char* kAnchorings[] = {"none", "decoupled", "l2", "decoupled_weighted", "l2_weighted", "selective"};
 
-// What the loops and kernels are instantiated for: nothing to read; the anchor; the anchor and its importance; the
-// anchor, for sums over the whole tensor. Many kinds may share a form.
+// The forms that loops and kernels are instantiated for: nothing to read; the anchor; the anchor and its importance;
+// the anchor, for sums over the whole tensor. Many kinds may share a form.
 enum class AnchorForm : uint8_t { none, plain, weighted, selective };
 
 FASTFT_HD constexpr AnchorForm form_of(Anchoring anchoring) {
@@ -56,7 +56,7 @@ FASTFT_HD constexpr AnchorForm form_of(Anchoring anchoring) {
   }
 }
 
-// What the user chose for one parameter group; doubles as in Python.
+// The options of one parameter group; doubles as in Python.
 struct AdamWOptions {
   double lr, beta1, beta2, eps, weight_decay, anchor_decay;
   bool amsgrad, maximize;
@@ -148,7 +148,7 @@ FASTFT_HD void adamw_element(T& p, T grad, T& m, T& v, T& vmax, T a, T f, Anchor
   p = madd(-s.step_size, m / madd(square_root(second), s.rsqrt_bias2, s.eps), p);
 }
 
-// What selective projection must know of a tensor, summed over its live elements.
+// The sums over a tensor's live elements that selective projection needs.
 struct SelectiveSums {
   double uphill;         // ⟨grad, p − a⟩, the gradient as it is stored: neither clipping nor unscaling turns it
   double before, after;  // ‖p − a‖² and ‖p̃ − a‖²

@@ -1,4 +1,4 @@
-// What every formula in math/ is written with: the host/device marker and the one arithmetic primitive
+// The vocabulary of all formulas in math/: the host/device marker and the one arithmetic primitive
 // whose rounding must be the same everywhere.
 #pragma once
 

@@ -1,4 +1,4 @@
-"""Read rows from a file: csv, tsv, jsonl (each also gzipped) or parquet. An error names the line."""
+"""Read rows from a file: csv, tsv, jsonl (each also gzipped) or parquet. Errors name the line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastft.names import closest
+from fastft.errors import UserError
+from fastft.names import closest, listed
 
 FORMATS = ".csv, .tsv, .jsonl (each also with .gz) or .parquet"
-MOST_LISTED = 12
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
-class FileError(Exception):
+class FileError(UserError, ValueError):
     """A file cannot be read as asked: one line that names it, and the place in it."""
 
 
@@ -37,7 +37,7 @@ def read_table(path: str | os.PathLike[str], columns: Sequence[str] | None = Non
         columns: keep only these, in this order; None: all.
 
     Raises:
-        FileError: no such file, an unknown format, a malformed or empty table, or a column that is not there.
+        ValueError: no such file, an unknown format, a malformed or empty table, or a column that is not there.
         ImportError: the package ``datasets`` is not installed.
     """
     path = Path(path)
@@ -79,7 +79,7 @@ def as_numbers(cells: list[str | None]) -> list[Any]:
 
 
 def check_column(where: str | os.PathLike[str], names: Iterable[str], name: str) -> None:
-    """Raise if ``name`` is none of the columns."""
+    """Raise a :class:`FileError` if ``name`` is none of the columns."""
     if name not in names:
         raise FileError(f"{where}: there is no column {name!r}, but {listed(names)}{closest(name, names)}")
 
@@ -99,13 +99,31 @@ def kind_of(path: Path) -> str:
     return kind
 
 
-def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Row]]:
-    """(place such as "line 7", row by column) for each row of a file; cells of csv and tsv are texts.
+def read_rows(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Iterator[tuple[str, Record]]:
+    """The rows of a file one by one, with their places, for error messages that name the line.
+
+    Formats are those of :func:`read_table`, but the cells of csv and tsv stay texts.
 
     Args:
         path: of the file.
-        columns: the ones that are needed; those of a Parquet file are read alone.
+        columns: those that every row must have; of a Parquet file only these are read.
+
+    Yields:
+        ``(place, row)``: ``"line 7"`` and a dict with a value for each column.
+
+    Raises:
+        ValueError: no such file, an unknown format, a malformed table, or a column that is not there.
+        ImportError: for a Parquet file, the package ``datasets`` is not installed.
     """
+    path = Path(path)
+    for place, row in rows_of(path, columns):
+        for column in columns or ():
+            check_column(f"{path}, {place}", row, column)
+        yield place, row
+
+
+def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Record]]:
+    """:func:`read_rows` without the check of each row."""
     kind = kind_of(path)
     if kind == ".parquet":
         for number, row in enumerate(parquet_table(path, columns), start=1):
@@ -121,7 +139,7 @@ def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[
 
 
 class Lines:
-    """A file's lines as texts; knows the number of the one it is at, also when that cannot be decoded."""
+    """A file's lines as texts. ``number`` is that of the current line, also of one that cannot be decoded."""
 
     def __init__(self, raw: Iterable[bytes]) -> None:
         self.raw = raw
@@ -133,19 +151,19 @@ class Lines:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
-def csv_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Row]]:
+def csv_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Record]]:
     """Rows of a CSV file: fields may be quoted, and then hold commas and line breaks."""
     hint = "; a field with commas, quotes or line breaks stands in quotes, its own quotes doubled"
     yield from table_rows(csv.reader(iter(lines), strict=True), path, hint)
 
 
-def tsv_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Row]]:
+def tsv_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Record]]:
     """Rows of a TSV file. Quotes mean nothing: one that a text begins with would swallow the rows that follow."""
     hint = "; a field of a .tsv file holds no tabs and no line breaks (one of a .csv file may)"
     yield from table_rows(csv.reader(iter(lines), delimiter="\t", quoting=csv.QUOTE_NONE), path, hint)
 
 
-def table_rows(rows: Any, path: Path, hint: str) -> Iterator[tuple[str, Row]]:
+def table_rows(rows: Any, path: Path, hint: str) -> Iterator[tuple[str, Record]]:
     """Rows below a header, each as long as that."""
     csv.field_size_limit(2**31 - 1)  # texts may be long
     header: list[str] = []
@@ -168,7 +186,7 @@ def table_rows(rows: Any, path: Path, hint: str) -> Iterator[tuple[str, Row]]:
         raise FileError(f"{path}, {place}: cannot be read: {error}{hint}") from error
 
 
-def json_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Row]]:
+def json_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Record]]:
     """One JSON object a line."""
     for line in lines:
         if not line.strip():
@@ -204,14 +222,6 @@ def parquet_table(path: Path, columns: Sequence[str] | None = None) -> Any:
         table = table.set_column(table.column_names.index(name), name, array(labels, "string"))
     # What datasets wrote of the columns' kinds stands in the metadata, and is so no longer.
     return datasets.Dataset(table.replace_schema_metadata() if named else table)
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names in a row, not too many of them."""
-    shown = [repr(name) for name in names]
-    return ", ".join(shown[:MOST_LISTED]) + (
-        f" and {len(shown) - MOST_LISTED} more" if len(shown) > MOST_LISTED else ""
-    )
 
 
 def import_datasets() -> Any:

@@ -111,6 +111,44 @@ class TextAugment:
         self._is_special[special] = True
         self._salts = np.array([mixed(3, number) for number in range(len(steps))], np.uint64)
 
+    @classmethod
+    def from_spec(cls, spec: str, tokenizer: Any) -> TextAugment:
+        """The augmentation that a text such as ``"token_dropout=0.1,span_masking=0.15,synonyms=0.2:words.tsv"`` names.
+
+        ``span_masking=P:LENGTH`` sets the mean length; ``synonyms=P:FILE`` reads a table, see
+        :class:`SynonymReplacement`.
+
+        Raises:
+            ValueError: with the part of ``spec`` that is wrong.
+        """
+        steps = []
+        for name, p, *rest in cls.split_spec(spec):
+            try:
+                steps.append(SPEC_STEPS[name](tokenizer, float(p), *rest))
+            except (TypeError, ValueError, OSError) as error:
+                raise ValueError(f"augment: {name}={':'.join([p, *rest])}: {error}") from error
+        return cls(tokenizer, *steps)
+
+    @staticmethod
+    def split_spec(spec: str) -> list[list[str]]:
+        """The parts of a spec, as :meth:`from_spec` takes it, without a tokenizer and without reading files.
+
+        Returns:
+            For each part its name, the probability as a text, and the text behind a further colon if there is one.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        parts = []
+        for part in spec.split(","):
+            name, _, values = (text.strip() for text in part.partition("="))
+            if name not in SPEC_STEPS:
+                raise ValueError(
+                    f"augment: expected one of {', '.join(SPEC_STEPS)}, got {name!r}{closest(name, SPEC_STEPS)}"
+                )
+            parts.append([name, *values.split(":", 1)])
+        return parts
+
     def __call__(self, examples: list[Any], keys: Keys) -> list[Any]:
         """Copies of examples (dicts with ``input_ids`` as a list, array or tensor) with a random key for each."""
         parts = [np.asarray(example["input_ids"], np.int64) for example in examples]
@@ -260,16 +298,19 @@ class SynonymReplacement:
 
     Args:
         p: the probability of a word of the table to be replaced.
-        table: from words to their synonyms.
+        table: from words to their synonyms; or a UTF-8 file of it, with a word and its synonyms on each line, separated
+            by tabs.
         tokenizer: of transformers, the one that made the tokens.
 
     Raises:
-        ValueError: p is no probability below 1, or no word of the table can be replaced.
+        ValueError: p is no probability below 1, a line of the file has no synonym, or no word can be replaced.
     """
 
-    def __init__(self, p: float, table: Mapping[str, Sequence[str]], tokenizer: Any) -> None:
+    def __init__(self, p: float, table: Mapping[str, Sequence[str]] | str | Path, tokenizer: Any) -> None:
         check_probability("SynonymReplacement", p)
         self.p = p
+        if isinstance(table, (str, Path)):
+            table = read_synonyms(table)
         pairs = [(word, synonym) for word, synonyms in table.items() for synonym in synonyms]
         found: dict[int, dict[int, None]] = {}  # a dict of None: each synonym once, in order
         for form in (str, str.capitalize):
@@ -332,7 +373,7 @@ def continuing(tokenizer: Any) -> Flags:
 
 
 def read_synonyms(path: str | Path) -> dict[str, list[str]]:
-    """A table of synonyms from a UTF-8 file: a word and its synonyms on each line, with tabs between them.
+    """The table of synonyms in a file, see :class:`SynonymReplacement`.
 
     Raises:
         ValueError: a line has no synonym.
@@ -349,39 +390,9 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
     return table
 
 
-def augment_from_spec(spec: str, tokenizer: Any) -> TextAugment:
-    """The augmentation that a text such as ``"token_dropout=0.1,span_masking=0.15,synonyms=0.2:words.tsv"`` names.
-
-    ``span_masking=P:LENGTH`` sets the mean length; ``synonyms=P:FILE`` reads :func:`read_synonyms`'s format.
-
-    Raises:
-        ValueError: with the part of ``spec`` that is wrong.
-    """
-    steps = []
-    for name, p, *rest in parts_of_spec(spec):
-        try:
-            steps.append(SPEC_STEPS[name](tokenizer, float(p), *rest))
-        except (TypeError, ValueError, OSError) as error:
-            raise ValueError(f"augment: {name}={':'.join([p, *rest])}: {error}") from error
-    return TextAugment(tokenizer, *steps)
-
-
 SPEC_STEPS: dict[str, Callable[..., Step]] = {
     "token_dropout": lambda tokenizer, p: TokenDropout(p),
     "span_masking": lambda tokenizer, p, length="3": SpanMasking(p, float(length)),
-    "synonyms": lambda tokenizer, p, path: SynonymReplacement(p, read_synonyms(path), tokenizer),
+    "synonyms": lambda tokenizer, p, path: SynonymReplacement(p, path, tokenizer),
 }
-"""By the name in a spec, what makes the step of the tokenizer, the probability and the texts behind that."""
-
-
-def parts_of_spec(spec: str) -> list[list[str]]:
-    """What :func:`augment_from_spec` takes, in parts: the name, the probability, and what follows behind a colon."""
-    parts = []
-    for part in spec.split(","):
-        name, _, values = (text.strip() for text in part.partition("="))
-        if name not in SPEC_STEPS:
-            raise ValueError(
-                f"augment: expected one of {', '.join(SPEC_STEPS)}, got {name!r}{closest(name, SPEC_STEPS)}"
-            )
-        parts.append([name, *values.split(":", 1)])
-    return parts
+"""{name in a spec: function of the tokenizer, the probability and the texts behind it that makes the step}."""

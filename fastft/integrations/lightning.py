@@ -1,4 +1,4 @@
-"""fastft in Lightning: its unfreezer as a callback. Its optimizer needs nothing: return it from configure_optimizers.
+"""fastft in Lightning: the unfreezer as a callback. Return the optimizer from configure_optimizers as any other.
 
 .. code-block:: python
 
@@ -43,17 +43,17 @@ class UnfreezeCallback(callback_class()):  # type: ignore[misc]
     ``configure_optimizers`` returns one optimizer with all parameters that are ever to be trained. Unlike with
     Lightning's own ``BaseFinetuning``, none come or go later, so checkpoints and schedulers go on working.
 
-    It counts optimizer steps, whatever ``accumulate_grad_batches`` is. Policies that go by what was measured get
+    It counts optimizer steps, whatever ``accumulate_grad_batches`` is. Policies that depend on metrics get
     ``trainer.callback_metrics`` after each validation: ``OnPlateau("val_loss")``. Its state is saved with the
     checkpoint, so ``fit(ckpt_path=...)`` goes on in the middle of the schedule.
 
-    In several processes (DDP), and for modules that are compiled, ``mode="mask"`` is needed. To clip, pass
+    In several processes (DDP), and for modules that are compiled, ``mode="freeze"`` is needed. To clip, pass
     ``max_grad_norm`` to :class:`fastft.AdamW` rather than ``gradient_clip_val`` to the Trainer: that counts closed
     groups, too, where they get gradients, and refuses ``precision="16-mixed"``.
 
     Args:
-        policy: what is open when, as for :class:`Unfreezer`.
-        **options: of :class:`Unfreezer`; what is ``wrapped`` around the module is found out.
+        policy: as for :class:`Unfreezer`.
+        **options: of :class:`Unfreezer`, but for ``wrapped``, which is found out.
     """
 
     unfreezer: Unfreezer | None
@@ -71,7 +71,7 @@ class UnfreezeCallback(callback_class()):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Make the unfreezer; Lightning has loaded its checkpoint by now."""
-        self._close()
+        self._undo()
         if len(trainer.optimizers) != 1:
             raise ValueError(f"optimizers: expected one, got {len(trainer.optimizers)}")
         # Lightning compiles the module's methods, so that the module itself looks as before.
@@ -92,23 +92,23 @@ class UnfreezeCallback(callback_class()):  # type: ignore[misc]
             self.unfreezer.step(epoch=trainer.current_epoch + done)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Tell that an epoch is done; of a dataset without a length, nobody knew before."""
+        """Count the epoch: with a dataset without a length, its end is not known before."""
         assert self.unfreezer is not None
         self.unfreezer.update(epoch=trainer.current_epoch + 1)
 
     def on_validation_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Log what was measured; in several processes, what the first one has measured."""
+        """Log the metrics; in several processes, those of the first."""
         if self._fitting:  # and not in the sanity check before, or in a validation on its own
             assert self.unfreezer is not None
             self.unfreezer.update(**trainer.strategy.broadcast(numbers(trainer.callback_metrics)))
 
     def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Leave the module as it came: everything open."""
-        self._close()
+        self._undo()
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Also where training was cut short."""
-        self._close()
+        self._undo()
 
     def state_dict(self) -> dict[str, Any]:
         """The unfreezer's, which Lightning saves with its checkpoints."""
@@ -121,8 +121,8 @@ class UnfreezeCallback(callback_class()):  # type: ignore[misc]
         self.unfreezer = None
         self._saved = dict(state_dict)
 
-    def _close(self) -> None:
+    def _undo(self) -> None:
         if self._fitting:
             assert self.unfreezer is not None
             self._fitting = False
-            self.unfreezer.close()
+            self.unfreezer.undo()

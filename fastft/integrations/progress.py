@@ -1,4 +1,4 @@
-"""What the callbacks share: how an unfreezer goes on, and what it hears of an evaluation."""
+"""Shared by the callbacks: resuming an unfreezer, and the metrics of an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fastft in the Hugging Face ``Trainer``: its optimizer as one argument, its unfreezer as a callback.
+"""fastft in the Hugging Face ``Trainer``: the optimizer is one argument, the unfreezer a callback.
 
 .. code-block:: python
 
@@ -11,7 +11,7 @@
     )
 
 ``(fastft.AdamW, {"lr": 2e-5, ...})`` does as well. The function takes lr, betas and eps from ``args``, which the
-Trainer ignores for an optimizer class that it is given, and finds out what is new in the model and so has no anchor.
+Trainer ignores for an optimizer class that it is given, and finds the parameters that are new and so have no anchor.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ except ImportError as error:
 __all__ = ["UnfreezeCallback", "new_parameters", "optimizer_cls_and_kwargs", "optimizer_of"]
 
 STATE_KEY = "fastft_unfreezer"
-# LoRA's factors, also of embeddings: what they add to the pre-trained weights is zero where they are.
+# LoRA's factors, also of embeddings: where they are 0, the model is as it was pre-trained.
 LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\b")
 # PEFT trains a copy of a whole module; the original stays beside it.
 PEFT_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")
@@ -62,9 +62,9 @@ def optimizer_cls_and_kwargs(
     params: Iterable[dict[str, Any]] | None = None,
     **options: Any,
 ) -> tuple[type[AdamW], dict[str, Any]]:
-    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes to train with :class:`fastft.AdamW`.
+    """The argument ``Trainer(optimizer_cls_and_kwargs=...)`` that makes it train with :class:`fastft.AdamW`.
 
-    Call it before the Trainer is told to resume, with the model as it was pre-trained: its values now are the anchor.
+    Call it before the Trainer resumes a run, with the model as it was pre-trained: its values now are the anchor.
     Resuming brings back the anchor of the first run, whatever the model holds by then.
 
     Args:
@@ -73,15 +73,19 @@ def optimizer_cls_and_kwargs(
         anchor_decay: λ of the pull toward the pre-trained weights, as in :class:`fastft.AdamW`. LoRA's factors are
             pulled to 0, where the model is as it was pre-trained: that is weight decay, so λ is added to theirs, and
             nothing is copied.
-        anchor: where to pull to; None: to what the trained parameters that are not new hold now.
-        exclude: names, glob patterns or module names of what is new and stays free. None: what
+        anchor: where to pull to; None: the present values of the trained parameters that are not new.
+        exclude: names, glob patterns or module names of new parameters, which nothing pulls. None: those that
             :func:`new_parameters` finds.
         params: groups of named parameters, such as ``layerwise_lr(layer_groups(model), args.learning_rate)`` of
             :mod:`fastft.optim` makes. None: as the Trainer divides them, into those with and without weight decay.
         **options: more of :class:`fastft.AdamW`'s. With ``max_grad_norm``, pass ``max_grad_norm=0.0`` to
             ``TrainingArguments``, or the Trainer clips too.
 
-    Raises ``ValueError`` where it cannot tell what is new, or there is nothing to hold near.
+    Returns:
+        The optimizer's class and its arguments.
+
+    Raises:
+        ValueError: the new parameters cannot be found out, there is nothing to anchor, or a number is out of range.
     """
     mode = options.get("anchor_mode", "decoupled")
     check_anchor_options(anchor_decay, mode, "optimizer_cls_and_kwargs")
@@ -132,7 +136,8 @@ def optimizer_of(trainer: Trainer) -> AdamW:
 def new_parameters(model: nn.Module) -> set[str]:
     """The names of the parameters that ``from_pretrained`` did not find in the checkpoint: a new head, often.
 
-    Raises ``ValueError`` if it cannot tell: the model was made from a config, copied, or loaded by transformers 4.
+    Raises:
+        ValueError: this is not known, as the model was made from a config, copied, or loaded by transformers 4.
     """
     loaded = {
         name
@@ -162,7 +167,7 @@ def decay_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, An
 def divided(
     group: dict[str, Any], pulled: set[Tensor], weight_decay: float, anchor_decay: float
 ) -> list[dict[str, Any]]:
-    """The group, and apart from it what weight decay pulls to 0 in place of an anchor."""
+    """The group, and one apart for the parameters that weight decay pulls to 0 in place of an anchor."""
     apart = [(name, p) for name, p in group["params"] if p in pulled]
     if not apart:
         return [group]
@@ -173,16 +178,16 @@ def divided(
 class UnfreezeCallback(TrainerCallback):
     """Opens layer groups while a ``Trainer`` trains: an :class:`Unfreezer` that lives as long as ``train()``.
 
-    It counts optimizer steps, whatever ``gradient_accumulation_steps`` is. Policies that go by what was measured get
-    the numbers of each evaluation under the Trainer's names: ``OnPlateau("eval_loss")``. Its state is saved with the
+    It counts optimizer steps, whatever ``gradient_accumulation_steps`` is. Policies that depend on metrics get those
+    of each evaluation under the Trainer's names: ``OnPlateau("eval_loss")``. Its state is saved with the
     optimizer's, so ``resume_from_checkpoint`` goes on in the middle of the schedule.
 
-    In several processes (DDP), with ``torch_compile``, and for models that are compiled, ``mode="mask"`` is needed.
+    In several processes (DDP), with ``torch_compile``, and for models that are compiled, ``mode="freeze"`` is needed.
     FSDP and DeepSpeed have not been tried.
 
     Args:
-        policy: what is open when, as for :class:`Unfreezer`.
-        **options: of :class:`Unfreezer`; what is ``wrapped`` around the model is found out.
+        policy: as for :class:`Unfreezer`.
+        **options: of :class:`Unfreezer`, but for ``wrapped``, which is found out.
     """
 
     unfreezer: Unfreezer | None
@@ -208,7 +213,7 @@ class UnfreezeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Make the unfreezer; the Trainer has loaded its checkpoint by now."""
-        self.close()  # of a run that was interrupted
+        self.undo()  # of a run that was interrupted
         assert model is not None
         inner = unwrapped(optimizer)
         self.unfreezer = unfreezer = Unfreezer(model, inner, self.policy, wrapped=around(args), **self.options)
@@ -230,7 +235,7 @@ class UnfreezeCallback(TrainerCallback):
         metrics: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Log what was measured; in several processes, what the first one has measured."""
+        """Log the metrics; in several processes, those of the first."""
         if not self._training:
             return
         assert self.unfreezer is not None
@@ -243,15 +248,20 @@ class UnfreezeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it came: everything open."""
-        self.close()
+        self.undo()
 
     def close(self) -> None:
+        """The old name of :meth:`undo`."""
+        warnings.warn("UnfreezeCallback.close() is called undo() now", DeprecationWarning, stacklevel=2)
+        self.undo()
+
+    def undo(self) -> None:
         """Open everything; only needed where ``train()`` was cut short by an exception, and is not called again."""
         if self._training:
             assert self.unfreezer is not None
             self._training = False
             self._handle.remove()
-            self.unfreezer.close()
+            self.unfreezer.undo()
 
     def _add_state(self, optimizer: Optimizer, packed: dict[str, Any]) -> None:
         """Into a group, as that is what every optimizer takes back as it was; so it is saved wherever moments are."""
@@ -260,7 +270,7 @@ class UnfreezeCallback(TrainerCallback):
 
 
 def around(args: TrainingArguments) -> set[str]:
-    """What the Trainer has put around the model, of which callbacks get the inside: see ``Unfreezer(wrapped=...)``."""
+    """The Trainer's wrappers around the model that callbacks get, for ``Unfreezer(wrapped=...)``."""
     accelerator = AcceleratorState()
     found = set()
     if accelerator.distributed_type.value.startswith("MULTI_"):
@@ -273,13 +283,13 @@ def around(args: TrainingArguments) -> set[str]:
 
 
 def warn_of_clipping(args: TrainingArguments, unfreezer: Unfreezer) -> None:
-    """Tell of gradients that the Trainer clips before the step does, or by a norm that closed groups count in."""
+    """Warn of gradients that the Trainer clips before the step does, or by a norm that closed groups count in."""
     optimizer = unfreezer.optimizer
     if not args.max_grad_norm:
         return
     if isinstance(optimizer, AdamW) and optimizer._max_grad_norm is not None:
         trouble = "the Trainer clips before fastft.AdamW does"
-    elif unfreezer.mode == "mask" and around(args):
+    elif unfreezer.mode == "freeze" and around(args):
         trouble = "the norm that the Trainer clips by counts closed groups, too"
     else:
         return

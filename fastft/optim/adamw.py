@@ -45,7 +45,7 @@ OWN_ATTRIBUTES = (
 
 
 class AdamW(torch.optim.AdamW):
-    r"""AdamW as a drop-in for :class:`torch.optim.AdamW`, with what fine-tuning asks for in the same pass.
+    r"""AdamW as a drop-in for :class:`torch.optim.AdamW`, with an anchor, clipping and masks in the same pass.
 
     For each element that is not frozen or masked, t counting the steps of its tensor:
 
@@ -63,7 +63,7 @@ class AdamW(torch.optim.AdamW):
     Args:
         params: parameters, named parameters or group dicts, as for any torch optimizer. float32, bfloat16,
             float16 and float64 on CPU or CUDA, any dense memory order, take the fused step, DTensors by their
-            local part. What it cannot take (complex parameters, memory with gaps or shared
+            local part. Others (complex parameters, memory with gaps or shared
             with another parameter, tensor subclasses, other devices) takes torch's own step as long as no
             option below concerns it, and raises a ``ValueError`` naming the parameter and the option otherwise.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in
@@ -88,7 +88,7 @@ class AdamW(torch.optim.AdamW):
                 p = p̃ − min(1, anchor_decay·r)·(p̃ − anchor)      r = 1 − ‖p − anchor‖₂ / ‖p̃ − anchor‖₂
 
             so that 1 puts it back to the distance it had, and more brings it nearer. Here ``anchor_decay`` is not
-            scaled by lr. Each tensor is judged by itself, by what is not masked; an importance raises a
+            scaled by lr. Each tensor is judged by itself, by its elements that are not masked; an importance raises a
             ``ValueError``, and so does a DTensor that lies spread over several processes. In groups: the key
             ``anchor_mode``.
         max_grad_norm: clip to this global 2-norm over all groups and devices, or None. What is frozen or
@@ -97,8 +97,11 @@ class AdamW(torch.optim.AdamW):
         state_dtype: ``torch.float32`` keeps the moments of 16-bit parameters in float32; None in the
             parameter's dtype, as torch does.
 
-    After a step with clipping or skipping, :attr:`grad_norm` and :attr:`skipped_steps` tell what happened,
-    without having waited for the GPU.
+    After a step with clipping or skipping, :attr:`grad_norm` and :attr:`skipped_steps` hold its outcome, without
+    having waited for the GPU.
+
+    Raises:
+        ValueError: for an option out of range, and for an anchor that holds none of the parameters.
 
     Decoupled weight decay: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
@@ -195,7 +198,7 @@ class AdamW(torch.optim.AdamW):
 
     @property
     def anchor(self) -> Anchor | None:
-        """Where the weights are pulled back to; with ``"init"`` what was taken then, as for ``drift_report``."""
+        """The anchor, also for ``drift_report``; with ``"init"``, the values that the parameters had then."""
         return self._anchor
 
     @property
@@ -317,7 +320,7 @@ class AdamW(torch.optim.AdamW):
         return True
 
     def _make_plan(self, counts_on_device: bool) -> None:
-        # A scheduler may begin at 0; what it scales is in initial_anchor_decay.
+        # A scheduler may begin at 0; the value it scales is in initial_anchor_decay.
         decays = [g.get("initial_anchor_decay", g["anchor_decay"]) for g in self.param_groups]
         if self._anchor is not None and not self.state and not any(decays):
             warnings.warn(
@@ -392,7 +395,7 @@ class AdamW(torch.optim.AdamW):
         self._parts = []
         self._torch_step = TorchStep()
 
-    # -- what may be stepped -------------------------------------------------------------------------------
+    # -- freezing and masks --------------------------------------------------------------------------------
 
     def freeze(self, params: Tensor | nn.Module | Iterable[Tensor]) -> None:
         """Leave parameters untouched, bit for bit, whatever their ``.grad`` holds.
@@ -451,7 +454,7 @@ class AdamW(torch.optim.AdamW):
     # -- groups and names ----------------------------------------------------------------------------------
 
     def _for_all_groups(self) -> dict[str, Any]:
-        """The options that a group cannot have for itself."""
+        """The options that hold for all groups."""
         return {
             "max_grad_norm": self._max_grad_norm,
             "skip_nonfinite": self._skip_nonfinite,
@@ -467,7 +470,7 @@ class AdamW(torch.optim.AdamW):
         options = self._anchor_defaults
         if isinstance(param_group, dict):
             for key, value in self._for_all_groups().items():
-                # The same again, as ZeroRedundancyOptimizer tells it, is no contradiction.
+                # The same again, as ZeroRedundancyOptimizer passes it, is no contradiction.
                 if key in param_group and param_group[key] is not value and param_group[key] != value:
                     raise ValueError(
                         f"param_groups[{len(self.param_groups)}]: {key} is for all groups; pass it to AdamW"
@@ -549,7 +552,7 @@ class AdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, which resumes exactly, or of ``torch.optim.AdamW``.
 
-        One of torch's leaves the anchor, the masks, what is frozen and the anchor's options as they are. An
+        One of torch's leaves the anchor, the masks, the frozen set and the anchor's options as they are. An
         anchor that came from a file is read from there again, after its content has been verified; if the file
         was moved, give the optimizer an ``Anchor.from_safetensors`` of its new place first. Moments keep the dtype
         that this optimizer's ``state_dtype`` asks for. On an error nothing has changed.
@@ -558,7 +561,7 @@ class AdamW(torch.optim.AdamW):
         def check_own_state(_: Any, loaded: dict[str, Any]) -> None:
             self._loading = checkpoint.Loading(self, loaded)
 
-        # A hook put last, so that it sees what the user's own hooks made of the dict.
+        # A hook put last, so that it sees the dict as the user's own hooks left it.
         handle = self.register_load_state_dict_pre_hook(check_own_state)
         try:
             super().load_state_dict(state_dict)

@@ -1,4 +1,4 @@
-"""What a state dict of ``AdamW`` holds beyond torch's: the anchor, masks, the frozen set, counters."""
+"""The part of a state dict of ``AdamW`` that torch's lacks: the anchor, masks, the frozen set, counters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERSION = 1
 
 
 def own_state(optimizer: AdamW) -> dict[str, Any]:
-    """What is saved under :data:`KEY`; parameters by their position in the groups."""
+    """The entry under :data:`KEY`; parameters by their position in the groups."""
     named = list(optimizer._parameters())
     names = {i: optimizer._anchor_name(p, name) for i, (_, p, name) in enumerate(named)}
     positions = {id(p): i for i, (_, p, _) in enumerate(named)}

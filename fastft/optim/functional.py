@@ -58,11 +58,15 @@ def adamw_(
             there is none. That they are finite and nowhere negative is not checked: it would take another pass.
         update_masks: bool, ``[rows]`` or the parameter's shape; None where all of it is stepped.
         lr: a number, or a one-element tensor.
-        grad_scale, found_inf: float32, one element: what the gradients still carry; skip where not 0.
+        grad_scale: float32, one element: a factor that the gradients still carry.
+        found_inf: float32, one element: the step is skipped where it is not 0.
         skipped_steps: int64, one element, on the first parameter's device; counts the skipped steps.
 
     Returns the global norm of the gradients (0-d, float64, unscaled, before clipping) if ``max_grad_norm`` or
-    ``skip_nonfinite`` asks for it, else None. Raises ``ValueError`` before anything is written.
+    ``skip_nonfinite`` asks for it, else None.
+
+    Raises:
+        ValueError: for arguments that do not fit, before anything is written.
     """
     n = len(params)
     lists: dict[str, Sequence[Any] | None] = {

@@ -1,4 +1,4 @@
-"""The same update in plain PyTorch: slow, short, in float64; what the kernels are tested against.
+"""The same update in plain PyTorch: slow, short, in float64. The kernels are tested against it.
 
     g  = grad · grad_scale⁻¹ · clip                clip = min(1, max_grad_norm / (‖g‖₂ + 1e-6))
     p  = p − lr·wd·p − pull·(p − a)                (or, with the l2 anchor: g = g + λ·F·(p − a))
@@ -89,10 +89,10 @@ def adamw(
 def selective_projection(
     p: Tensor, stepped: Tensor, grad: Tensor, anchor: Tensor, anchor_decay: float, update_mask: Tensor | None = None
 ) -> Tensor:
-    """``stepped``, what a step made of ``p``, moved to the anchor if ``p`` had gone too far: float64.
+    """``stepped``, the result of a step from ``p``, moved to the anchor if ``p`` had gone too far: float64.
 
-    ``grad`` is the loss's, to be descended along. What is masked out does not count, and what is returned for it means
-    nothing.
+    ``grad`` is the loss's, to be descended along. Masked-out elements do not count; the values returned for them are
+    meaningless.
     """
     p, stepped, anchor = p.double(), stepped.double(), anchor.double()
     live = slice(None) if update_mask is None else update_mask
@@ -116,5 +116,5 @@ def grad_norm(
 
 
 def clip_factor(norm: float, max_grad_norm: float | None) -> float:
-    """What the gradients are multiplied by: min(1, max_grad_norm / (norm + 1e-6)), as in torch."""
+    """The factor that clips gradients: min(1, max_grad_norm / (norm + 1e-6)), as in torch."""
     return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))

@@ -1,4 +1,4 @@
-"""One step over parts that are ready for the kernels: what ``AdamW`` and ``adamw_`` have in common."""
+"""One step over parts that are ready for the kernels, for ``AdamW`` and ``adamw_`` alike."""
 
 from __future__ import annotations
 

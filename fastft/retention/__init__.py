@@ -1,4 +1,4 @@
-"""What fine-tuning cost: measure what was forgotten, see where the weights went, and take some of it back.
+"""Retention: measure what was forgotten, see where the weights went, and take some of it back.
 
 >>> import torch, fastft
 >>> from fastft.retention import RetentionReport, best_alpha, drift_report, interpolate_
@@ -24,12 +24,12 @@ Score the model on both before and after, item by item:
 >>> train(new)
 >>> after = evaluate(model)
 >>> report = RetentionReport({"left or right": before["source"]}, {"up or down": before["target"]})
->>> row = report.add("AdamW", source={"left or right": after["source"]}, target={"up or down": after["target"]})
->>> row.source["left or right"].forgetting.value > 10  # points
+>>> result = report.add("AdamW", source={"left or right": after["source"]}, target={"up or down": after["target"]})
+>>> result.source["left or right"].forgetting.value > 10  # points
 True
 
-``print(report)`` is a table with bootstrap intervals, ``report.plot(path)`` the trade-off, ``drift_report`` tells in
-which layers the weights went how far, and ``best_alpha`` how far to go back:
+``print(report)`` is a table with bootstrap intervals, ``report.plot(path)`` draws the trade-off, ``drift_report`` shows
+how far the weights went in which layers, and ``best_alpha`` finds how far to go back:
 
 >>> drift_report(model, anchor).total.relative > 0.1
 True
@@ -40,42 +40,26 @@ True
 True
 
 Against forgetting: before training, ``fit_head_`` (so that a new head does not start at random); while training, beside
-the anchor in the step itself, ``distillation_loss`` (an anchor on outputs),
-``child_tuning_`` and ``MoFO`` (move only some of the weights), ``estimate_fisher`` (which weights matter), and
-``fastft.optim``'s ``AnchorDecayScheduler`` and ``RecAdamScheduler``.
+the anchor in the step itself, ``distillation_loss`` (an anchor on outputs), ``child_tuning_`` and ``MoFO`` (move only
+some of the weights), ``estimate_fisher`` (which weights matter), and ``fastft.optim``'s ``AnchorDecayScheduler`` and
+``RecAdamScheduler``.
 """
 
 from fastft.retention.distill import FrozenBase, distillation_loss
-from fastft.retention.drift import Drift, DriftReport, drift_report
+from fastft.retention.drift import DriftReport, drift_report
 from fastft.retention.fisher import Fisher, estimate_fisher
-from fastft.retention.head import HeadFit, fit_head_
-from fastft.retention.interpolate import AlphaPoint, AlphaSearch, Interpolation, best_alpha, interpolate_
+from fastft.retention.head import fit_head_, linear_probe
+from fastft.retention.interpolate import best_alpha, interpolate_
 from fastft.retention.masks import MoFO, child_tuning_
-from fastft.retention.report import (
-    Change,
-    Estimate,
-    RetentionReport,
-    Row,
-    Scores,
-    backward_transfer,
-    hypervolume,
-    pareto_front,
-)
+from fastft.retention.report import Estimate, RetentionReport, Scores, backward_transfer, hypervolume, pareto_front
 
 __all__ = [
-    "AlphaPoint",
-    "AlphaSearch",
-    "Change",
-    "Drift",
     "DriftReport",
     "Estimate",
     "Fisher",
     "FrozenBase",
-    "HeadFit",
-    "Interpolation",
     "MoFO",
     "RetentionReport",
-    "Row",
     "Scores",
     "backward_transfer",
     "best_alpha",
@@ -86,5 +70,6 @@ __all__ = [
     "fit_head_",
     "hypervolume",
     "interpolate_",
+    "linear_probe",
     "pareto_front",
 ]

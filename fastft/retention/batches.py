@@ -1,4 +1,4 @@
-"""Batches in the forms that models take, and a model that is only asked."""
+"""Cut batches into rows, run a model on a batch, and put a model into ``eval`` mode for a while."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ IGNORED = -100
 
 
 def rows_of(batch: Any) -> Iterator[Any]:
-    """The batch cut into batches of one row, in its own form."""
+    """The batch cut into batches of one row, in its own form.
+
+    Raises:
+        ValueError: the batch has another form, or parts of it have different numbers of rows.
+    """
     if not isinstance(batch, (Mapping, Tensor, list, tuple)):
         raise ValueError(f"batches: expected mappings, (inputs, labels) or tensors, got {type(batch).__name__}")
     pair = isinstance(batch, (list, tuple))
@@ -25,7 +29,7 @@ def rows_of(batch: Any) -> Iterator[Any]:
 
 
 def sizes_in(value: Any) -> Iterator[int]:
-    """The numbers of rows of what is inside: tensors, lists with an item for each row, mappings of these."""
+    """The number of rows of each tensor and list inside, through mappings."""
     if isinstance(value, Mapping):
         for part in value.values():
             yield from sizes_in(part)
@@ -36,7 +40,7 @@ def sizes_in(value: Any) -> Iterator[int]:
 
 
 def cut(value: Any, i: int) -> Any:
-    """Row ``i`` of it; what has no rows, whole."""
+    """Row ``i`` of it; a value without rows as it is."""
     if isinstance(value, Mapping):
         return {key: cut(part, i) for key, part in value.items()}
     if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0):

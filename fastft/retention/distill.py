@@ -1,4 +1,4 @@
-"""An anchor on what a model says instead of on its weights: stay near the base model's outputs."""
+"""An anchor on a model's outputs instead of on its weights: stay near those of the base model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def distillation_loss(
     mask: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """How far outputs are from what the base model gives for the same inputs; add it to the loss with a weight.
+    """The distance of outputs from the base model's for the same inputs; add it to the loss with a weight.
 
-    Li & Hoiem 2016 (Learning without Forgetting), https://arxiv.org/abs/1606.09282. The inputs can be the new task's,
+    Learning without Forgetting (Li & Hoiem 2016, https://arxiv.org/abs/1606.09282). The inputs can be the new task's,
     or any text of the kind that the model should go on to handle; they need no labels.
 
     Args:
@@ -38,7 +38,10 @@ def distillation_loss(
         reduction: ``"mean"`` or ``"sum"`` over the vectors that count (not over D or C), a 0-d tensor; or ``"none"``,
             ``[...]``, with 0 where the mask is false. The mean over none is 0.
 
-    Computed in float32 (float64 with float64 outputs). Raises ``ValueError`` for shapes that differ and wrong options.
+    Computed in float32 (float64 with float64 outputs).
+
+    Raises:
+        ValueError: shapes differ, or an option is none of those above.
     """
     if outputs.shape != base_outputs.shape or outputs.dim() == 0:
         raise ValueError(
@@ -73,7 +76,7 @@ def distillation_loss(
 
 
 class FrozenBase:
-    """A copy of a model as it is now, which only answers: ``base(...)`` is the model's output, without gradients.
+    """A frozen copy of a model as it is now: ``base(...)`` is the model's output, without gradients.
 
     Made before training. It is in ``eval`` mode, so without dropout, and takes as much memory as the model's
     parameters and buffers. It is no module: as an attribute of one it is in no state dict and gives an optimizer no
@@ -89,7 +92,7 @@ class FrozenBase:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the base model gives for these arguments."""
+        """The base model's output for these arguments."""
         return self.module(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> FrozenBase:

@@ -52,7 +52,7 @@ TITLES = ("group", "elements", "‖δ‖₂", "‖δ‖₂/‖θ₀‖₂", "cos
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What :func:`drift_report` measured; ``str()`` of it is a table."""
+    """The result of :func:`drift_report`; ``str()`` of it is a table."""
 
     groups: tuple[Drift, ...]
     """From input to output."""
@@ -76,6 +76,13 @@ class DriftReport:
 
         plot_drift(self, Path(path))
 
+    def write(self, folder: str | Path) -> None:
+        """Write ``report.md``, ``report.json`` and ``plot.png`` into a folder that exists. Needs matplotlib."""
+        folder = Path(folder)
+        (folder / "report.md").write_text(self.to_markdown() + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
+        self.plot(folder / "plot.png")
+
     def _rows(self) -> list[tuple[str, ...]]:
         return [drift.cells() for drift in (*self.groups, self.total)]
 
@@ -92,10 +99,12 @@ def drift_report(model: nn.Module, anchor: Anchor, groups: GroupPatterns | None 
         model: the model, also while it trains.
         anchor: the pre-trained weights: in any dtype, on any device, or in a file, read a tensor at a time. One in
             bfloat16 is what the model is compared with, so its rounding counts as drift.
-        groups: what to tell apart, as in :func:`fastft.unfreeze.layer_groups`.
+        groups: as in :func:`fastft.layers.layer_groups`.
 
-    Raises ``ValueError`` as ``layer_groups`` does, and for an anchor that has none of the parameters, or one in
-    another shape.
+    Raises:
+        TypeError: ``anchor`` is no :class:`fastft.Anchor`.
+        ValueError: groups that ``layer_groups`` refuses, or an anchor that has none of the parameters, or one in
+            another shape.
     """
     layers = layer_groups(model, groups)
     found, _ = find_anchored(model, anchor)

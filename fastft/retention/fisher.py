@@ -44,7 +44,8 @@ class Fisher(Mapping[str, Tensor]):
     def normalized(self) -> Fisher:
         """The same with a mean of 1 over all elements, so that as a weight it leaves an anchor's strength as it is.
 
-        Raises ``ValueError`` if it is 0 everywhere.
+        Raises:
+            ValueError: it is 0 everywhere.
         """
         elements = sum(tensor.numel() for tensor in self.values())
         mean = sum(tensor.double().sum().item() for tensor in self.values()) / max(1, elements)
@@ -59,7 +60,11 @@ class Fisher(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> Fisher:
-        """What :meth:`save` wrote, on the CPU. Raises ``ValueError`` for another file."""
+        """Read a file of :meth:`save`, onto the CPU.
+
+        Raises:
+            ValueError: it is another file.
+        """
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
@@ -118,10 +123,12 @@ def estimate_fisher(
             for logits of more than two dimensions, where guessing wrong would go unnoticed.
         seed: of the draws of ``"sampled"``.
 
-    Returns a :class:`Fisher`: float32 (float64 for float64 parameters), on the parameters' devices.
+    Returns:
+        The Fisher information in float32 (float64 for float64 parameters), on the parameters' devices.
 
-    Raises ``ValueError`` for options that do not go together, for batches it cannot cut into rows, for logits that do
-    not fit the labels, without a single example, and if gradients are not finite.
+    Raises:
+        ValueError: options do not go together, batches cannot be cut into rows, logits do not fit the labels, there is
+            not a single example, or gradients are not finite.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode: expected one of {get_args(Mode)}, got {mode!r}")

@@ -1,4 +1,4 @@
-"""A new head, fitted before anything else moves: what a random one does to the features is most of the forgetting."""
+"""A new head, fitted before anything else moves, as a random one spoils the features that the model came with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALIKE = 0.01
 
 
 class HeadFit(NamedTuple):
-    """How well a fitted head does on what it was fitted on."""
+    """How well a fitted head does on the rows that it was fitted on."""
 
     loss: float
     """Mean cross-entropy, in nats."""
@@ -75,18 +75,22 @@ def fit_head_(
         l2: of the weights; above 0. By σ² it means the same at any scale of the features. The default was found on a
             sentence encoder with some thousand rows; less suits more.
 
-    Returns the loss and accuracy of the head on ``batches``.
+    Returns:
+        A named tuple ``(loss, accuracy, rows)`` of the head on ``batches``: the mean cross-entropy in nats, the share
+        of right answers, and how many rows there were.
 
-    Raises ``ValueError``, with the head as it was, for a head that is no plain ``nn.Linear`` of the model with two
-    outputs or more and weights of its own, for batches without labels, labels that do not fit, a head that is not
-    called once for each batch, no rows at all, or features that are not finite or the same in all rows. Warns of
-    features that hardly differ between rows, as it takes large weights to tell them apart.
+    Raises:
+        ValueError: the head is no plain ``nn.Linear`` of the model with two outputs or more and weights of its own, or
+            is not called once for each batch; batches have no labels, or labels that do not fit; there are no rows at
+            all; features are not finite, or the same in all rows. The head is then as it was.
+
+    Warns of features that hardly differ between rows, as it takes large weights to tell them apart.
     """
     head = found_head(model, head)
     if not 0 < l2 < float("inf"):
         raise ValueError(f"l2: expected a number above 0, got {l2!r}")
     with torch.inference_mode(False):
-        x, labels = what_reaches(model, head, batches, forward)
+        x, labels = features_and_labels(model, head, batches, forward)
         center = x.mean(0) if head.bias is not None else torch.zeros_like(x[0])
         size = x.square().mean().sqrt().item()
         x -= center  # in place, as there may be many
@@ -102,7 +106,8 @@ def fit_head_(
                 stacklevel=2,
             )
         x /= scale  # changes no minimum, and the solver gets there sooner
-        weight, bias = minimum(x, labels, head.out_features, l2, None if head.bias is None else BIAS_L2)
+        bias_l2 = None if head.bias is None else BIAS_L2
+        weight, bias = linear_probe(x, labels, head.out_features, l2=l2, bias_l2=bias_l2)
         with torch.no_grad():
             head.weight.copy_(weight / scale)
             if head.bias is not None:
@@ -148,7 +153,7 @@ def found_head(model: nn.Module, head: nn.Linear | str) -> nn.Linear:
 
 
 class Tap:
-    """What reaches a module, and (``pass_on``) what comes out of the model if the module hands it on as it is."""
+    """Records a module's inputs; with ``pass_on``, the module returns its input, so the model gives features."""
 
     def __init__(self, module: nn.Module) -> None:
         self.seen: list[Tensor] = []
@@ -182,7 +187,7 @@ class Tap:
         return picked
 
 
-def what_reaches(
+def features_and_labels(
     model: nn.Module, head: nn.Linear, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None
 ) -> tuple[Tensor, Tensor]:
     """The head's inputs [rows, features] in float64 and their labels [rows], on the CPU."""
@@ -227,20 +232,59 @@ def checked_labels(batch: Any) -> Tensor:
     return labels.squeeze(-1) if labels.dim() > 1 and labels.shape[-1] == 1 else labels
 
 
-def minimum(x: Tensor, y: Tensor, classes: int, l2: float, bias_l2: float | None) -> tuple[Tensor, Tensor]:
-    """W [classes, features] and b [classes] of least ``mean(cross_entropy(x Wᵀ + b, y)) + l2·‖W‖² + bias_l2·‖b‖²``.
+def linear_probe(
+    features: Tensor, labels: Tensor, classes: int, *, l2: float, bias_l2: float | None = BIAS_L2
+) -> tuple[Tensor, Tensor]:
+    r"""Fit a linear classifier on features that are computed already; :func:`fit_head_` fits a model's head.
 
-    ``bias_l2`` None: b = 0. x [rows, features] in float64, where L-BFGS converges to the one minimum whatever the
-    rounding of the features.
+    Finds the one minimum, by L-BFGS in float64, from 0, so that the result depends on the rows alone:
+
+    .. code-block:: text
+
+        W, b = argmin  mean(cross_entropy(x Wᵀ + b, y)) + l2·‖W‖² + bias_l2·‖b‖²
+
+    Args:
+        features: x, floating point, ``[rows, features]``.
+        labels: y, int64 ``[rows]``, from 0 to ``classes - 1``, on the features' device.
+        classes: at least 2.
+        l2: of the weights; above 0. Not relative to the features' size, other than in :func:`fit_head_`.
+        bias_l2: of the bias, at least 0; None: no bias, b = 0. With 0, each class needs a row for there to be a
+            minimum.
+
+    Returns:
+        W ``[classes, features]`` and b ``[classes]``, in float64.
+
+    Raises:
+        ValueError: the shapes or labels do not fit, or a number is out of its range.
     """
-    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=bias_l2 is not None)
+    if features.dim() != 2 or not features.is_floating_point() or len(features) == 0:
+        raise ValueError(
+            f"features: expected floating point of shape [rows, features], got {features.dtype} of shape "
+            f"{list(features.shape)}"
+        )
+    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels: expected torch.int64 of shape {list(features.shape[:1])}, got {labels.dtype} of shape "
+            f"{list(labels.shape)}"
+        )
+    if classes < 2 or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"classes: expected at least 2, and labels from 0 to classes - 1, got {classes} and labels from "
+            f"{int(labels.min())} to {int(labels.max())}"
+        )
+    if not 0 < l2 < float("inf"):
+        raise ValueError(f"l2: expected a number above 0, got {l2!r}")
+    if bias_l2 is not None and not 0 <= bias_l2 < float("inf"):
+        raise ValueError(f"bias_l2: expected a number from 0, or None, got {bias_l2!r}")
+    x = features.detach().double()
+    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, dtype=x.dtype, device=x.device, requires_grad=bias_l2 is not None)
     solver = torch.optim.LBFGS([p for p in (weight, bias) if p.requires_grad], **SOLVER)
 
     def closure() -> Tensor:
         solver.zero_grad()
         penalty = l2 * weight.square().sum() + (bias_l2 or 0.0) * bias.square().sum()
-        loss = cross_entropy(x @ weight.T + bias, y) + penalty
+        loss = cross_entropy(x @ weight.T + bias, labels) + penalty
         loss.backward()
         return loss
 

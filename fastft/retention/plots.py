@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastft.plotting import BLUE, GREY, figure
+from fastft.plotting import BLUE, GREY, figure, whiskers
 
-from .report import Estimate, pareto_front
+from .report import pareto_front
 
 if TYPE_CHECKING:
     from .drift import DriftReport
@@ -25,7 +25,7 @@ def plot_retention(report: RetentionReport, path: Path) -> None:
         axes.step(*zip(*front, strict=True), where="pre", color=BLUE, alpha=0.5, linewidth=2, label="Pareto front")
         for name, point, (x, y) in zip(names, points, means, strict=True):
             colour = GREY if name is None else BLUE
-            xerr, yerr = whiskers(x, report.points), whiskers(y, report.points)
+            xerr, yerr = (whiskers(e.value, e.low, e.high, report.points) for e in (x, y))
             axes.errorbar(*point, xerr=xerr, yerr=yerr, fmt="none", ecolor=colour, alpha=0.4, elinewidth=1, capsize=2.5)
             axes.plot(*point, "o", color=colour)
             label = report.before if name is None else name
@@ -37,22 +37,13 @@ def plot_retention(report: RetentionReport, path: Path) -> None:
         axes.legend(frameon=False, loc="best", fontsize=8)
         note = f"hypervolume {report.points**2 * area:.4g} points², from (target as before, source 0)"
         if any(e.low is not None for pair in means for e in pair):
-            note = f"bars: {report.confidence:.0%} intervals over the items; {note}"
+            seeds = " and seeds" * any(result.seeds > 1 for result in report.results)
+            note = f"bars: {report.confidence:.0%} intervals over the items{seeds}; {note}"
         axes.text(0.0, -0.13, note, transform=axes.transAxes, fontsize=8, color=GREY)
 
 
-def whiskers(estimate: Estimate, scale: float) -> list[list[float]] | None:
-    """An interval as error bars, which start from the value."""
-    if estimate.low is None or estimate.high is None:
-        return None
-    return [
-        [scale * max(0.0, estimate.value - estimate.low)],
-        [scale * max(0.0, estimate.high - estimate.value)],
-    ]
-
-
 def axis_title(report: RetentionReport, role: str) -> str:
-    """What an axis shows."""
+    """An axis's label."""
     evaluations = report.evaluations(role)
     return f"{role}: {', '.join(evaluations)}{' (mean)' if len(evaluations) > 1 else ''}, in points"
 

@@ -1,12 +1,19 @@
-"""What an unfreezer tells about itself."""
+"""The state of an unfreezer, group by group."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
+
+from fastft.tables import aligned, markdown
+
+TITLES = ("group", "parameters", "open since", "lr", "state bytes")
 
 
 @dataclass(frozen=True)
-class Row:
+class GroupStatus:
     """One layer group."""
 
     group: str
@@ -17,9 +24,9 @@ class Row:
     lr: tuple[float, ...]
     """The learning rates of its parameters in the next step, the lowest first."""
     state_bytes: int
-    """What the optimizer keeps for it."""
+    """The size of its optimizer state."""
     host_bytes: int
-    """How much of that waits in host memory."""
+    """The part of it that waits in host memory."""
 
     def cells(self) -> tuple[str, ...]:
         """As a line of the table."""
@@ -33,27 +40,48 @@ class Row:
         )
 
 
-TITLES = ("group", "parameters", "open since", "lr", "state bytes")
-
-
 @dataclass(frozen=True)
-class Report:
-    """Where an unfreezer stands; ``str()`` of it is a table with notes below."""
+class UnfreezeReport:
+    """The state of an unfreezer; ``str()`` of it is a table with notes below."""
 
     step: int
-    rows: tuple[Row, ...]
+    """Optimizer steps done."""
+    groups: tuple[GroupStatus, ...]
+    """From input to output."""
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        table = [TITLES, *(row.cells() for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table
-        ]
-        opened = [row for row in self.rows if row.open_since is not None]
-        share = sum(row.parameters for row in opened) / max(1, sum(row.parameters for row in self.rows))
-        lines.append(
-            f"step {self.step:,}: {len(opened)} of {len(self.rows)} groups open, {share:.1%} of the parameters, "
-            f"{sum(row.state_bytes - row.host_bytes for row in self.rows):,} bytes of state beside them"
+        return "\n".join([*aligned(TITLES, self._rows()), self._total(), *(f"- {note}" for note in self.notes)])
+
+    def to_markdown(self) -> str:
+        """The table in Markdown, with the notes below."""
+        notes = [f"- {note}" for note in self.notes]
+        return "\n".join([*markdown(TITLES, self._rows()), "", self._total(), *([""] if notes else []), *notes])
+
+    def to_json(self) -> str:
+        """``{"step", "groups": [...], "notes": [...]}`` with the fields of each group."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the groups' sizes as bars, open and closed ones in different colours. Needs matplotlib."""
+        from .plots import plot_groups
+
+        plot_groups(self, Path(path))
+
+    def write(self, folder: str | Path) -> None:
+        """Write ``report.md``, ``report.json`` and ``plot.png`` into a folder that exists. Needs matplotlib."""
+        folder = Path(folder)
+        (folder / "report.md").write_text(self.to_markdown() + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
+        self.plot(folder / "plot.png")
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [status.cells() for status in self.groups]
+
+    def _total(self) -> str:
+        opened = [status for status in self.groups if status.open_since is not None]
+        share = sum(s.parameters for s in opened) / max(1, sum(s.parameters for s in self.groups))
+        return (
+            f"step {self.step:,}: {len(opened)} of {len(self.groups)} groups open, {share:.1%} of the parameters, "
+            f"{sum(s.state_bytes - s.host_bytes for s in self.groups):,} bytes of state beside them"
         )
-        return "\n".join([*lines, *(f"- {note}" for note in self.notes)])

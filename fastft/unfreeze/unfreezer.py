@@ -20,7 +20,7 @@ from fastft.optim import AdamW
 from .hooks import ClosedForward, ModuleHook, StillNorms, norms_in
 from .moments import bring_back, drop, offload, state_bytes
 from .policies import Event, GoesBack, GroupInfo, OnPlateau, Policy, Progress, open_groups
-from .report import Report, Row
+from .report import GroupStatus, UnfreezeReport
 
 VERSION = 1
 # What flags must not change under, and why.
@@ -61,25 +61,31 @@ class Unfreezer:
         model: the model as it is trained: wrap, shard or compile it first, and hand over the wrapper.
         optimizer: any torch optimizer that passes over parameters without gradients, with ``mode="requires_grad"``; a
             :class:`fastft.AdamW` with either mode. Its ``freeze`` and ``unfreeze`` are then the unfreezer's.
-        policy: what is open when; one of :mod:`fastft.unfreeze`, or any function from a :class:`Progress` to the
-            indices or names of the open groups that depends on nothing else.
-        groups: what :func:`layer_groups` takes, or what it returned. None: as the model is read unaided.
+        policy: the schedule; one of :mod:`fastft.unfreeze`, or any function from a :class:`Progress` to the indices
+            or names of the open groups that depends on nothing else.
+        groups: as :func:`fastft.layers.layer_groups` takes or returns them. None: read from the model.
         mode: "requires_grad" sets the flags of closed parameters to False, so autograd saves their backward work.
-            "mask" leaves the flags alone: safe for DDP, with a static graph too, and for compiled models. In a plain
+            "freeze" leaves the flags alone: safe for DDP, with a static graph too, and for compiled models. In a plain
             model, closed modules that have nothing open below them then run without a graph, so the backward work is
             saved too; :meth:`report` says which. In a wrapped or compiled one, closed parameters still get gradients:
             ``max_grad_norm`` of :class:`fastft.AdamW` leaves them out, ``clip_grad_norm_`` does not.
-        state_policy: what becomes of a closing group's optimizer state. "keep"; "reset": it is dropped, and starts
-            at t = 1 when the group opens again; "offload": its moments wait in pinned host memory until then.
+        state_policy: for the optimizer state of a group that closes. "keep"; "reset": it is dropped, and starts at
+            t = 1 when the group opens again; "offload": its moments wait in pinned host memory until then.
         norm_policy: "freeze_stats" keeps closed modules with running statistics (batch norm) in eval mode;
             "train" leaves them alone.
         rewarm_steps: a group that opens during training takes its first steps with lr · 1/n, 2/n, ..., n/n. What the
             schedulers see is the full lr. Needs optimizer groups of one layer group each, such as
             :func:`fastft.optim.layerwise_lr` makes.
-        tied: what to do where open and closed groups share a weight: "raise"; "closed": it stays closed until all
-            groups that use it are open.
-        wrapped: what is around ``model`` where a framework hands out the inner module only: "ddp", "data_parallel",
-            "fsdp1", "fsdp2", "compile". What ``model`` shows by itself is found unaided.
+        tied: for a weight that open and closed groups share. "raise"; "closed": it stays closed until all groups that
+            use it are open.
+        wrapped: wrappers around ``model`` where a framework hands out the inner module only: "ddp", "data_parallel",
+            "fsdp1", "fsdp2", "compile". Those that ``model`` itself shows are found.
+
+    Raises:
+        TypeError: no optimizer, or a policy that is no function.
+        ValueError: parameters that require grad and are not in the optimizer, a mode that the optimizer or a wrapper
+            rules out, an optimizer that has an unfreezer already, a policy or groups that do not fit the model, or a
+            tied weight that is open and closed at once.
 
     In a distributed run, call :meth:`step` with the same metrics on every process.
     """
@@ -91,20 +97,21 @@ class Unfreezer:
         policy: Policy,
         *,
         groups: GroupPatterns | None = None,
-        mode: Literal["requires_grad", "mask"] = "requires_grad",
+        mode: Literal["requires_grad", "freeze"] = "requires_grad",
         state_policy: Literal["keep", "reset", "offload"] = "keep",
         norm_policy: Literal["freeze_stats", "train"] = "freeze_stats",
         rewarm_steps: int = 0,
         tied: Literal["raise", "closed"] = "raise",
         wrapped: Iterable[str] = (),
     ) -> None:
-        check_choice("mode", mode, ("requires_grad", "mask"))
+        mode = current_mode(mode)
+        check_choice("mode", mode, ("requires_grad", "freeze"))
         check_choice("state_policy", state_policy, ("keep", "reset", "offload"))
         check_choice("norm_policy", norm_policy, ("freeze_stats", "train"))
         check_choice("tied", tied, ("raise", "closed"))
         check_count("rewarm_steps", rewarm_steps, least=0)
-        told = frozenset([wrapped] if isinstance(wrapped, str) else wrapped)
-        for wrapper in told:
+        given = frozenset([wrapped] if isinstance(wrapped, str) else wrapped)
+        for wrapper in given:
             check_choice("wrapped", wrapper, tuple(NAMES))
         if isinstance(policy, type):
             raise TypeError(
@@ -114,7 +121,7 @@ class Unfreezer:
             raise TypeError(f"policy: expected a function of a Progress, got {policy!r:.80}")
         optimizer = unwrapped(optimizer)
         if optimizer in with_unfreezer:
-            raise ValueError("optimizer: it has an Unfreezer already; close() that one first")
+            raise ValueError("optimizer: it has an Unfreezer already; undo() that one first")
         self.model = model
         self.optimizer = optimizer
         self.policy = policy
@@ -123,7 +130,7 @@ class Unfreezer:
         self._state_policy = state_policy
         self._rewarm_steps = rewarm_steps
         self._tied = tied
-        self._told = told
+        self._given_wrappers = given
         self._infos = tuple(GroupInfo(group.name, group.kind) for group in self.groups)
 
         self._step = 0
@@ -165,14 +172,14 @@ class Unfreezer:
             self._check_ties(wanted)
             self._apply(wanted, begin=True)
         except BaseException:
-            self.close()
+            self.undo()
             raise
 
-    # -- what is told to it and asked of it --------------------------------------------------------------------
+    # -- in the training loop ----------------------------------------------------------------------------------
 
     @property
     def progress(self) -> Progress:
-        """What the policy is asked with."""
+        """The argument of the policy."""
         return Progress(self._step, self._infos, self._epoch or 0.0, self._events)
 
     @property
@@ -181,19 +188,23 @@ class Unfreezer:
         return tuple(group.name for i, group in enumerate(self.groups) if i in self._open)
 
     def step(self, *, epoch: float | None = None, **metrics: float | Tensor) -> bool:
-        """Count an optimizer step, and open and close what the policy says. Call it after ``optimizer.step()``.
+        """Count an optimizer step, and open and close groups as the policy says. Call it after ``optimizer.step()``.
 
         Args:
-            epoch: how many epochs are done, also in fractions, for policies that go by them.
-            **metrics: what was measured, for policies that go by that; they are logged as one event.
+            epoch: epochs done, also in fractions, for policies that depend on them.
+            **metrics: measured values, for policies that depend on them; they are logged as one event.
 
-        Returns whether the open groups changed.
+        Returns:
+            Whether the open groups changed.
+
+        Raises:
+            ValueError: the policy opens no group, or one that does not exist, or cuts through a tied weight.
         """
         self._step += 1
         return self.update(epoch=epoch, **metrics)
 
     def update(self, *, epoch: float | None = None, **metrics: float | Tensor) -> bool:
-        """As :meth:`step`, without counting one: for what is only known after it, such as the metrics of an evaluation.
+        """As :meth:`step`, without counting one: for metrics that are only known later, such as an evaluation's.
 
         They are logged with the step that was counted last.
         """
@@ -214,10 +225,16 @@ class Unfreezer:
         self._apply(wanted)
         return True
 
-    def report(self) -> Report:
-        """Where everything stands: print it."""
+    def report(self) -> UnfreezeReport:
+        """The state of each group: whether it is open and since when, its lr, and the size of its optimizer state.
+
+        Returns:
+            A report: print it, or call ``to_markdown()``, ``to_json()``, ``plot(path)`` or ``write(folder)``. It has a
+            ``step``, ``groups`` with ``group``, ``parameters``, ``open_since``, ``lr``, ``state_bytes`` and
+            ``host_bytes``, and ``notes`` in sentences.
+        """
         self._restore_lrs()
-        rows = []
+        groups = []
         for i, group in enumerate(self.groups):
             members = set(group.parameters)
             used = [g for g in self.optimizer.param_groups if any(p in members for p in g["params"])]
@@ -225,11 +242,11 @@ class Unfreezer:
             total, away = state_bytes(self.optimizer, group.parameters)
             since = self._opened[i] if i in self._open else None
             lrs = tuple(sorted(float(g["lr"]) * factor for g in used))
-            rows.append(Row(group.name, group.numel, since, lrs, total, away))
-        return Report(self._step, tuple(rows), tuple(self._notes()))
+            groups.append(GroupStatus(group.name, group.numel, since, lrs, total, away))
+        return UnfreezeReport(self._step, tuple(groups), tuple(self._notes()))
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs: plain values, and the tensors that a policy may go back to."""
+        """Plain values, and the tensors that a policy may go back to, for :meth:`load_state_dict`."""
         return {
             "version": VERSION,
             "groups": [group.name for group in self.groups],
@@ -244,7 +261,10 @@ class Unfreezer:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what was saved. Load the model and the optimizer too, before or after.
 
-        What is open is asked of the policy again, so another policy may take over from here.
+        The policy is called again, so another policy may take over from here.
+
+        Raises:
+            ValueError: the state is of another version, or of other groups.
         """
         if state_dict.get("version") != VERSION:
             raise ValueError(f"state_dict: expected version {VERSION}, got {state_dict.get('version')!r}")
@@ -264,16 +284,16 @@ class Unfreezer:
         if self._state_policy == "reset":
             drop(self.optimizer, self._closed - self._frozen)
 
-    def close(self) -> None:
+    def undo(self) -> None:
         """Open everything that the unfreezer closed, bring back its state, and take all hooks away.
 
-        Warns if the policy went by a metric that was never logged, and so opened nothing.
+        Warns if the policy depends on a metric that was never logged, and so opened nothing.
         """
         if isinstance(self.policy, OnPlateau) and self._step and self.optimizer in with_unfreezer:
             logged = {name for event in self._events for name in event.metrics}
             if self.policy.metric not in logged:
                 got = ", ".join(map(repr, sorted(logged))) or "no metrics at all"
-                expected = f"OnPlateau: metric: expected {self.policy.metric!r} among the logged metrics"
+                expected = f"metric: expected {self.policy.metric!r} among the logged metrics"
                 warnings.warn(f"{expected}, got {got}", stacklevel=2)
         self._restore_lrs()
         self._set_closed(set(self._frozen))
@@ -289,6 +309,11 @@ class Unfreezer:
             inputs.disable_input_require_grads()
         self._forwards, self._handles, self._input_hooks = [], [], []
         with_unfreezer.discard(self.optimizer)
+
+    def close(self) -> None:
+        """The old name of :meth:`undo`."""
+        warnings.warn("Unfreezer.close() is called undo() now", DeprecationWarning, stacklevel=2)
+        self.undo()
 
     # -- opening and closing -----------------------------------------------------------------------------------
 
@@ -331,7 +356,7 @@ class Unfreezer:
         self._hold()
 
     def _hold(self) -> None:
-        """Keep hold of what is closed, and of nothing else; a state dict may have brought what was frozen elsewhere."""
+        """Freeze what is closed in the optimizer, and nothing else: a state dict may have brought other frozen ones."""
         if isinstance(self.optimizer, AdamW):
             self.optimizer.unfreeze(self._in_optimizer(p for p in self._names if p not in self._closed))
             self.optimizer.freeze(self._in_optimizer(self._closed))
@@ -359,7 +384,7 @@ class Unfreezer:
                 group["lr"] = group["lr"] * factor
 
     def _check_gradients(self) -> None:
-        """Tell of groups that just opened and got no gradient."""
+        """Warn of groups that just opened and got no gradient."""
         without = []
         for i in sorted(self._unproven):
             members = [p for p in self.groups[i].parameters if p not in self._closed]
@@ -380,7 +405,7 @@ class Unfreezer:
             group["lr"] = lr
 
     def _warmth(self, i: int) -> float:
-        """What the lr of a group is multiplied by. What was open from the start is the scheduler's to warm up."""
+        """The factor on a group's lr. Groups that were open from the start are the scheduler's to warm up."""
         since = self._opened[i]
         if i not in self._open or not since or not self._rewarm_steps:
             return 1.0
@@ -431,18 +456,19 @@ class Unfreezer:
                 "optimizer: expected every parameter of the model that requires grad to be in it from the start, "
                 f"got none of {shortened(missing)}"
             )
-        if self.mode == "mask" and not isinstance(self.optimizer, AdamW):
+        if self.mode == "freeze" and not isinstance(self.optimizer, AdamW):
             kind = f"{type(self.optimizer).__module__}.{type(self.optimizer).__name__}"
-            raise ValueError(f'mode: expected "requires_grad" with {kind}; "mask" needs fastft.AdamW')
+            raise ValueError(f'mode: expected "requires_grad" with {kind}; "freeze" needs fastft.AdamW')
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise ValueError("optimizer: LBFGS moves all parameters along one direction, so it can hold none still")
 
     def _refuse_wrapped(self) -> set[str]:
-        found = wrapped_for(self.model) | self._told
+        found = wrapped_for(self.model) | self._given_wrappers
         for wrapper, reason in FLAGS_MUST_STAY.items():
             if wrapper in found and self.mode == "requires_grad":
                 raise ValueError(
-                    f'mode: expected "mask", together with fastft.AdamW, for a model that is {NAMES[wrapper]}: {reason}'
+                    f'mode: expected "freeze", together with fastft.AdamW, for a model that is {NAMES[wrapper]}: '
+                    f"{reason}"
                 )
         return found
 
@@ -498,7 +524,7 @@ class Unfreezer:
         ties = [self._names[p] for p, users in self._users.items() if p in self._closed and users & self._open]
         if ties:
             yield f"closed until all groups that use it are open: {shortened(ties)}"
-        if self.mode == "mask":
+        if self.mode == "freeze":
             yield self._note_on_backward()
         elif 0 not in self._open and self._inputs_require_grad():
             yield (
@@ -510,7 +536,7 @@ class Unfreezer:
         if self._norms is not None and self._norms.still:
             yield f"running statistics stay as they are in {len(self._norms.still)} closed modules"
         if getattr(self.policy, "unit", None) == "epoch" and self._epoch is None:
-            yield "the policy goes by epochs, and step(epoch=...) has not told any yet"
+            yield "the policy depends on epochs, and step(epoch=...) has not been given any yet"
 
     def _note_on_backward(self) -> str:
         if self._wrapped:
@@ -527,6 +553,14 @@ class Unfreezer:
 
     def _inputs_require_grad(self) -> bool:
         return any(getattr(m, "_require_grads_hook", None) is not None for m in requiring_inputs(self.model))
+
+
+def current_mode(mode: Any) -> Any:
+    """The mode under its present name."""
+    if mode != "mask":
+        return mode
+    warnings.warn('mode: "mask" is called "freeze" now', DeprecationWarning, stacklevel=3)
+    return "freeze"
 
 
 def unwrapped(optimizer: Any) -> Optimizer:

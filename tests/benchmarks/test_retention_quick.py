@@ -1,4 +1,4 @@
-"""The retention benchmark: every recipe on the quick problem, and what becomes of its records."""
+"""The retention benchmark: every method on the quick problem, and the reports from its records."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def score(found: list[dict[str, Any]], method: str, role: str, alpha: str = "1")
 
 
 def test_every_ingredient_is_tried_and_learns(found: list[dict[str, Any]]) -> None:
-    from benchmarks.retention.recipes import INGREDIENTS
+    from benchmarks.retention.methods import INGREDIENTS
 
     assert {name for record in found for name in record["settings"]["ingredients"]} == set(INGREDIENTS)
     probe = score(found, "probe", "target", "0")
@@ -63,19 +63,19 @@ def test_full_fine_tuning_forgets_and_its_cures_keep(found: list[dict[str, Any]]
 
 def test_models_leave_as_they_came(importable: Any) -> None:
     from benchmarks.retention.digits import Digits
-    from benchmarks.retention.recipes import Recipe, blended, fine_tune
+    from benchmarks.retention.methods import Method, blended, fine_tune
 
     problem = Digits()
     for ingredients in ({"lora": 4}, {"mixout": 0.5}, {"gradual": 0.5, "layer_decay": 0.5}, {"fresh_head": 1}):
-        recipe = Recipe(1e-2, ingredients)
-        model = fine_tune(problem, recipe, epochs=1, seed=0).model
+        method = Method(1e-2, ingredients)
+        model = fine_tune(problem, method, epochs=1, seed=0).model
         assert not model.training
         start = problem.start().state_dict()
         trained = model.state_dict()
         assert list(trained) == list(start)
         moved = [name for name in start if not torch.equal(start[name], trained[name])]
         assert "encoder.2.mix.weight" in moved
-        halfway = blended(problem, model, 0.5, recipe).state_dict()
+        halfway = blended(problem, model, 0.5, method).state_dict()
         for name, value in start.items():
             stays = "fresh_head" in ingredients and name.startswith("head")  # it has nothing to go back to
             expected = trained[name] if stays else (value + trained[name]) / 2
@@ -84,31 +84,31 @@ def test_models_leave_as_they_came(importable: Any) -> None:
 
 def test_what_is_mixed_in_does_not_change_the_batches(importable: Any) -> None:
     from benchmarks.retention.digits import Digits
-    from benchmarks.retention.recipes import Recipe, fine_tune
+    from benchmarks.retention.methods import Method, fine_tune
 
     problem = Digits()
-    plain = fine_tune(problem, Recipe(1e-2), epochs=1, seed=0)
-    barely = fine_tune(problem, Recipe(1e-2, {"distill": 1e-9}), epochs=1, seed=0)
+    plain = fine_tune(problem, Method(1e-2), epochs=1, seed=0)
+    barely = fine_tune(problem, Method(1e-2, {"distill": 1e-9}), epochs=1, seed=0)
     assert barely.last_loss == pytest.approx(plain.last_loss, rel=1e-4)
 
 
 def test_all_new_batches_stay_between_the_old_ones(importable: Any) -> None:
     from benchmarks.retention.digits import Digits
-    from benchmarks.retention.recipes import Recipe, fine_tune
+    from benchmarks.retention.methods import Method, fine_tune
 
     problem = Digits()
     new = len(problem.batches(1, 0))
-    steps = fine_tune(problem, Recipe(1e-2, {"replay_mixer": 0.25}), epochs=1, seed=0).steps
+    steps = fine_tune(problem, Method(1e-2, {"replay_mixer": 0.25}), epochs=1, seed=0).steps
     assert abs(steps - new / 0.75) < 1
 
 
 @pytest.mark.parametrize("name", ["token_dropout", "span_masking", "synonyms"])
 def test_an_augmentation_differs_by_epoch_and_leaves_the_batch_as_it_was(importable: Any, name: str) -> None:
     from benchmarks.retention.digits import Digits
-    from benchmarks.retention.recipes import Recipe, augmentation
+    from benchmarks.retention.methods import Method, augmentation
 
     problem = Digits()
-    augment = augmentation(problem, Recipe(1e-2, {name: 0.3}), seed=0)
+    augment = augmentation(problem, Method(1e-2, {name: 0.3}), seed=0)
     inputs, _ = problem.batches(1, 0)[0]
     before = inputs.clone()
     first, again, later = augment(inputs, 0), augment(inputs, 0), augment(inputs, 1)
@@ -119,11 +119,11 @@ def test_an_augmentation_differs_by_epoch_and_leaves_the_batch_as_it_was(importa
 
 
 @pytest.mark.parametrize("ingredients", [{"ancor": 1.0}, {"anchor": 0.0}])
-def test_a_wrong_recipe_is_refused(importable: Any, ingredients: dict[str, float]) -> None:
-    from benchmarks.retention.recipes import Recipe
+def test_a_wrong_method_is_refused(importable: Any, ingredients: dict[str, float]) -> None:
+    from benchmarks.retention.methods import Method
 
     with pytest.raises(ValueError, match=r"expected"):
-        Recipe(1e-3, ingredients)
+        Method(1e-3, ingredients)
 
 
 def test_records_survive_what_a_killed_run_leaves(importable: Any, tmp_path: Path) -> None:

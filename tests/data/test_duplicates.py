@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from torch.utils.data import Subset
 
-from fastft.commands.demo.corpus import read_table
-from fastft.data import Match, deduplicate, find_duplicates, find_leakage, remove_leakage
-from fastft.data.duplicates import words_of
+from fastft.data import deduplicate, find_duplicates, find_leakage, remove_leakage
+from fastft.data.duplicates import Match, words_of
+from fastft.problems import read_table
 
 pytest.importorskip("datasketch")
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from fastft.commands.demo import corpus
-from fastft.data import FileError, read_table
+from fastft.data import read_rows, read_table
+from fastft.data.files import FileError
+from fastft.errors import UserError
+from fastft.problems import corpus
 
 datasets = pytest.importorskip("datasets")
 
@@ -51,6 +53,21 @@ def test_the_demo_s_data_are_read_as_they_are() -> None:
     for name in ("tweets", "movie_reviews"):
         found = read_table(folder / f"{name}.tsv.gz")
         assert found["text"][:] == [row["text"] for row in corpus.read_table(name)]
+
+
+def test_rows_come_with_their_places(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", 'text,label\n"one\nand more",1\ntwo,01\n')
+    rows = [("line 2", {"text": "one\nand more", "label": "1"}), ("line 4", {"text": "two", "label": "01"})]
+    assert list(read_rows(str(path))) == list(read_rows(path, ["label", "text"])) == rows
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet", ["label"])) == [("row 1", {"label": 1}), ("row 2", {"label": 0})]
+    uneven = written(tmp_path, "a.jsonl", '{"text": "one"}\n{"txt": "two"}\n')
+    with pytest.raises(FileError, match=r"a\.jsonl, line 2: there is no column 'text', but 'txt'; closest: txt"):
+        list(read_rows(uneven, ["text"]))
+
+
+def test_a_wrong_file_is_a_value_error_and_the_user_s() -> None:
+    assert issubclass(FileError, ValueError) and issubclass(FileError, UserError)
 
 
 def test_columns_are_chosen_and_ordered(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from fastft.commands import cli
-from fastft.data import DataReport, data_report
+from fastft.commands import shell
+from fastft.data import data_report
+from fastft.data.report import DataReport
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("datasketch")
@@ -57,14 +58,14 @@ def test_every_fault_is_found_with_what_to_do() -> None:
     assert len(report.findings) == 10
     assert report.findings[0].what.startswith("1 of 2 evaluation texts")  # the worst first
     assert [(match.index, match.of) for match in report.conflicts] == [(2, 0)]
-    assert len(report.summary().splitlines()) == 11
+    assert len(str(report).splitlines()) == 11
 
 
 def test_a_clean_set_is_called_so() -> None:
     clean = [(f"all {word} differ in what they say of {word}", i % 2) for i, word in enumerate("abcdefghijkl")]
     report = data_report(table(clean), table([("what they say of all they differ in", 0)]), near=None)
-    assert report.findings == [] and "Nothing wrong was found." in report.summary()
-    assert "and no evaluation text in the training data" in report.markdown()
+    assert report.findings == [] and "Nothing wrong was found." in str(report)
+    assert "and no evaluation text in the training data" in report.to_markdown()
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ def test_numbers_are_told_from_classes(values: list[Any], expected: dict[Any, in
     report = data_report(table([(f"text {i} {i * i}", value) for i, value in enumerate(values)]), near=None)
     balance = report.train.balance
     assert (balance.counts if balance is not None else None) == expected
-    assert ("Numbers, not classes." in report.markdown()) == (expected is None)
-    assert report.as_json()["train"]["labels"].keys() >= ({"numbers"} if expected is None else {"counts"})
+    assert ("Numbers, not classes." in report.to_markdown()) == (expected is None)
+    assert json.loads(report.to_json())["train"]["labels"].keys() >= ({"numbers"} if expected is None else {"counts"})
 
 
 def test_labels_that_are_numbers_conflict_where_they_are_far_apart() -> None:
@@ -109,7 +110,7 @@ def test_it_goes_without_labels_and_without_texts(tmp_path: Path) -> None:
     report = data_report(table([("", None), ("", None)]).select_columns(["text"]))
     report.write(tmp_path)
     assert "2 rows of 2 have no text" in (tmp_path / "report.md").read_text()
-    assert report.as_json()["train"]["labels"] is None
+    assert json.loads(report.to_json())["train"]["labels"] is None
     data_report(table([("a b c", None), ("d e", None)])).write(tmp_path)
 
 
@@ -140,7 +141,7 @@ def test_the_page_the_figures_and_the_plot(tmp_path: Path) -> None:
 
 def test_texts_cannot_break_the_page() -> None:
     odd = "a | b <img src=x> `c` *d*\n# e"
-    page = data_report(table([(odd, 1), (odd, 1)])).markdown()
+    page = data_report(table([(odd, 1), (odd, 1)])).to_markdown()
     assert "a \\| b &lt;img src=x&gt; \\`c\\` \\*d\\* \\# e" in page
 
 
@@ -158,14 +159,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_command_writes_a_folder(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["data-report", "train.jsonl", "--eval", "other/train.csv", "--output", "page"]) == 0
+    assert shell.main(["data-report", "train.jsonl", "--eval", "other/train.csv", "--output", "page"]) == 0
     printed = capsys.readouterr()
     assert "evaluation texts" in printed.out and "Written to page" in printed.out and not printed.err
     assert sorted(path.name for path in (files / "page").iterdir()) == ["plot.png", "report.json", "report.md"]
-    assert cli.main(["data-report", "train.jsonl"]) == 0
+    assert shell.main(["data-report", "train.jsonl"]) == 0
     assert (files / "fastft-data-report" / "report.md").exists()
-    assert cli.main(["data-report", "train.jsonl"]) == 2  # there already
-    assert cli.main(["data-report", "train.jsonl", "--overwrite", "--label-column", "text"]) == 0
+    assert shell.main(["data-report", "train.jsonl"]) == 2  # there already
+    assert shell.main(["data-report", "train.jsonl", "--overwrite", "--label-column", "text"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_wrong_usage_is_one_line_and_leaves_nothing(
     (files / "only.csv").write_text("text\nx\n")
     (files / "number.csv").write_text("n\n1\n")
     before = sorted(files.rglob("*"))
-    assert cli.main(["data-report", *arguments]) == 2
+    assert shell.main(["data-report", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("fastft data-report: ") and said in printed.err and printed.err.count("\n") == 1
     assert not printed.out and sorted(files.rglob("*")) == before
@@ -210,13 +211,13 @@ def test_failures_on_the_way_leave_nothing(
             raise error
 
         monkeypatch.setattr(DataReport, "write", fail)
-        assert cli.main(["data-report", "train.jsonl"]) == status
+        assert shell.main(["data-report", "train.jsonl"]) == status
         assert said in capsys.readouterr().err and sorted(files.rglob("*")) == before
 
 
 def test_missing_packages_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.main(["data-report", "train.jsonl"]) == 2
-    assert 'missing datasets, datasketch, matplotlib; install what it needs with: pip install "fastft[data]"' in (
+    assert shell.main(["data-report", "train.jsonl"]) == 2
+    assert 'missing datasets, datasketch, matplotlib; install what this needs with: pip install "fastft[data]"' in (
         capsys.readouterr().err
     )

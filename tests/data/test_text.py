@@ -23,10 +23,8 @@ from fastft.data import (
     SynonymReplacement,
     TextAugment,
     TokenDropout,
-    augment_from_spec,
-    read_synonyms,
 )
-from fastft.data.text import Tokens
+from fastft.data.text import Tokens, read_synonyms
 
 pytest.importorskip("transformers")
 
@@ -308,7 +306,9 @@ def test_a_spec_names_the_steps(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "words.tsv"
     path.write_text("good\tgreat\tfine\n\nfilm\tmovie\ngood\tnot bad\n", encoding="utf-8")
     assert read_synonyms(path) == {"good": ["great", "fine", "not bad"], "film": ["movie"]}
-    made = augment_from_spec(f"token_dropout=0.1, span_masking=0.2,span_masking=0.3:2,synonyms=0.4:{path}", tokenizer)
+    spec = f"token_dropout=0.1, span_masking=0.2,span_masking=0.3:2,synonyms=0.4:{path}"
+    assert TextAugment.split_spec(spec)[2:] == [["span_masking", "0.3", "2"], ["synonyms", "0.4", str(path)]]
+    made = TextAugment.from_spec(spec, tokenizer)
     assert made.steps[:3] == (TokenDropout(0.1), SpanMasking(0.2), SpanMasking(0.3, 2.0))
     synonyms = made.steps[3]
     assert isinstance(synonyms, SynonymReplacement) and synonyms.p == 0.4 and synonyms.words == 2
@@ -331,7 +331,7 @@ def test_a_spec_names_the_steps(tokenizer: Any, tmp_path: Path) -> None:
 )
 def test_a_wrong_spec(spec: str, said: str, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=said):
-        augment_from_spec(spec, tokenizer)
+        TextAugment.from_spec(spec, tokenizer)
 
 
 def test_wrong_input(tokenizer: Any, tmp_path: Path) -> None:

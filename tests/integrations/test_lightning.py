@@ -96,7 +96,7 @@ def fit(
 POLICIES = {
     "gradual": (GradualUnfreeze(every=3), {"rewarm_steps": 2}),
     "epochs": (GradualUnfreeze(every=1, unit="epoch"), {"state_policy": "offload"}),
-    "lisa": (LISA(1, every=2, seed=5), {"mode": "mask", "state_policy": "reset"}),
+    "lisa": (LISA(1, every=2, seed=5), {"mode": "freeze", "state_policy": "reset"}),
     "plateau": (OnPlateau("val_loss", patience=1, threshold=0.5, restore_best=True), {}),
 }
 
@@ -152,7 +152,7 @@ def test_epochs_are_counted(length: bool, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("mode", ["requires_grad", "mask"])
+@pytest.mark.parametrize("mode", ["requires_grad", "freeze"])
 def test_what_is_closed_does_not_move_nor_do_its_statistics(mode: Any, tmp_path: Path) -> None:
     module = Module(ConvNet())
     before = bits(dict(module.named_parameters()) | dict(module.named_buffers()))
@@ -239,7 +239,7 @@ def test_options_are_checked_at_once_and_optimizers_at_the_start(tmp_path: Path)
 
 def test_flags_of_a_compiled_module_are_not_flipped(tmp_path: Path) -> None:
     module = torch.compile(Module(Stack()), backend="eager")
-    with pytest.raises(ValueError, match=r'mode: expected "mask", .* for a model that is compiled'):
+    with pytest.raises(ValueError, match=r'mode: expected "freeze", .* for a model that is compiled'):
         fit(tmp_path, module, UnfreezeCallback(GradualUnfreeze(every=2)))
 
 

@@ -20,7 +20,7 @@ from trainer_runs import KILL_AT, RESUME_AT, RUNS
 from transformers import AutoModelForSequenceClassification
 from unfreeze_cases import assert_equal, one_thread
 
-from fastft.commands.demo.experiment import model_folder
+from fastft.problems import model_folder
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(trainer_runs.__file__)
@@ -153,6 +153,6 @@ def test_two_processes_resume_from_one_checkpoint(pair: tuple[Path, list[dict[st
 
 def test_flags_of_a_ddp_model_are_not_flipped(pair: tuple[Path, list[dict[str, Any]]]) -> None:
     assert [end["refused"] for end in pair[1]] == [
-        'mode: expected "mask", together with fastft.AdamW, for a model that is wrapped in DistributedDataParallel: '
+        'mode: expected "freeze", together with fastft.AdamW, for a model that is wrapped in DistributedDataParallel: '
         "DistributedDataParallel settles when it is made which gradients it waits for"
     ] * 2

@@ -344,7 +344,7 @@ def test_epochs_and_optimizer_steps_are_counted(bert: Any, tmp_path: Path) -> No
 
 
 def test_what_is_closed_does_not_move(bert: Any, tmp_path: Path) -> None:
-    for mode in ("requires_grad", "mask"):
+    for mode in ("requires_grad", "freeze"):
         model = bert()
         before = values(model.named_parameters())
         args = arguments(tmp_path, num_train_epochs=1)
@@ -489,7 +489,9 @@ def test_a_state_of_other_layers_is_refused_and_leaves_all_open(bert: Any, tmp_p
     run = trainer(model, args, unfreeze)
     with pytest.raises(ValueError, match=r"state_dict: expected the groups \['bert', 'classifier'\], got"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    unfreeze.close()
+    with pytest.warns(DeprecationWarning, match=r"close\(\) is called undo\(\) now"):
+        unfreeze.close()
+    unfreeze.undo()
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -509,7 +511,7 @@ def test_the_optimizer_of_a_trainer_is_found_behind_accelerates(bert: Any, tmp_p
 
 def test_flags_of_a_compiled_model_are_not_flipped(bert: Any, tmp_path: Path) -> None:
     args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
-    with pytest.raises(ValueError, match=r'mode: expected "mask", .* for a model that is compiled'):
+    with pytest.raises(ValueError, match=r'mode: expected "freeze", .* for a model that is compiled'):
         trainer(bert(), args, UnfreezeCallback(GradualUnfreeze(every=2))).train()
 
 
@@ -517,10 +519,10 @@ def test_flags_of_a_compiled_model_are_not_flipped(bert: Any, tmp_path: Path) ->
     ("theirs", "ours", "mode", "around", "warned"),
     [
         (1.0, 0.5, "requires_grad", set(), "the Trainer clips before fastft.AdamW does"),
-        (1.0, None, "mask", {"ddp"}, "the norm that the Trainer clips by counts closed groups, too"),
-        (0.0, 0.5, "mask", {"ddp"}, None),
+        (1.0, None, "freeze", {"ddp"}, "the norm that the Trainer clips by counts closed groups, too"),
+        (0.0, 0.5, "freeze", {"ddp"}, None),
         (1.0, None, "requires_grad", set(), None),
-        (1.0, None, "mask", set(), None),
+        (1.0, None, "freeze", set(), None),
     ],
 )
 def test_clipping_twice_is_warned_of(

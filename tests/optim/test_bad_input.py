@@ -141,9 +141,7 @@ def test_all_options_that_stand_in_the_way_are_named() -> None:
 
 def test_a_differentiable_step_is_refused_with_an_option_of_ours() -> None:
     company = Company(parameter((3,), seed=4), differentiable=True, max_grad_norm=1.0)
-    with refused(
-        company.optimizer, r"^settled: has differentiable=True, .* does not support max_grad_norm$"
-    ):
+    with refused(company.optimizer, r"^settled: has differentiable=True, .* does not support max_grad_norm$"):
         company.optimizer.step()
 
 
@@ -576,7 +574,7 @@ STATE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "two_dtypes": (
         lambda s: s.update(max_exp_avg_sq=torch.zeros(3, 2).half()),
-        "^bad: exp_avg_sq: expected exp_avg's dtype float32, got float16$",
+        "^bad: max_exp_avg_sq: expected exp_avg's dtype float32, got float16$",
     ),
     "step_shape": (
         lambda s: s.update(step=torch.zeros(2)),

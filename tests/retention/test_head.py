@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastft.retention import fit_head_
+from fastft.retention import fit_head_, linear_probe
 
 
 def model_of(classes: int = 3, bias: bool = True) -> nn.Sequential:
@@ -305,3 +305,43 @@ def test_heads_whose_weights_are_not_their_own() -> None:
     tied[1].weight = tied[0].weight
     with pytest.raises(ValueError, match=r"head: expected weights of its own, got '1', which shares them with '0'"):
         fit_head_(tied, tied[1], [])
+
+
+# -- features that are computed already ----------------------------------------------------------------------
+
+
+def test_a_probe_on_features_is_the_head_of_a_model() -> None:
+    inputs, labels = rows()
+    model = linear_model()
+    fit_head_(model, "1", [(inputs, labels)], l2=0.1)
+    x = inputs.double()
+    weight, bias = linear_probe(x - x.mean(0), labels, 3, l2=0.1 * (x - x.mean(0)).square().mean().item())
+    torch.testing.assert_close(model[1].weight.double(), weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[1].bias.double(), bias - weight @ x.mean(0), rtol=1e-5, atol=1e-6)
+    assert weight.dtype == torch.float64 and not weight.requires_grad
+    assert linear_probe(inputs, labels, 3, l2=0.1, bias_l2=None)[1].tolist() == [0.0] * 3
+    free = linear_probe(inputs, labels, 3, l2=0.1, bias_l2=0.0)[1]
+    held = linear_probe(inputs, labels, 3, l2=0.1, bias_l2=1.0)[1]
+    assert held.norm() < free.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(3)}, r"features: expected floating point of shape \[rows, features\], got"),
+        ({"features": torch.zeros(4, 2, dtype=torch.int64)}, "features: expected floating point .* got torch.int64"),
+        ({"labels": torch.tensor([0, 1])}, r"labels: expected torch.int64 of shape \[4\], got torch.int64 of shape"),
+        ({"labels": torch.ones(4)}, r"labels: expected torch.int64 of shape \[4\], got torch.float32"),
+        (
+            {"classes": 1},
+            "classes: expected at least 2, and labels from 0 to classes - 1, got 1 and labels from 0 to 1",
+        ),
+        ({"labels": torch.tensor([0, 1, 2, 0])}, "classes: expected .* got 2 and labels from 0 to 2"),
+        ({"l2": 0.0}, "l2: expected a number above 0, got 0.0"),
+        ({"bias_l2": -1.0}, "bias_l2: expected a number from 0, or None, got -1.0"),
+    ],
+)
+def test_bad_probes(change: dict[str, Any], message: str) -> None:
+    good = {"features": torch.randn(4, 2), "labels": torch.tensor([0, 1, 1, 0]), "classes": 2, "l2": 0.1}
+    with pytest.raises(ValueError, match=message):
+        linear_probe(**{**good, **change})

@@ -239,8 +239,8 @@ def test_the_curve_as_a_report(tmp_path: Path) -> None:
     search = best_alpha(model, anchor, per_item, alphas=(0.0, 0.5, 1.0))
     report = search.report(confidence=0.8, resamples=200)
     assert report.names == ("alpha = 0.5", "alpha = 1")
-    assert report.row("alpha = 0.5").source["source"].forgetting.value == pytest.approx(50.0)
-    assert report.row("alpha = 1").target["target"].gain.low is not None
+    assert report.result("alpha = 0.5").source["source"].forgetting.value == pytest.approx(50.0)
+    assert report.result("alpha = 1").target["target"].gain.low is not None
     pytest.importorskip("matplotlib")
     report.plot(tmp_path / "curve.png")
     with pytest.raises(ValueError, match="report: expected 0 among the alphas"):

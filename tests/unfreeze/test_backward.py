@@ -1,4 +1,4 @@
-"""mode="mask" in a plain model: backward work of closed modules is saved, and no gradient that is due gets lost."""
+"""mode="freeze" in a plain model: backward work of closed modules is saved, and no gradient that is due gets lost."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def only(*opened: int | str) -> Policy:
     return Listed(((0, opened),))
 
 
-def unfreezer(model: nn.Module, *opened: int | str, mode: Any = "mask", **options: Any) -> Unfreezer:
+def unfreezer(model: nn.Module, *opened: int | str, mode: Any = "freeze", **options: Any) -> Unfreezer:
     return Unfreezer(model, fastft.AdamW(model.named_parameters()), only(*opened), mode=mode, **options)
 
 
@@ -117,7 +117,7 @@ def test_closed_modules_with_nothing_open_below_get_no_gradients(
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("mode", ["mask", "requires_grad"])
+@pytest.mark.parametrize("mode", ["freeze", "requires_grad"])
 def test_operations_follow_the_open_part(mode: Any) -> None:
     def operations(*opened: int) -> int:
         model = Stack(8)
@@ -125,15 +125,15 @@ def test_operations_follow_the_open_part(mode: Any) -> None:
         backward(model, 0)
         with FlopCounterMode(display=False) as counter:
             backward(model, 0)
-        holder.close()
+        holder.undo()
         return counter.get_total_flops()
 
     block = 2 * 6 * WIDTH * WIDTH
     saved = operations(*range(11)) - operations(*range(5, 11))
     assert saved == 4 * 2 * block + 2 * 6 * 5 * WIDTH
-    # What a closed module returns requires grad with mode="mask": the gradient of the first open one's inputs.
+    # What a closed module returns requires grad with mode="freeze": the gradient of the first open one's inputs.
     inputs_of_head = 2 * 6 * WIDTH * 3
-    assert operations(9, 10) - operations(10) == (0 if mode == "mask" else inputs_of_head)
+    assert operations(9, 10) - operations(10) == (0 if mode == "freeze" else inputs_of_head)
 
 
 def hf(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -188,7 +188,7 @@ def turn_checkpointing_on(model: Any, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("mode", ["mask", "requires_grad"])
+@pytest.mark.parametrize("mode", ["freeze", "requires_grad"])
 def test_gradient_checkpointing_in_transformers(name: str, reentrant: bool, mode: Any) -> None:
     plain, inputs = hf(name)
     checkpointed = copy.deepcopy(plain)
@@ -203,7 +203,7 @@ def test_gradient_checkpointing_in_transformers(name: str, reentrant: bool, mode
         assert embedded.requires_grad == reentrant
         noted = "made to require grad" in str(holder.report())
         assert noted == reentrant
-    holder.close()
+    holder.undo()
     checkpointed.requires_grad_(False)
     assert not checkpointed.get_input_embeddings()(inputs["input_ids"]).requires_grad
 
@@ -465,7 +465,7 @@ def test_parameters_put_in_the_place_of_closed_ones_get_gradients() -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("mode", ["mask", "requires_grad"])
+@pytest.mark.parametrize("mode", ["freeze", "requires_grad"])
 def test_copies_of_the_model_are_free_of_the_unfreezer(how: str, mode: Any) -> None:
     model = ConvNet()
     holder = unfreezer(model, "head", mode=mode)
@@ -484,7 +484,7 @@ def test_copies_of_the_model_are_free_of_the_unfreezer(how: str, mode: Any) -> N
     assert not torch.equal(twin.layer1[0].bn.running_mean, before)
     backward(model, 0)
     assert model.conv1.weight.grad is None
-    holder.close()
+    holder.undo()
     assert not model.layer1[0]._forward_pre_hooks
     assert not model.layer1[0]._forward_hooks
 

@@ -29,7 +29,7 @@ def train(
     """The gradients of open groups and all parameters, after each step."""
     groups = layerwise_lr(layer_groups(called), 1e-2, decay=1 / 1.5, weight_decay=0.1)
     optimizer = fastft.AdamW(groups, eps=1e-4, anchor="init", anchor_decay=2.0)
-    unfreezer = Unfreezer(called, optimizer, policy, mode="mask", **options)
+    unfreezer = Unfreezer(called, optimizer, policy, mode="freeze", **options)
     path = []
     for step in range(count):
         called.train()
@@ -83,7 +83,7 @@ def test_batch_norm_stays_put_in_compiled_models(how: str) -> None:
     for ours, theirs in zip(got, expected, strict=True):
         assert_equal(ours, theirs)
     assert_equal(dict(model.named_buffers()), dict(eager.named_buffers()))
-    unfreezer.close()
+    unfreezer.undo()
     model.train()
     before = model.bn1.running_mean.clone()
     called(batch(0)[0])
@@ -101,7 +101,7 @@ def test_flags_of_a_compiled_model_are_not_flipped(how: str) -> None:
     elif how == "part":
         model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
     optimizer = fastft.AdamW(model.parameters())
-    message = r'mode: expected "mask", together with fastft\.AdamW, for a model that is compiled: .*139476'
+    message = r'mode: expected "freeze", together with fastft\.AdamW, for a model that is compiled: .*139476'
     if how == "later":
         unfreezer = Unfreezer(called, optimizer, GradualUnfreeze(1))
         model.compile(backend="eager")
@@ -116,7 +116,7 @@ def test_flags_of_a_compiled_model_are_not_flipped(how: str) -> None:
 def test_compiling_after_the_unfreezer_was_made_loses_no_gradient() -> None:
     """The hooks are in the model then, and step aside while it is traced."""
     plain, model = Stack(), Stack()
-    Unfreezer(model, fastft.AdamW(model.parameters()), Listed(((0, ("blocks.1", "head")),)), mode="mask")
+    Unfreezer(model, fastft.AdamW(model.parameters()), Listed(((0, ("blocks.1", "head")),)), mode="freeze")
     compiled = torch.compile(model, backend="aot_eager")
     backward(plain, 0)
     for _ in range(2):

@@ -119,7 +119,7 @@ def test_two_processes_match_one(how: str, wrapped: str | None, pair: dict[str, 
 
 def test_flags_of_a_ddp_model_are_not_flipped(pair: dict[str, Any]) -> None:
     assert pair["refused"] == (
-        'mode: expected "mask", together with fastft.AdamW, for a model that is wrapped in DistributedDataParallel: '
+        'mode: expected "freeze", together with fastft.AdamW, for a model that is wrapped in DistributedDataParallel: '
         "DistributedDataParallel settles when it is made which gradients it waits for"
     )
 

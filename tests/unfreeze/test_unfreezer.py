@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,7 +48,7 @@ from fastft.unfreeze import (
     layer_groups,
 )
 
-MODES = pytest.mark.parametrize("mode", ["requires_grad", "mask"])
+MODES = pytest.mark.parametrize("mode", ["requires_grad", "freeze"])
 NAMES = ("embeddings", "blocks.0", "blocks.1", "blocks.2", "final_norm", "head")
 
 
@@ -106,7 +108,7 @@ GRADS: dict[str, Callable[[Tensor], Tensor | None]] = {
 
 @pytest.mark.parametrize(
     ("optimizer", "mode"),
-    [(name, "requires_grad") for name in OPTIMIZERS] + [(name, "mask") for name in OPTIMIZERS if "fastft" in name],
+    [(name, "requires_grad") for name in OPTIMIZERS] + [(name, "freeze") for name in OPTIMIZERS if "fastft" in name],
 )
 @pytest.mark.parametrize("grads", GRADS)
 @pytest.mark.parametrize("state_policy", ["keep", "reset"])
@@ -169,7 +171,7 @@ def test_what_was_frozen_before_stays_frozen_for_good(mode: Any) -> None:
     assert not any(after[name].requires_grad for name in frozen)
     note = "frozen before, and for good: blocks.1.norm.weight, blocks.1.norm.bias, blocks.1.fc.weight, blocks.1.fc.bias"
     assert f"{note}, head.bias" in unfreezer.report().notes
-    unfreezer.close()
+    unfreezer.undo()
     assert not any(after[name].requires_grad for name in frozen)
 
 
@@ -203,7 +205,7 @@ def test_flags_and_gradients_follow(mode: Any) -> None:
     optimizer = adamw(model)
     unfreezer = Unfreezer(model, optimizer, phases((0, 5), (1, 5), every=1), mode=mode)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    assert all(flags.values()) if mode == "mask" else [n for n in flags if flags[n]] == [
+    assert all(flags.values()) if mode == "freeze" else [n for n in flags if flags[n]] == [
         "embed.weight", "embed.bias", "head.weight", "head.bias",
     ]  # fmt: skip
     backward(model, 0)
@@ -215,7 +217,7 @@ def test_flags_and_gradients_follow(mode: Any) -> None:
     assert model.blocks[0].fc.weight.requires_grad
     assert unfreezer.step() is False
     assert unfreezer.open_groups == ("blocks.0", "head")
-    unfreezer.close()
+    unfreezer.undo()
     assert all(p.requires_grad for p in model.parameters())
     backward(model, 1)
     before = bits(params(model))
@@ -337,7 +339,7 @@ def test_making_an_unfreezer_drops_no_state_that_was_loaded() -> None:
 @MODES
 @pytest.mark.parametrize("ours", [True, False])
 def test_moments_of_closed_groups_wait_in_host_memory(mode: Any, ours: bool) -> None:
-    if not ours and mode == "mask":
+    if not ours and mode == "freeze":
         pytest.skip("mask needs fastft.AdamW")
 
     def run(state_policy: Any) -> tuple[nn.Module, Optimizer, list[int]]:
@@ -353,7 +355,7 @@ def test_moments_of_closed_groups_wait_in_host_memory(mode: Any, ours: bool) -> 
             optimizer.step()
             unfreezer.step()
             optimizer.zero_grad()
-            sizes.append(sum(row.state_bytes - row.host_bytes for row in unfreezer.report().rows))
+            sizes.append(sum(row.state_bytes - row.host_bytes for row in unfreezer.report().groups))
         return model, optimizer, sizes
 
     kept, kept_optimizer, _ = run("keep")
@@ -393,7 +395,7 @@ def test_a_group_that_opens_is_warmed_up(tensor: bool) -> None:
     rates(optimizer, seen)
     rows = []
     for step in range(8):
-        rows.append({row.group: row.lr for row in unfreezer.report().rows})
+        rows.append({row.group: row.lr for row in unfreezer.report().groups})
         steps(model, optimizer, unfreezer, 1, start=step)
     assert [lrs[5] for lrs in seen] == [1.0] * 8  # open from the start: the scheduler warms it up
     assert [lrs[3] for lrs in seen] == [0.25, 0.25, 0.25, 0.0625, 0.125, 0.1875, 0.25, 0.25]
@@ -407,7 +409,7 @@ def test_a_group_that_opens_again_is_warmed_up_again() -> None:
     optimizer = adamw(model)
     seen: list[list[float]] = []
     unfreezer = Unfreezer(
-        model, optimizer, phases(("head",), ("blocks.2",), ("head",), ("blocks.2",)), mode="mask", rewarm_steps=2
+        model, optimizer, phases(("head",), ("blocks.2",), ("head",), ("blocks.2",)), mode="freeze", rewarm_steps=2
     )
     rates(optimizer, seen)
     steps(model, optimizer, unfreezer, 8)
@@ -432,7 +434,7 @@ def test_a_step_that_fails_leaves_no_lowered_lr_behind() -> None:
     handle.remove()
     # The second one has put it back before it lowered it again, and so does the report.
     assert [row[3] for row in seen] == pytest.approx([full / 10] * 2)
-    assert unfreezer.report().rows[3].lr == (pytest.approx(full / 10),)
+    assert unfreezer.report().groups[3].lr == (pytest.approx(full / 10),)
     assert optimizer.param_groups[3]["lr"] == full
     optimizer.step()
     assert optimizer.param_groups[3]["lr"] == full
@@ -524,7 +526,7 @@ def test_ties_that_are_closed_are_reported() -> None:
 def test_lisa_opens_all_users_of_a_tied_weight() -> None:
     model = TiedLM()
     optimizer = adamw(model)
-    unfreezer = Unfreezer(model, optimizer, LISA(1, every=1), mode="mask")
+    unfreezer = Unfreezer(model, optimizer, LISA(1, every=1), mode="freeze")
     before = model.embed.weight.detach().clone()
     steps(model, optimizer, unfreezer, 2)
     assert not torch.equal(model.embed.weight, before)
@@ -583,7 +585,7 @@ def test_closed_batch_norm_normalises_by_its_statistics(mode: Any) -> None:
     model.eval()
     assert torch.equal(trained, model(x))
     model.train()
-    unfreezer.close()
+    unfreezer.undo()
     assert not torch.equal(model(x), trained)
 
 
@@ -682,9 +684,9 @@ def test_a_metric_that_was_never_logged_is_told_at_the_end(logged: Any, told: st
         unfreezer.step(**metrics)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        unfreezer.close()
-        unfreezer.close()
-    expected = f"OnPlateau: metric: expected 'val_loss' among the logged metrics, got {told}"
+        unfreezer.undo()
+        unfreezer.undo()
+    expected = f"metric: expected 'val_loss' among the logged metrics, got {told}"
     assert [str(warning.message) for warning in found] == ([expected] if told else [])
 
 
@@ -727,7 +729,7 @@ def test_an_unfreezer_that_was_loaded_opens_the_same_groups(data: st.DataObject)
         for i in range(start, end):
             metrics = {} if losses[i] is None else {"loss": losses[i]}
             unfreezer.step(epoch=i / 10 if i % 2 else None, **metrics)
-            seen.append((unfreezer.open_groups, [row.open_since for row in unfreezer.report().rows]))
+            seen.append((unfreezer.open_groups, [row.open_since for row in unfreezer.report().groups]))
         return seen
 
     whole, first, second = make(), make(), make()
@@ -746,7 +748,7 @@ def test_the_order_of_loading_does_not_matter(order: str) -> None:
         model = Stack()
         optimizer = adamw(model)
         policy = phases(("head",), ("blocks.1",), ("blocks.2", "head"), every=3)
-        return model, optimizer, Unfreezer(model, optimizer, policy, mode="mask", state_policy="reset")
+        return model, optimizer, Unfreezer(model, optimizer, policy, mode="freeze", state_policy="reset")
 
     model, optimizer, unfreezer = make()
     steps(model, optimizer, unfreezer, 4)
@@ -770,7 +772,7 @@ def test_an_optimizer_state_of_another_run_opens_nothing() -> None:
     backward(other, 0)
     free.step()
     free.freeze(other.embed)
-    unfreezer = Unfreezer(model, optimizer, phases(("final_norm",)), mode="mask")
+    unfreezer = Unfreezer(model, optimizer, phases(("final_norm",)), mode="freeze")
     optimizer.load_state_dict(free.state_dict())
     before = bits(params(model))
     steps(model, optimizer, unfreezer, 1)
@@ -788,21 +790,21 @@ def test_another_policy_may_take_over() -> None:
         first.step()
     second.load_state_dict(first.state_dict())
     assert second.open_groups == ("embeddings", "head")
-    assert [row.open_since for row in second.report().rows] == [15, None, None, None, None, 0]
+    assert [row.open_since for row in second.report().groups] == [15, None, None, None, None, 0]
 
 
 @pytest.mark.parametrize("order", ["optimizer first", "unfreezer first"])
 def test_another_policy_opens_what_the_optimizer_was_saved_with_as_frozen(order: str) -> None:
     saved = Stack()
     optimizer = adamw(saved)
-    first = Unfreezer(saved, optimizer, phases(("head",)), mode="mask")
+    first = Unfreezer(saved, optimizer, phases(("head",)), mode="freeze")
     steps(saved, optimizer, first, 1)
 
     model = Stack()
     optimizer = adamw(model)
     if order == "optimizer first":
         optimizer.load_state_dict(first.optimizer.state_dict())
-    second = Unfreezer(model, optimizer, Always(), mode="mask")
+    second = Unfreezer(model, optimizer, Always(), mode="freeze")
     if order == "unfreezer first":
         optimizer.load_state_dict(first.optimizer.state_dict())
     second.load_state_dict(first.state_dict())
@@ -862,21 +864,58 @@ def test_the_report_is_a_table() -> None:
     ]
 
 
+def test_the_report_as_markdown_and_json() -> None:
+    model = Stack(1)
+    unfreezer = Unfreezer(model, fastft.AdamW(model.parameters(), lr=1e-3), GradualUnfreeze(1, unit="epoch"))
+    report = unfreezer.report()
+    assert report.to_markdown().splitlines() == [
+        "| group | parameters | open since | lr | state bytes |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| embeddings | 48 | closed | 0.001 | 0 |",
+        "| blocks.0 | 88 | closed | 0.001 | 0 |",
+        "| final_norm | 16 | closed | 0.001 | 0 |",
+        "| head | 27 | step 0 | 0.001 | 0 |",
+        "",
+        "step 0: 1 of 4 groups open, 15.1% of the parameters, 0 bytes of state beside them",
+        "",
+        f"- {report.notes[0]}",
+    ]
+    found = json.loads(report.to_json())
+    assert found["step"] == 0 and found["notes"] == list(report.notes)
+    assert [group["group"] for group in found["groups"]] == [group.group for group in report.groups]
+    assert found["groups"][-1] == {
+        "group": "head", "parameters": 27, "open_since": 0, "lr": [0.001], "state_bytes": 0, "host_bytes": 0
+    }  # fmt: skip
+
+
+def test_the_report_is_drawn_and_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = Stack()
+    report = Unfreezer(model, adamw(model), GradualUnfreeze(1)).report()
+    report.plot(tmp_path / "groups.svg")
+    drawn = (tmp_path / "groups.svg").read_text()
+    assert "<svg" in drawn
+    report.write(tmp_path)
+    assert (tmp_path / "report.md").read_text() == report.to_markdown() + "\n"
+    assert (tmp_path / "report.json").read_text() == report.to_json() + "\n"
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_report_shows_the_span_of_learning_rates() -> None:
     model = Stack()
     named = list(model.named_parameters())
     optimizer = torch.optim.AdamW([{"params": named[:1], "lr": 1e-2}, {"params": named[1:], "lr": 1e-4}])
     unfreezer = Unfreezer(model, optimizer, Always())
-    first, second, *_ = unfreezer.report().rows
+    first, second, *_ = unfreezer.report().groups
     assert (first.lr, second.lr) == ((1e-4, 1e-2), (1e-4,))
     assert "0.0001 … 0.01" in str(unfreezer.report())
 
 
-def test_a_policy_by_epochs_that_hears_of_none_is_noted() -> None:
+def test_a_policy_by_epochs_that_is_given_none_is_noted() -> None:
     model = Stack()
     unfreezer = Unfreezer(model, torch.optim.SGD(model.parameters()), GradualUnfreeze(1, unit="epoch"))
     unfreezer.step()
-    note = "the policy goes by epochs, and step(epoch=...) has not told any yet"
+    note = "the policy depends on epochs, and step(epoch=...) has not been given any yet"
     assert note in unfreezer.report().notes
     unfreezer.step(epoch=0.1)
     assert note not in unfreezer.report().notes
@@ -914,7 +953,7 @@ def test_a_closure_computes_gradients_in_time() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "frozen"}, "mode: expected one of 'requires_grad', 'mask', got 'frozen'"),
+        ({"mode": "frozen"}, "mode: expected one of 'requires_grad', 'freeze', got 'frozen'"),
         ({"state_policy": "drop"}, "state_policy: expected one of 'keep', 'reset', 'offload', got 'drop'"),
         ({"norm_policy": "eval"}, "norm_policy: expected one of 'freeze_stats', 'train', got 'eval'"),
         ({"tied": "open"}, "tied: expected one of 'raise', 'closed', got 'open'"),
@@ -922,7 +961,7 @@ def test_a_closure_computes_gradients_in_time() -> None:
         ({"groups": ["embed"]}, "groups: expected every parameter in exactly one group"),
         ({"wrapped": ["deepspeed"]}, "wrapped: expected one of 'ddp', .*, got 'deepspeed'"),
         ({"wrapped": "ddp"}, "wrapped in DistributedDataParallel"),
-        ({"mode": "mask"}, 'mode: expected "requires_grad" with torch.optim.sgd.SGD; "mask" needs fastft.AdamW'),
+        ({"mode": "freeze"}, 'mode: expected "requires_grad" with torch.optim.sgd.SGD; "freeze" needs fastft.AdamW'),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -956,11 +995,30 @@ def test_parameters_of_the_optimizer_that_are_not_the_models_go_on() -> None:
     optimizer = fastft.AdamW(
         [*layerwise_lr(layer_groups(model), 1e-2, decay=1 / 2.6), {"params": [("t", temperature)]}]
     )
-    unfreezer = Unfreezer(model, optimizer, GradualUnfreeze(1), mode="mask", rewarm_steps=2)
+    unfreezer = Unfreezer(model, optimizer, GradualUnfreeze(1), mode="freeze", rewarm_steps=2)
     for step in range(2):
         temperature.grad = torch.ones(())
         steps(model, optimizer, unfreezer, 1, start=step)
     assert temperature != 1.0
+
+
+def test_the_old_word_for_a_mode_still_works() -> None:
+    model = Stack()
+    with pytest.warns(DeprecationWarning, match='mode: "mask" is called "freeze" now') as found:
+        unfreezer = Unfreezer(model, adamw(model), GradualUnfreeze(1), mode="mask")  # type: ignore[arg-type]
+    assert found[0].filename == __file__
+    assert unfreezer.mode == "freeze"
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_old_word_for_undo_still_works() -> None:
+    model = Stack()
+    unfreezer = Unfreezer(model, adamw(model), GradualUnfreeze(1))
+    with pytest.warns(DeprecationWarning, match=r"close\(\) is called undo\(\) now") as found:
+        unfreezer.close()
+    assert found[0].filename == __file__
+    assert all(p.requires_grad for p in model.parameters())
+    Unfreezer(model, unfreezer.optimizer, GradualUnfreeze(1)).undo()  # the optimizer is free again
 
 
 def test_lbfgs_is_refused() -> None:
@@ -973,9 +1031,9 @@ def test_an_optimizer_has_one_unfreezer_at_a_time() -> None:
     model = Stack()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     first = Unfreezer(model, optimizer, phases(("head",)))
-    with pytest.raises(ValueError, match=r"it has an Unfreezer already; close\(\) that one first"):
+    with pytest.raises(ValueError, match=r"it has an Unfreezer already; undo\(\) that one first"):
         Unfreezer(model, optimizer, Always())
-    first.close()
+    first.undo()
     second = Unfreezer(model, optimizer, phases(("final_norm",)))
     assert not second.report().notes  # what the first had closed counts as frozen by nobody
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["norm.weight", "norm.bias"]
@@ -990,13 +1048,13 @@ def test_wrapped_optimizers_are_unwrapped() -> None:
 
     model = Stack()
     inner = adamw(model)
-    unfreezer = Unfreezer(model, Wrapped(inner), GradualUnfreeze(1), mode="mask")
+    unfreezer = Unfreezer(model, Wrapped(inner), GradualUnfreeze(1), mode="freeze")
     assert unfreezer.optimizer is inner
 
 
 def test_what_is_told_to_be_around_the_model_counts_as_if_it_were_seen() -> None:
     model = Stack()
-    unfreezer = Unfreezer(model, adamw(model), GradualUnfreeze(1), mode="mask", wrapped=["ddp"])
+    unfreezer = Unfreezer(model, adamw(model), GradualUnfreeze(1), mode="freeze", wrapped=["ddp"])
     backward(model, 0)
     assert all(p.grad is not None for p in model.parameters())  # all gradients that DDP waits for
     assert "as the model is wrapped in DistributedDataParallel" in unfreezer.report().notes[0]
@@ -1007,7 +1065,7 @@ def test_nothing_keeps_a_finished_run_alive() -> None:
 
     model = Stack()
     optimizer = adamw(model)
-    unfreezer = Unfreezer(model, optimizer, GradualUnfreeze(1), mode="mask")
+    unfreezer = Unfreezer(model, optimizer, GradualUnfreeze(1), mode="freeze")
     steps(model, optimizer, unfreezer, 2)
     gone = [weakref.ref(x) for x in (model, optimizer, unfreezer)]
     del model, optimizer, unfreezer
@@ -1018,7 +1076,7 @@ def test_nothing_keeps_a_finished_run_alive() -> None:
 def test_amp_scaling_that_skips_a_step_is_no_trouble() -> None:
     model = Stack()
     optimizer = adamw(model)
-    unfreezer = Unfreezer(model, optimizer, GradualUnfreeze(2), mode="mask")
+    unfreezer = Unfreezer(model, optimizer, GradualUnfreeze(2), mode="freeze")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     before = bits(params(model))
     x, y = batch(0)

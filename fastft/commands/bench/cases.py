@@ -14,7 +14,7 @@ FASTFT = "fastft"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ReadyCase:
     """Work that was done once, and that came to the same as the others'."""
 
     works: dict[str, Work]
@@ -30,7 +30,7 @@ class Case:
     name: str
     family: str
     title: str
-    prepare: Callable[[torch.device], Prepared]
+    prepare: Callable[[torch.device], ReadyCase]
     nbytes: float | None = None
     """What ours must at least read and write."""
     memory: float = 0.0

@@ -2,50 +2,66 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastft.errors import UserError
+
+from ..failure import Failure
 from . import dropout, peers, steps, training
-from .cases import Case, Prepared, select
+from .cases import Case, ReadyCase, select
 from .harness import Measurement, alternate, copy_bandwidth, environment, free_memory
+
+HELP = "measure fastft next to torch and other libraries, on this machine"
+DESCRIPTION = (
+    "Measures fastft's AdamW and dropout alternately with torch's and, where they are installed, other libraries' in "
+    "one process, compares their results, and prints a table. All of it takes some minutes."
+)
+EXTRA = ""
+PACKAGES: dict[str, str] = {}
 
 CASES = (*steps.CASES, *dropout.CASES, *training.CASES)
 ROUNDS, QUICK_ROUNDS = 41, 5
 SECONDS_A_CASE = 2.0
-"""Measuring one takes about this long at most: slow ones have fewer rounds."""
+"""Measuring a case takes about this long at most: a slow one has fewer rounds."""
 SHARE_OF_MEMORY = 0.8
-"""Of what is free, that a case may take."""
+"""The share of the free memory that a case may take."""
 TARGETS_HOLD_ON = "cpu"
 TABLE = "{:<52.52}  {:<18.18}  {:>10}  {:>10}  {:>7}  {:<13}  {:>6}  {}"
 
 
-def run(
-    patterns: Sequence[str] = (), *, device: str = "cpu", quick: bool = False, json_file: Path | None = None
-) -> int:
-    """Measure the cases that match ``patterns`` (all where there is none), print a table and write ``json_file``.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a case, a family of cases (dropout, step, size, ...) or a pattern; may be repeated (default: all)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few rounds, and without what takes longest to prepare")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 
-    ``quick`` takes few rounds, and leaves out what takes longest to prepare. Returns the process's exit status.
-    """
-    chosen_device = torch.device(device)
-    if chosen_device.type == "cuda" and not torch.cuda.is_available():
-        print("fastft bench: torch.cuda.is_available() is False; see fastft info")
-        return 1
+
+def run(options: argparse.Namespace) -> str:
+    """Measure the chosen cases and print each as it is done; returns what is left to say."""
+    device, file = torch.device(options.device), options.json
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Failure("torch.cuda.is_available() is False; see fastft info", 1)
     try:
-        cases = select(CASES, list(patterns))
+        cases = select(CASES, options.case)
     except ValueError as error:
-        print(f"fastft bench: {error}")
-        return 2
-    if json_file is not None and not json_file.parent.is_dir():
-        print(f"fastft bench: --json: expected a file in a folder that exists, got {json_file}")
-        return 2
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    known = environment(chosen_device)
-    bandwidth = copy_bandwidth(chosen_device, rounds)
+        raise UserError(str(error)) from error
+    if file is not None and not file.parent.is_dir():
+        raise UserError(f"--json: expected a file in a folder that exists, got {file}")
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    known = environment(device)
+    bandwidth = copy_bandwidth(device, rounds)
     print(
         f"fastft {known['fastft']} ({known['commit']}), torch {known['torch']}, {known['device']}, "
         f"{known['threads']} threads, at most {rounds} rounds; a copy runs at {bandwidth / 1e9:.0f} GB/s"
@@ -60,20 +76,24 @@ def run(
         "skipped": {},
     }
     for case in cases:
-        reason = why_not(case, chosen_device, quick and not patterns)
+        reason = why_not(case, device, options.quick and not options.case)
         if reason:
             result["skipped"][case.name] = reason
         else:
-            measured = result_of(case, *measure(case, chosen_device, rounds), chosen_device)
+            measured = result_of(case, *measure(case, device, rounds), device)
             result["cases"][case.name] = measured
             print("\n".join(table_rows(measured)), flush=True)
-        if json_file is not None:  # after each: a run that is cut short has told what it found
-            json_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, reason in result["skipped"].items():
-        print(f"{name}: not measured: {reason}")
-    if json_file is not None:
-        print(f"written to {json_file}")
-    return 0
+        if file is not None:  # after each case, so that a run that is cut short leaves what it has measured
+            file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = [f"{name}: not measured: {reason}" for name, reason in result["skipped"].items()]
+    return "\n".join(lines if file is None else [*lines, f"written to {file}"])
+
+
+def left_behind(options: argparse.Namespace) -> str:
+    """Where the results of a run that was cut short are."""
+    if options.json is None or not options.json.exists():
+        return "nothing was written"
+    return f"what was measured is in {options.json}"
 
 
 def why_not(case: Case, device: torch.device, quick: bool) -> str:
@@ -88,7 +108,7 @@ def why_not(case: Case, device: torch.device, quick: bool) -> str:
     return ""
 
 
-def measure(case: Case, device: torch.device, rounds: int) -> tuple[Measurement, Prepared]:
+def measure(case: Case, device: torch.device, rounds: int) -> tuple[Measurement, ReadyCase]:
     """Get a case ready, and time its pieces alternately."""
     prepared = case.prepare(device)
     measured = alternate(prepared.works, device, rounds, seconds_at_most=SECONDS_A_CASE, host=case.host)
@@ -96,7 +116,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> tuple[Measurement,
     return measured, prepared
 
 
-def result_of(case: Case, measured: Measurement, prepared: Prepared, device: torch.device) -> dict[str, Any]:
+def result_of(case: Case, measured: Measurement, prepared: ReadyCase, device: torch.device) -> dict[str, Any]:
     """One case's figures, ready for ``json``, in a fixed order."""
     against = {}
     subject, *others = prepared.works

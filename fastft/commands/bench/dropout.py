@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastft.nn import functional as ours
 
-from .cases import FASTFT, Case, Prepared
+from .cases import FASTFT, Case, ReadyCase
 from .harness import Work
 
 EAGER, COMPILED = "torch eager", "torch compiled"
@@ -62,7 +62,7 @@ SIZES = {"16m": (16384, 1024), "8": (1, 8)}
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def prepare(form: Form, shape: tuple[int, int], dtype: torch.dtype, compiled: bool, device: torch.device) -> Prepared:
+def prepare(form: Form, shape: tuple[int, int], dtype: torch.dtype, compiled: bool, device: torch.device) -> ReadyCase:
     generator = torch.Generator(device).manual_seed(0)
 
     def values(of: str) -> Tensor:
@@ -86,7 +86,7 @@ def prepare(form: Form, shape: tuple[int, int], dtype: torch.dtype, compiled: bo
             absent[COMPILED] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             works[COMPILED] = work
-    return Prepared(works, absent)
+    return ReadyCase(works, absent)
 
 
 def check(form: Form, inputs: list[Tensor], dy: Tensor) -> None:

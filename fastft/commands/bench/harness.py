@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import fastft
-from fastft import _C
+from fastft.environment import cpu_instruction_set
 
 ROOT = Path(__file__).resolve().parents[3]
 Work = Callable[[], object]
@@ -41,7 +41,7 @@ class Ratio:
     of_medians: float
     lower: float
     upper: float
-    """Quartiles of the ratios of the single rounds: how far to trust the above."""
+    """Quartiles of the ratios of the single rounds, which show the spread."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ class Measurement:
         """Round by round."""
         return [ours / theirs for ours, theirs in zip(self.seconds[name], self.seconds[baseline], strict=True)]
 
+    def quartiles(self, name: str, baseline: str) -> list[float]:
+        """Lower quartile, median and upper quartile of :meth:`ratios`."""
+        ratios = self.ratios(name, baseline)
+        return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+
     def ratio(self, name: str, baseline: str) -> Ratio:
-        lower, _, upper = quartiles(self.ratios(name, baseline))
+        lower, _, upper = self.quartiles(name, baseline)
         return Ratio(self.median(name) / self.median(baseline), lower, upper)
-
-
-def quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
 class CpuClock:
@@ -189,7 +190,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "fastft": fastft.__version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "cpu_instruction_set": _C.cpu_instruction_set(),
+        "cpu_instruction_set": cpu_instruction_set(),
     }
 
 

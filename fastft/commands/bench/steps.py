@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 import fastft
 
-from .cases import FASTFT, Case, Prepared
+from .cases import FASTFT, Case, ReadyCase
 from .harness import Work
 from .peers import ADAMW, PEERS, SAME_RESULT, Absent
 
@@ -175,7 +175,7 @@ class Steps:
     def numel(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def prepare(self, device: torch.device) -> Prepared:
+    def prepare(self, device: torch.device) -> ReadyCase:
         """Take one step of each and compare what they did."""
         made: dict[str, Made] = {}
         absent = {}
@@ -191,7 +191,7 @@ class Steps:
                 absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 made.pop(name, None)
         self.compare(made)
-        return Prepared({name: step for name, (step, _, _) in made.items()}, absent)
+        return ReadyCase({name: step for name, (step, _, _) in made.items()}, absent)
 
     def make(self, make_step: MakeStep, device: torch.device) -> Made:
         """A step over new parameters: a little off their anchor, and each with a gradient."""

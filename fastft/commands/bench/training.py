@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastft
 from fastft.nn import fuse_dropout_
 
-from .cases import FASTFT, Case, Prepared
+from .cases import FASTFT, Case, ReadyCase
 from .harness import Work
 from .peers import ADAMW
 from .steps import ANCHOR_DECAY, FUSED, MAX_GRAD_NORM, torch_clip_anchor
@@ -39,7 +39,7 @@ def gpt2(transformers: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     return transformers.GPT2LMHeadModel(config), {"input_ids": tokens, "labels": tokens}
 
 
-def prepare(make: Callable[[Any], tuple[nn.Module, dict[str, Tensor]]], device: torch.device) -> Prepared:
+def prepare(make: Callable[[Any], tuple[nn.Module, dict[str, Tensor]]], device: torch.device) -> ReadyCase:
     torch.manual_seed(0)
     model, batch = make(importlib.import_module("transformers"))
     model, batch = model.to(device).train(), {name: tensor.to(device) for name, tensor in batch.items()}
@@ -70,7 +70,7 @@ def prepare(make: Callable[[Any], tuple[nn.Module, dict[str, Tensor]]], device: 
         work()
     if not abs(losses[0] - losses[1]) <= TOLERANCE * losses[1]:
         raise AssertionError(f"training: the first losses are {losses[0]:.4f} and {losses[1]:.4f}")
-    return Prepared(works)
+    return ReadyCase(works)
 
 
 CASES = tuple(

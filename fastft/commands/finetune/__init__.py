@@ -7,80 +7,57 @@ an interruption), :mod:`.report` (what it tells), and :mod:`.pipeline`, which pu
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 import os
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from fastft.data.files import FileError
-from fastft.output import OutputError
+from fastft.errors import UserError
 
-from .errors import InputError
+from ..failure import Failure
 from .options import add_arguments, given
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["DESCRIPTION", "EXTRA", "HELP", "PACKAGES", "add_arguments", "left_behind", "run"]
 
-EXTRAS = {
+HELP = "fine-tune a model on your own rows"
+DESCRIPTION = (
+    "Fine-tunes a pre-trained model on a file of texts, with fastft.AdamW in the Hugging Face Trainer. Prints what it "
+    "was before and is after, and leaves a folder that from_pretrained loads."
+)
+EXTRA = "finetune"
+PACKAGES = {
     "transformers": "transformers", "accelerate": "accelerate", "datasets": "datasets", "matplotlib": "matplotlib",
     "tqdm": "tqdm", "yaml": "pyyaml",
 }  # fmt: skip
 
 
-def run(flags: Mapping[str, Any], config: Path | None = None) -> int:
-    """Fine-tune as flags and a YAML file say, and print the result.
+def run(options: argparse.Namespace) -> str:
+    """Fine-tune as the flags and the YAML file say, and return the result as a text.
 
-    Returns an exit status: 0 done, 1 the files could not be written, 2 something that was given cannot be used, 130
-    (or 128 + the signal's number) stopped. Until the run is done the output folder holds what it held, and beside it
-    the checkpoints.
-
-    Args:
-        flags: texts by the names of :class:`fastft.commands.finetune.options.Options`' fields; booleans for switches.
-        config: a YAML file with more of them.
+    Until the run is done the output folder holds what it held, and beside it the checkpoints.
     """
-    missing = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return fail(f'missing {", ".join(missing)}; install what this needs with: pip install "fastft[finetune]"', 2)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return fail("runs in one process; start it without torchrun", 2)
-    # Set before the tokenizers are loaded; otherwise they warn, if the process forks later, at the wrong time.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    output: Path | None = None
+        raise UserError("runs in one process; start it without torchrun")
+    flags = {name: value for name, value in vars(options).items() if name != "config"}
+    values = given(flags, options.config)
+    options.output = values.get("output")  # left_behind() finds it here, also where the YAML file names it
+
+    from .pipeline import finetune
+    from .training import Stopped
+
     try:
-        values = given(flags, config)
-        output = values.get("output")
-
-        from .pipeline import finetune
-        from .training import Stopped
-
-        try:
-            summary = finetune(values)
-        except Stopped as stopped:
-            return fail(f"stopped after step {stopped.step:,}; {how_to_go_on(output)}", 128 + stopped.signal_number)
-    except (InputError, FileError, OutputError) as error:
-        return fail(str(error), 2)
-    except OSError as error:
-        return fail(f"could not finish: {error}; {how_to_go_on(output)}", 1)
-    except KeyboardInterrupt:
-        return fail(f"interrupted; {how_to_go_on(output)}", 130)
-    except Exception:
-        fail(how_to_go_on(output), 1)
-        raise
+        summary = finetune(values)
+    except Stopped as stopped:
+        message = f"stopped after step {stopped.step:,}; {left_behind(options)}"
+        raise Failure(message, 128 + stopped.signal_number) from None
     print(file=sys.stderr)
-    print(f"{summary}\nWritten to {output}: the model and its tokenizer, report.json, plot.png")
-    return 0
+    return f"{summary}\nWritten to {options.output}: the model and its tokenizer, report.json, plot.png"
 
 
-def how_to_go_on(output: Path | None) -> str:
-    """The command that resumes the run, if it left something to go on from."""
-    if output is None or not (output / "checkpoints").is_dir():
+def left_behind(options: argparse.Namespace) -> str:
+    """The command that resumes a run that was cut short, if it left a checkpoint."""
+    output = getattr(options, "output", None)
+    if output is None or not (Path(output) / "checkpoints").is_dir():
         return "nothing was written"
     return f"go on with: fastft finetune --output {shlex.quote(str(output))} --resume"
-
-
-def fail(message: str, status: int) -> int:
-    """Say in one line what is wrong; the exit status to leave with."""
-    print(f"fastft finetune: {message}", file=sys.stderr)
-    return status

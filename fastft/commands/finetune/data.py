@@ -12,9 +12,8 @@ from typing import Any
 
 import datasets
 
-from fastft.data import Augmented, FileError, Match, ReplayMixer, augment_from_spec, find_duplicates, find_leakage
-from fastft.data.duplicates import without
-from fastft.data.files import check_column, listed, rows_of
+from fastft.data import Augmented, ReplayMixer, TextAugment, find_duplicates, find_leakage, read_rows
+from fastft.names import listed
 
 from .errors import InputError
 from .options import CAUSAL_LM, CLASSIFICATION, Options
@@ -56,36 +55,38 @@ def sorted_labels(labels: Iterator[str] | Mapping[str, Any] | set[str]) -> list[
 
 
 def read(path: Path, text_column: str, label_column: str | None) -> Rows:
-    """The rows of a file. Raises :class:`FileError` unless each has a text and, where asked for, a label."""
+    """The rows of a file.
+
+    Raises:
+        UserError: the file cannot be read, or a row has no text or, where a column of labels was given, no label.
+    """
     wanted = [text_column] if label_column is None else [text_column, label_column]
     texts: list[str] = []
     labels: list[str] = []
     places: list[str] = []
-    for place, row in rows_of(path, wanted):
-        for column in wanted:
-            check_column(f"{path}, {place}", row, column)
+    for place, row in read_rows(path, wanted):
         texts.append(as_text(row[text_column], text_column, f"{path}, {place}"))
         if label_column is not None:
             labels.append(as_label(row[label_column], label_column, f"{path}, {place}"))
         places.append(place)
     if not texts:
-        raise FileError(f"{path}: expected rows, found none")
+        raise InputError(f"{path}: expected rows, found none")
     return Rows(path, texts, None if label_column is None else labels, places)
 
 
 def as_text(value: Any, column: str, where: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise FileError(f"{where}: the text in {column!r} is empty; take the row out, or fill it in")
+        raise InputError(f"{where}: the text in {column!r} is empty; take the row out, or fill it in")
     if not isinstance(value, str):
-        raise FileError(f"{where}: expected a text in {column!r}, got {value!r:.80}")
+        raise InputError(f"{where}: expected a text in {column!r}, got {value!r:.80}")
     return value
 
 
 def as_label(value: Any, column: str, where: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise FileError(f"{where}: the label in {column!r} is empty; take the row out, or fill it in")
+        raise InputError(f"{where}: the label in {column!r} is empty; take the row out, or fill it in")
     if not isinstance(value, (str, int)):
-        raise FileError(f"{where}: expected a name or a whole number as label in {column!r}, got {value!r:.80}")
+        raise InputError(f"{where}: expected a name or a whole number as label in {column!r}, got {value!r:.80}")
     return value.strip() if isinstance(value, str) else json.dumps(value)
 
 
@@ -156,9 +157,10 @@ def without_repetitions(train: Rows, replay: Rows | None, options: Options) -> t
     return train, replay, notes
 
 
-def left_out(rows: Rows, matches: Sequence[Match], why: str) -> tuple[Rows, str]:
+def left_out(rows: Rows, matches: Sequence[Any], why: str) -> tuple[Rows, str]:
     """The rows that match nothing, and a line about the others."""
-    kept: Rows = without(rows, matches)
+    repeated = {match.index for match in matches}
+    kept = rows.select([i for i in range(len(rows)) if i not in repeated])
     if not len(kept):
         raise InputError(f"{rows.path}: all of its {len(rows):,} rows would be left out, as rows {why}")
     near = sum(match.kind == "near" for match in matches)
@@ -272,5 +274,5 @@ def mixed(train: datasets.Dataset, replay: datasets.Dataset | None, tokenizer: A
     if replay is not None:
         mixture = ReplayMixer(train, replay, options.replay_ratio, options.seed, fresh=True)
     if options.augment is not None:
-        mixture = Augmented(mixture, augment_from_spec(options.augment, tokenizer), options.seed)
+        mixture = Augmented(mixture, TextAugment.from_spec(options.augment, tokenizer), options.seed)
     return mixture

@@ -1,7 +1,9 @@
-"""The error that is the user's to mend."""
+"""The error of an option, or of what it names, that cannot be used."""
 
 from __future__ import annotations
 
+from fastft.errors import UserError
 
-class InputError(Exception):
-    """Something the user gave cannot be used: one line that says what is wrong and what to change."""
+
+class InputError(UserError):
+    """An option of ``fastft finetune``, or the file or model that it names, cannot be used."""

@@ -1,4 +1,4 @@
-"""The pre-trained model: loading it, what is new in it, what it can take, how far it moved."""
+"""The pre-trained model: loading it, its new parameters, its limit of tokens, its weights before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from fastft.unfreeze import LayerGroup
+from fastft import Anchor
 
 from .errors import InputError
 from .options import CAUSAL_LM
@@ -154,31 +154,12 @@ def token_limit(model: Any, tokenizer: Any) -> int | None:
     return min(known, default=None)
 
 
-def reload(folder: Path, task: str, labels: Sequence[str]) -> Any:
-    """The model as it was when it was loaded, but for what is new."""
-    with torch.random.fork_rng(devices=[]):
-        return load(folder, task, labels).model
+def weights_of(pretrained: Pretrained, folder: Path) -> Anchor:
+    """The weights of a model as it was loaded from a folder, to compare with later; without those of new parameters.
 
-
-def drift(
-    model: nn.Module, pretrained: nn.Module, groups: Sequence[LayerGroup], new: Iterable[str]
-) -> tuple[float, dict[str, float]]:
-    """How far the weights are from where they began: ‖θ − θ₀‖ / ‖θ₀‖ of all, and of each layer group.
-
-    Parameters that were new are left out. ``groups`` are those of ``model``.
+    They are read from its file when they are needed, or copied where the file holds them under other names.
     """
-    start = dict(pretrained.named_parameters())
-    left_out = set(new)
-    squares: dict[str, list[float]] = {}
-    with torch.no_grad():
-        for group in groups:
-            sums = [0.0, 0.0]
-            for name, p in zip(group.param_names, group.parameters, strict=True):
-                if name not in left_out:
-                    before = start[name].to(torch.float64)
-                    sums[0] += (p.to(before) - before).square().sum().item()
-                    sums[1] += before.square().sum().item()
-            if sums[1]:
-                squares[group.name] = sums
-    total = [sum(column) for column in zip(*squares.values(), strict=True)]
-    return (total[0] / total[1]) ** 0.5, {name: (moved / all_) ** 0.5 for name, (moved, all_) in squares.items()}
+    try:
+        return Anchor.from_safetensors(folder, pretrained.model, exclude=pretrained.new)
+    except (OSError, ValueError):
+        return Anchor.snapshot(pretrained.model, exclude=pretrained.new, device="cpu")

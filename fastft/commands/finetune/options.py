@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastft.data.text import parts_of_spec
+import torch
+
+from fastft.data import TextAugment
 from fastft.names import closest
-from fastft.optim.anchoring import check_pull
+from fastft.optim import AdamW
 from fastft.unfreeze import (
     LISA,
     BlockCoordinate,
@@ -147,7 +149,7 @@ def augmenting(value: Any) -> str:
     """What :func:`fastft.data.text.augment_from_spec` takes, with the full path of a table of synonyms."""
     words = [value] if isinstance(value, str) else list(value)
     try:
-        parts = parts_of_spec(",".join(map(str, words)))
+        parts = TextAugment.split_spec(",".join(map(str, words)))
     except ValueError as error:
         raise ValueError(str(error).removeprefix("augment: ")) from None
     tables = [part for part in parts if part[0] == "synonyms"]
@@ -345,7 +347,7 @@ class Options:
     def files(self) -> dict[str, Path]:
         """All that a run reads, by the option that names it."""
         found = {name: getattr(self, name) for name in BY_CONTENT}
-        for name, *_, file in parts_of_spec(self.augment) if self.augment else ():
+        for name, *_, file in TextAugment.split_spec(self.augment) if self.augment else ():
             if name == "synonyms":
                 found["augment"] = Path(file)
         return {name: path for name, path in found.items() if path is not None}
@@ -365,6 +367,7 @@ def flag_of(name: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` a flag for every option, and ``--config``."""
+    parser.allow_abbrev = False  # an abbreviation would mean something else once there is another option
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with any of these options; flags override it")
     groups: dict[str, Any] = {}
     for name, field in FIELDS.items():
@@ -457,12 +460,20 @@ def options_from(values: Mapping[str, Any]) -> Options:
     if options.replay is None and options.replay_ratio != FIELDS["replay_ratio"].default:
         raise InputError("--replay-ratio: expected only together with --replay")
     try:
-        check_pull(options.lr, options.anchor_decay, options.anchor_mode, "--lr, --anchor-decay")
+        check_together(options)
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise InputError(f"--lr, --anchor-decay: {str(error).removeprefix('param_groups[0]: ')}") from error
     if isinstance(options.warmup, int) and options.steps is not None and options.warmup > options.steps:
         raise InputError(f"--warmup: expected at most the {options.steps} steps of the run, got {options.warmup}")
     return options
+
+
+def check_together(options: Options) -> None:
+    """Make a step with one parameter, for the optimizer's own checks of numbers that must fit each other."""
+    p = torch.nn.Parameter(torch.zeros(1))
+    p.grad = torch.zeros(1)
+    pull: dict[str, Any] = {"anchor_decay": options.anchor_decay, "anchor_mode": options.anchor_mode}
+    AdamW([p], lr=options.lr, anchor="init", **pull).step()
 
 
 def as_json(options: Options) -> dict[str, Any]:

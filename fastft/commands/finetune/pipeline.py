@@ -8,22 +8,21 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 from transformers import set_seed
 
 from fastft.data import neftune
-from fastft.data.files import listed
 from fastft.environment import environment, quiet_transformers
+from fastft.integrations.transformers import optimizer_of
+from fastft.layers import LayerGroup, layer_groups
+from fastft.names import listed
 from fastft.nn import fuse_dropout_
-from fastft.optim import AdamW, TrainingPlan, plan_training
+from fastft.optim import TrainingPlan, plan_training
 from fastft.output import staged
-from fastft.recipes import opening_by
-from fastft.retention import fit_head_
-from fastft.unfreeze import LayerGroup, Phases, Progress, layer_groups
-from fastft.unfreeze.policies import GroupInfo, Phase, open_groups
-from fastft.unfreeze.unfreezer import unwrapped
+from fastft.retention import drift_report, fit_head_
+from fastft.unfreeze import GradualUnfreeze, Phases, open_at
 
 from . import checkpoints, model
 from .data import Data, load, mixed, tokenized
@@ -38,7 +37,7 @@ from .options import (
     make_policy,
     options_from,
 )
-from .report import Report, write
+from .report import RunReport
 from .training import Training, prepare, say, scores
 
 PACKAGES = ("transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "matplotlib")
@@ -55,7 +54,7 @@ class Start:
 
 
 @dataclasses.dataclass
-class Prepared:
+class ReadyRun:
     """All that is needed to train, checked."""
 
     data: Data
@@ -92,8 +91,8 @@ def finetune(values: Mapping[str, Any]) -> str:
             report.seconds = time.perf_counter() - began
             with staged(options.output, overwrite=True) as place:
                 save(ready.pretrained, options.model, place)
-                summary = write(report, place)
-    return summary
+                report.write(place)
+    return str(report)
 
 
 @contextmanager
@@ -155,7 +154,7 @@ def digests(options: Options) -> dict[str, str]:
     return found
 
 
-def get_ready(options: Options) -> Prepared:
+def get_ready(options: Options) -> ReadyRun:
     """Read and check everything."""
     data = load(options)
     pretrained = model.load(options.model, options.task, data.labels)
@@ -194,7 +193,7 @@ def get_ready(options: Options) -> Prepared:
     if options.fuse_dropout:
         done = fuse_dropout_(pretrained.model)
         notes.append(f"dropout: {len(done.swapped)} swapped, {len(done.fused)} fused with what follows them")
-    return Prepared(data, pretrained, groups, plan, train, tables[1], head, tables[0], cut, notes)
+    return ReadyRun(data, pretrained, groups, plan, train, tables[1], head, tables[0], cut, notes)
 
 
 def check_policy(options: Options, groups: list[LayerGroup]) -> None:
@@ -202,10 +201,8 @@ def check_policy(options: Options, groups: list[LayerGroup]) -> None:
     if options.unfreeze is None:
         return
     policy = make_policy(options.unfreeze, options.seed)
-    infos = tuple(GroupInfo(group.name, group.kind) for group in groups)
-    starts = [cast(Phase, phase).start for phase in policy.phases] if isinstance(policy, Phases) else [0]
-    for start in starts:
-        open_groups(policy, Progress(int(start), infos, epoch=start))
+    for start in policy.starts if isinstance(policy, Phases) else [0]:
+        open_at(policy, groups, int(start), epoch=start)
 
 
 def still_closed(options: Options, groups: list[LayerGroup], plan: TrainingPlan) -> list[str]:
@@ -213,23 +210,23 @@ def still_closed(options: Options, groups: list[LayerGroup], plan: TrainingPlan)
     chosen = options.unfreeze
     if chosen is None or chosen["policy"] != "gradual" or chosen.get("unit", "step") != "step":
         return []
-    infos = tuple(GroupInfo(group.name, group.kind) for group in groups)
-    opened = open_groups(make_policy(chosen, options.seed), Progress(plan.total_steps - 1, infos))
+    opened = open_at(make_policy(chosen, options.seed), groups, plan.total_steps - 1)
     if len(opened) == len(groups):
         return []
-    enough = opening_by(0.5, plan.total_steps, groups).every
+    enough = GradualUnfreeze.open_by(0.5, plan.total_steps, groups).every
     return [
         f"{len(groups) - len(opened)} of {len(groups)} layers stay closed, as {plan.total_steps:,} steps are too few "
         f"for every={chosen['every']}; with every={enough} all are open after about half of the steps"
     ]
 
 
-def train(start: Start, ready: Prepared, folder: Path) -> Report:
+def train(start: Start, ready: ReadyRun, folder: Path) -> RunReport:
     """Evaluate, train, evaluate; the report, but for the time of all."""
     options, pretrained = start.options, ready.pretrained
     use_cache = getattr(pretrained.model.config, "use_cache", None)
     training = prepare(options, pretrained, ready.groups, ready.plan, ready.train, ready.evaluation, folder)
     trainer = training.trainer
+    start_weights = None if options.anchor_decay else model.weights_of(pretrained, options.model)
     last = checkpoints.last_whole(folder)
     if last is None:
         # Also where an earlier start came as far: the Trainer sets the model up when it is first asked to evaluate.
@@ -247,17 +244,14 @@ def train(start: Start, ready: Prepared, folder: Path) -> Report:
     history = list(state.log_history)  # without the evaluation that follows
     chosen = state.best_model_checkpoint if options.keep == "best" else None
     after = scores(trainer.evaluate(), options.task)
-    optimizer = cast(AdamW, unwrapped(trainer.optimizer))
-    skipped = int(optimizer.skipped_steps)
+    optimizer = optimizer_of(trainer)
     lrs = [group["initial_lr"] for group in optimizer.param_groups]
-    device = str(trainer.args.device)
-    trainer.optimizer = trainer.lr_scheduler = None  # make room for the pre-trained weights
     if use_cache is not None:  # the Trainer has turned it off, and those who generate want it
         pretrained.model.config.use_cache = use_cache
-    moved, layers_moved = model.drift(
-        pretrained.model, model.reload(options.model, options.task, pretrained.labels), ready.groups, pretrained.new
-    )
-    return Report(
+    anchor = optimizer.anchor if start_weights is None else start_weights
+    assert anchor is not None  # anchor_decay makes one
+    drift = drift_report(pretrained.model, anchor, ready.groups)
+    return RunReport(
         task=options.task,
         options=as_json(options),
         plan=dataclasses.asdict(ready.plan),
@@ -276,16 +270,16 @@ def train(start: Start, ready: Prepared, folder: Path) -> Report:
             "of": state.global_step,
             "best": chosen is not None,
         },
-        drift=moved,
-        layer_drift=layers_moved,
+        drift=drift.total.relative or 0.0,
+        layer_drift={layer.group: layer.relative for layer in drift.groups if layer.relative is not None},
         history=history,
         lr_ratios=(min(lrs) / lrs[0], max(lrs) / lrs[0]),
-        skipped_steps=skipped,
+        skipped_steps=int(optimizer.skipped_steps),
         resumed_from=None if last is None else checkpoints.step_of(last),
         training_seconds=seconds,
         seconds=0.0,
         notes=ready.notes,
-        environment={**environment(PACKAGES), "device": device},
+        environment={**environment(PACKAGES), "device": str(trainer.args.device)},
     )
 
 
@@ -309,7 +303,7 @@ def run_trainer(training: Training, checkpoint: Path | None) -> float:
     return time.perf_counter() - began
 
 
-def about_model(ready: Prepared) -> str:
+def about_model(ready: ReadyRun) -> str:
     """The model in a line."""
     loaded = ready.pretrained
     size = sum(p.numel() for p in loaded.model.parameters())
@@ -327,7 +321,7 @@ def about_plan(plan: TrainingPlan, options: Options) -> str:
     )
 
 
-def about_data(ready: Prepared, start: Start) -> dict[str, Any]:
+def about_data(ready: ReadyRun, start: Start) -> dict[str, Any]:
     """What the report says of the rows."""
     train, evaluation = ready.data.train.counts, ready.data.evaluation.counts
     return {

@@ -1,4 +1,4 @@
-"""What a run tells: a table, ``report.json`` and ``plot.png``, all from one ``Report``."""
+"""The result of a run, as text, ``report.json`` and ``plot.png``: ``RunReport``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-GREY, ORANGE, BLUE = "#6b6b6b", "#d55e00", "#0072b2"  # the last two: Okabe and Ito's, told apart by everyone
+from fastft.plotting import BLUE, GREY, ORANGE, figure
+from fastft.tables import aligned, markdown
+
 MOST_NAMED_LAYERS = 30
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Titles and rows."""
 
 
 @dataclass
-class Report:
-    """A whole run."""
+class RunReport:
+    """A whole run. ``str()`` of it is its tables, and their meaning in words."""
 
     task: str
     options: dict[str, Any]
@@ -30,13 +32,15 @@ class Report:
     before: dict[str, float]
     after: dict[str, float]
     kept: dict[str, Any]
-    """``{"step", "of", "best"}``: which step's model it is, of how many, and whether it was chosen as the best."""
+    """``{"step", "of", "best"}``: the step whose model was kept, all steps, and whether it was chosen as the best."""
     drift: float
+    """‖θ − θ₀‖₂ / ‖θ₀‖₂ over all parameters but new ones; θ₀ are the pre-trained weights."""
     layer_drift: dict[str, float]
+    """The same by layer, without layers that are all new."""
     history: list[dict[str, Any]]
-    """The Trainer's, with what was open in between."""
+    """The Trainer's log, with an entry ``{"step", "open": [names]}`` wherever other layers are open than before."""
     lr_ratios: tuple[float, float]
-    """The lowest and the highest lr of a layer, relative to the one in the history."""
+    """The lowest and the highest lr of a layer, relative to the lr in the history."""
     skipped_steps: int
     resumed_from: int | None
     training_seconds: float
@@ -46,101 +50,116 @@ class Report:
 
     @property
     def losses(self) -> list[dict[str, Any]]:
-        """What was recorded of training steps."""
+        """The entries of the history about training steps."""
         return [entry for entry in self.history if "loss" in entry]
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """What was recorded of evaluations."""
+        """The entries of the history about evaluations."""
         return [entry for entry in self.history if "eval_loss" in entry]
 
     @property
     def opened(self) -> list[tuple[int, frozenset[str]]]:
-        """(from which step on, the names of the open layers); all from the first step if none were ever closed."""
+        """(first step, names of the layers that are open from it on); all from step 0 if none was ever closed."""
         found = [(entry["step"], frozenset(entry["open"])) for entry in self.history if "open" in entry]
         return found or [(0, frozenset(self.model["layers"]))]
 
+    def __str__(self) -> str:
+        return "\n\n".join([*(ruled(aligned(*table)) for table in tables(self)), "\n".join(meaning(self))])
 
-def write(report: Report, folder: Path) -> str:
-    """Write ``plot.png`` and ``report.json`` into ``folder``; return the table and its meaning."""
-    plot(report, folder / "plot.png")
-    content = json.dumps(as_json(report), indent=1, ensure_ascii=False) + "\n"
-    (folder / "report.json").write_text(content, encoding="utf-8")
-    return "\n\n".join(part for part in (table(report), layers(report), meaning(report)) if part)
+    def to_markdown(self) -> str:
+        """The same in Markdown."""
+        return "\n\n".join([*("\n".join(markdown(*table)) for table in tables(self)), *meaning(self)])
 
+    def to_json(self) -> str:
+        """All numbers of the run, as JSON."""
+        content = {
+            "what": f"fastft finetune: {self.task}",
+            "before": self.before,
+            "after": self.after,
+            "kept": self.kept,
+            "drift": {"all": self.drift, "layers": self.layer_drift},
+            "training_seconds": self.training_seconds,
+            "seconds": self.seconds,
+            "resumed_from": self.resumed_from,
+            "skipped_steps": self.skipped_steps,
+            "notes": self.notes,
+            "options": self.options,
+            "plan": self.plan,
+            "data": self.data,
+            "model": self.model,
+            "environment": self.environment,
+            "history": {
+                "training": [
+                    {
+                        "step": entry["step"],
+                        "loss": entry["loss"],
+                        "lr": [ratio * entry["learning_rate"] for ratio in self.lr_ratios],
+                        "grad_norm": entry.get("grad_norm"),
+                    }
+                    for entry in self.losses
+                ],
+                "evaluation": [
+                    {key.removeprefix("eval_"): entry[key] for key in ("step", *scored(entry))}
+                    for entry in self.evaluations
+                ],
+                "open": [{"step": step, "layers": sorted(names)} for step, names in self.opened],
+            },
+        }
+        return json.dumps(content, indent=1, ensure_ascii=False)
 
-def as_json(report: Report) -> dict[str, Any]:
-    """All numbers of the run, ready for ``json``."""
-    return {
-        "what": f"fastft finetune: {report.task}",
-        "before": report.before,
-        "after": report.after,
-        "kept": report.kept,
-        "drift": {"all": report.drift, "layers": report.layer_drift},
-        "training_seconds": report.training_seconds,
-        "seconds": report.seconds,
-        "resumed_from": report.resumed_from,
-        "skipped_steps": report.skipped_steps,
-        "notes": report.notes,
-        "options": report.options,
-        "plan": report.plan,
-        "data": report.data,
-        "model": report.model,
-        "environment": report.environment,
-        "history": {
-            "training": [
-                {
-                    "step": entry["step"],
-                    "loss": entry["loss"],
-                    "lr": [ratio * entry["learning_rate"] for ratio in report.lr_ratios],
-                    "grad_norm": entry.get("grad_norm"),
-                }
-                for entry in report.losses
-            ],
-            "evaluation": [
-                {key.removeprefix("eval_"): entry[key] for key in ("step", *scored(entry))}
-                for entry in report.evaluations
-            ],
-            "open": [{"step": step, "layers": sorted(names)} for step, names in report.opened],
-        },
-    }
+    def plot(self, path: Path) -> None:
+        """Draw the loss, the lr and the open layers over the steps."""
+        names = list(self.model["layers"])
+        height = 5.6 + 0.16 * min(len(names), MOST_NAMED_LAYERS)
+        ratios = [3.0, 1.6, height - 5.0]
+        with figure(path, 9, height, 3, sharex=True, gridspec_kw={"height_ratios": ratios}) as (loss, lr, opened):
+            plot_loss(self, loss)
+            plot_lr(self, lr)
+            plot_open(self, opened, names)
+            opened.set_xlabel("step")
+            opened.set_xlim(0, self.kept["of"])
+            opened.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    def write(self, folder: Path) -> None:
+        """Write ``plot.png`` and ``report.json`` into ``folder``."""
+        self.plot(folder / "plot.png")
+        (folder / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
 
 
 def scored(entry: dict[str, Any]) -> list[str]:
-    """The keys of what was measured, not of how fast."""
+    """The keys of an evaluation's scores; the others say how fast it was."""
     return [key for key in entry if key in ("eval_accuracy", "eval_perplexity", "eval_loss")]
 
 
-# -- the table -----------------------------------------------------------------------------------------------
+# -- tables --------------------------------------------------------------------------------------------------
 
 
-def table(report: Report) -> str:
-    """Before and after, as aligned text."""
+def tables(report: RunReport) -> list[Table]:
+    """The scores, and the layers unless all were open all the time."""
+    always_open = len(report.opened) == 1 and len(report.opened[0][1]) == len(report.model["layers"])
+    return [table_of_scores(report), *([] if always_open else [table_of_layers(report)])]
+
+
+def table_of_scores(report: RunReport) -> Table:
     rows = [(name, score(report.before[name]), score(report.after[name])) for name in report.after]
-    return aligned([(f"{report.data['evaluation_rows']:,} evaluation rows", "before", "after"), *rows])
+    return (f"{report.data['evaluation_rows']:,} evaluation rows", "before", "after"), rows
 
 
-def layers(report: Report) -> str:
-    """From when on each layer was open and how far it moved; nothing if all were open all the time."""
-    if len(report.opened) == 1 and len(report.opened[0][1]) == len(report.model["layers"]):
-        return ""
+def table_of_layers(report: RunReport) -> Table:
+    """When each layer was open, and how far it moved."""
     rows = []
     for name, size in report.model["layers"].items():
         spans = open_spans(report, name)
         when = ", ".join(f"{start + 1:,}–{end:,}" for start, end in spans[:3]) + (" …" if len(spans) > 3 else "")
         moved = percent(report.layer_drift[name]) if name in report.layer_drift else "new"
         rows.append((name, f"{size:,}", when or "never", moved))
-    moved_by = f"moved by step {report.kept['step']:,}"
-    return aligned([("layer", "parameters", "open in steps", moved_by), *rows])
+    return ("layer", "parameters", "open in steps", f"moved by step {report.kept['step']:,}"), rows
 
 
-def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows with the first cell to the left and the others to the right, the first row above a line."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    ]  # fmt: skip
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+def ruled(lines: list[str]) -> str:
+    """An aligned table with a line below its titles."""
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def score(value: float) -> str:
@@ -151,8 +170,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %" if share >= 1e-4 or share == 0 else f"{100 * share:.0e} %"
 
 
-def meaning(report: Report) -> str:
-    """The rest in words."""
+def meaning(report: RunReport) -> list[str]:
+    """What the tables do not show, in sentences."""
     kept, steps = report.kept, report.kept["of"]
     lines = []
     if "accuracy" in report.after:
@@ -176,13 +195,13 @@ def meaning(report: Report) -> str:
     lines.append(f"Trained in {report.training_seconds:.1f} s{since}, {report.seconds:.1f} s with everything.")
     if report.skipped_steps:
         lines.append(f"{report.skipped_steps:,} of {steps:,} steps were skipped: their gradients held inf or NaN.")
-    return "\n".join(lines)
+    return lines
 
 
 # -- the plot ------------------------------------------------------------------------------------------------
 
 
-def open_spans(report: Report, name: str) -> list[tuple[int, int]]:
+def open_spans(report: RunReport, name: str) -> list[tuple[int, int]]:
     """(first step, step at which it closed) of each time that a layer was open, counted from 0."""
     spans: list[tuple[int, int]] = []
     ends = [step for step, _ in report.opened[1:]] + [report.kept["of"]]
@@ -195,28 +214,7 @@ def open_spans(report: Report, name: str) -> list[tuple[int, int]]:
     return spans
 
 
-def plot(report: Report, path: Path) -> None:
-    """Draw the loss, the lr and the open layers over the steps."""
-    names = list(report.model["layers"])
-    height = 5.6 + 0.16 * min(len(names), MOST_NAMED_LAYERS)
-    figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # drawn without pyplot: no display, and no global state of the caller's touched
-    ratios = [3.0, 1.6, height - 5.0]
-    loss, lr, opened = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": ratios})
-    plot_loss(report, loss)
-    plot_lr(report, lr)
-    plot_open(report, opened, names)
-    for axes in (loss, lr, opened):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
-    opened.set_xlabel("step")
-    opened.set_xlim(0, report.kept["of"])
-    opened.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path)
-
-
-def plot_loss(report: Report, axes: Axes) -> None:
+def plot_loss(report: RunReport, axes: Axes) -> None:
     """The loss of the training batches, and of the evaluation rows."""
     steps, losses = [e["step"] for e in report.losses], [e["loss"] for e in report.losses]
     axes.plot(steps, losses, color=GREY, alpha=0.35, linewidth=1)
@@ -246,7 +244,7 @@ def running_mean(values: list[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def plot_lr(report: Report, axes: Axes) -> None:
+def plot_lr(report: RunReport, axes: Axes) -> None:
     """The lr of the topmost layer, and down to that of the lowest."""
     steps = [e["step"] for e in report.losses]
     low, high = ([ratio * e["learning_rate"] for e in report.losses] for ratio in report.lr_ratios)
@@ -260,7 +258,7 @@ def plot_lr(report: Report, axes: Axes) -> None:
         axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
 
 
-def plot_open(report: Report, axes: Axes, names: list[str]) -> None:
+def plot_open(report: RunReport, axes: Axes, names: list[str]) -> None:
     """A bar for each time that a layer was open, the input below and the output above."""
     for at, name in enumerate(names):
         spans = [(start, end - start) for start, end in open_spans(report, name)]

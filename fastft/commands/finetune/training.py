@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from fastft.integrations.transformers import UnfreezeCallback, optimizer_cls_and_kwargs
+from fastft.layers import LayerGroup
 from fastft.optim import TrainingPlan, biases_and_norms, layerwise_lr
-from fastft.unfreeze import LayerGroup
 
 from . import checkpoints
 from .model import Pretrained
@@ -133,7 +133,7 @@ def prepare(
         preprocess_logits_for_metrics=predictions if classifies else losses_of_rows,
         optimizer_cls_and_kwargs=optimizer,
         # In this order: what was open is told before it changes, and a checkpoint is whole when all have saved theirs.
-        callbacks=[Progress(options.task), Record(unfreeze), *([unfreeze] if unfreeze else []), stop],
+        callbacks=[ProgressBar(options.task), Record(unfreeze), *([unfreeze] if unfreeze else []), stop],
     )
     trainer.remove_callback(PrinterCallback)
     return Training(trainer, stop)
@@ -180,7 +180,7 @@ def described(found: Mapping[str, float]) -> str:
 # -- callbacks -----------------------------------------------------------------------------------------------
 
 
-class Progress(TrainerCallback):
+class ProgressBar(TrainerCallback):
     """A bar on stderr, if that is a terminal, and a line for each evaluation."""
 
     def __init__(self, task: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastft.commands import bench, cli
+from fastft.commands import bench, shell
 from fastft.commands.bench import command, dropout, harness, peers, steps
-from fastft.commands.bench.cases import FASTFT, Case, Prepared, select
+from fastft.commands.bench.cases import FASTFT, Case, ReadyCase, select
 from fastft.nn import functional as ours
 
 CPU = torch.device("cpu")
@@ -20,8 +20,8 @@ SHAPES = ((3, 5), (7,), (2, 2, 2))
 
 
 def small_case(**options: Any) -> Case:
-    def prepare(device: torch.device) -> Prepared:
-        return Prepared({FASTFT: lambda: None, "other": lambda: None}, {"third": "not there"})
+    def prepare(device: torch.device) -> ReadyCase:
+        return ReadyCase({FASTFT: lambda: None, "other": lambda: None}, {"third": "not there"})
 
     return Case("name", "family", "title", prepare, **options)
 
@@ -141,7 +141,7 @@ def test_the_dropout_family_is_compared_with_the_exact_result(name: str, dtype: 
 
 def test_the_json_names_machine_versions_and_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "out.json"
-    assert bench.run(["tensors_10"], quick=True, json_file=file) == 0
+    assert shell.main(["bench", "--case", "tensors_10", "--quick", "--json", str(file)]) == 0
     result = json.loads(file.read_text(encoding="utf-8"))
     environment = result["environment"]
     assert environment["torch"] == torch.__version__ and environment["threads"] == torch.get_num_threads()
@@ -165,31 +165,31 @@ def test_an_absent_peer_is_in_table_and_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "said"),
+    ("arguments", "said"),
     [
-        ({"patterns": ["plane"]}, 2, "case: expected a name"),
-        ({"json_file": Path("/no/such/folder/out.json")}, 2, "--json: expected a file in a folder that exists"),
+        (["--case", "plane"], "case: expected a name"),
+        (["--json", "/no/such/folder/out.json"], "--json: expected a file in a folder that exists"),
     ],
 )
-def test_wrong_usage_measures_nothing(
-    options: dict[str, Any], status: int, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert bench.run(**options) == status
-    assert said in capsys.readouterr().out
+def test_wrong_usage_measures_nothing(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shell.main(["bench", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"fastft bench: {said}") and not printed.out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can use CUDA")
 def test_cuda_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.run(device="cuda") == 1
-    assert "torch.cuda.is_available() is False" in capsys.readouterr().out
+    assert shell.main(["bench", "--device", "cuda"]) == 1
+    assert "torch.cuda.is_available() is False" in capsys.readouterr().err
 
 
-def test_the_command_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_given_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(bench, "run", lambda *arguments, **options: calls.append((arguments, options)) or 7)
-    assert cli.main(["bench", "--case", "dropout", "--case", "step", "--quick", "--json", "f", "--device", "cuda"]) == 7
-    assert cli.main(["bench"]) == 7
+    monkeypatch.setattr(bench, "run", lambda options: calls.append(vars(options)) or "")
+    line = ["bench", "--case", "dropout", "--case", "step", "--quick", "--json", "f", "--device", "cuda"]
+    assert shell.main(line) == 0
+    assert shell.main(["bench"]) == 0
     assert calls == [
-        ((["dropout", "step"],), {"device": "cuda", "quick": True, "json_file": Path("f")}),
-        (([],), {"device": "cpu", "quick": False, "json_file": None}),
+        {"case": ["dropout", "step"], "device": "cuda", "quick": True, "json": Path("f")},
+        {"case": [], "device": "cpu", "quick": False, "json": None},
     ]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastft.commands import cli, demo
-from fastft.commands.demo import corpus, experiment
+from fastft.commands import demo, shell
+from fastft.commands.demo import experiment
 from fastft.commands.demo.train import Config
+from fastft.problems import split_reviews
 
 pytest.importorskip("transformers")
 SMALL = Config(train_rows=96, test_rows=80, pools=2, pool_size=40, batch_size=16)
@@ -25,7 +26,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         patch.setattr(experiment, "config_for", lambda quick, seed: SMALL)
         lines: list[str] = []
         patch.setattr("builtins.print", lambda *parts, file=None, **_: lines.append(str(parts[0])))
-        assert cli.main(["demo", "--output", str(folder)]) == 0
+        assert shell.main(["demo", "--output", str(folder)]) == 0
     return folder, "\n".join(lines)
 
 
@@ -49,7 +50,7 @@ def test_the_table_and_the_report_say_the_same(result: tuple[Path, str]) -> None
     assert report["config"]["anchor_decay"] > 0
 
 
-def test_the_recipes_start_alike_and_clip(result: tuple[Path, str]) -> None:
+def test_the_methods_start_alike_and_clip(result: tuple[Path, str]) -> None:
     report = json.loads((result[0] / "report.json").read_text(encoding="utf-8"))
     torchs, *others = (run["steps"] for run in report["runs"].values())
     for ours in others:
@@ -85,7 +86,7 @@ def test_the_model_loads_and_predicts_what_the_report_says(result: tuple[Path, s
     encoder = AutoModel.from_pretrained(folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     head = load_file(folder / "model" / "head.safetensors")
-    _, test_set = corpus.split_reviews(corpus.load_reviews(), SMALL.train_rows, SMALL.test_rows)
+    _, test_set = split_reviews("movie", SMALL.train_rows, SMALL.test_rows)
     inputs = tokenizer(
         [r.text for r in test_set], padding=True, truncation=True, max_length=SMALL.max_length, return_tensors="pt"
     )
@@ -113,7 +114,7 @@ def test_a_second_run_into_the_same_folder_is_refused(
     result: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (result[0] / "report.json").read_bytes()
-    assert cli.main(["demo", "--output", str(result[0])]) == 2
+    assert shell.main(["demo", "--output", str(result[0])]) == 2
     assert "is not empty; choose another output, or overwrite with --overwrite" in capsys.readouterr().err
     assert (result[0] / "report.json").read_bytes() == before
 
@@ -121,10 +122,10 @@ def test_a_second_run_into_the_same_folder_is_refused(
 def test_missing_packages_are_named_with_the_way_to_install_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(demo, "EXTRAS", ("torch", "no_such_package_here"))
-    assert demo.run(tmp_path / "out") == 2
+    monkeypatch.setattr(demo, "PACKAGES", {"torch": "torch", "no_such_package_here": "no-such-package-here"})
+    assert shell.main(["demo", "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert 'missing no-such-package-here; install what the demo needs with: pip install "fastft[demo]"' in error
+    assert 'missing no-such-package-here; install what this needs with: pip install "fastft[demo]"' in error
     assert not (tmp_path / "out").exists()
 
 
@@ -135,6 +136,6 @@ def test_an_interrupted_run_writes_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment, "compare", interrupted)
-    assert demo.run(tmp_path / "out") == 130
+    assert shell.main(["demo", "--output", str(tmp_path / "out")]) == 130
     assert "interrupted; nothing was written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from fastft.commands.finetune.data import Data, Rows, check_labels, held_out, re
 from fastft.commands.finetune.errors import InputError
 from fastft.commands.finetune.model import load_tokenizer
 from fastft.commands.finetune.options import given, options_from
-from fastft.data import FileError
+from fastft.errors import UserError
 
 FORMATS = ("csv", "csv.gz", "tsv", "tsv.gz", "jsonl", "jsonl.gz", "parquet")
 ROWS = [
@@ -93,7 +93,7 @@ def test_class_labels_of_a_parquet_file_by_name(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_file_that_is_wrong_is_told_with_the_place(name: str, content: Any, told: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(FileError) as error:
+    with pytest.raises(UserError) as error:
         read(tmp_path / name, "text", "label")
     assert str(error.value).startswith(str(tmp_path / name))
     assert told in str(error.value)
@@ -102,17 +102,17 @@ def test_a_file_that_is_wrong_is_told_with_the_place(name: str, content: Any, to
 
 def test_a_parquet_file_without_the_column_or_rows(tmp_path: Path) -> None:
     path = cases.write_rows(tmp_path / "rows.parquet", ROWS)
-    with pytest.raises(FileError, match="there is no column 'words', but 'id', 'text', 'label'"):
+    with pytest.raises(UserError, match="there is no column 'words', but 'id', 'text', 'label'"):
         read(path, "words", "label")
     datasets.Dataset.from_dict({"text": [], "label": []}).to_parquet(str(path))
-    with pytest.raises(FileError, match="expected rows, found none"):
+    with pytest.raises(UserError, match="expected rows, found none"):
         read(path, "text", "label")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="expected a file with rows, but there is none"):
+    with pytest.raises(UserError, match="expected a file with rows, but there is none"):
         read(tmp_path / "rows.csv", "text", None)
-    with pytest.raises(FileError, match="expected a file with rows, but there is a folder"):
+    with pytest.raises(UserError, match="expected a file with rows, but there is a folder"):
         read(tmp_path, "text", None)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fastft.commands import cli, finetune
+from fastft.commands import finetune, shell
 
 Options = dict[str, Any]
 
@@ -413,7 +413,7 @@ def test_the_commands_of_the_documentation_run(home: Path, tmp_path: Path, monke
     Path("run.yaml").write_text(config, encoding="utf-8")
     for block in (*blocks, config.splitlines()[0].removeprefix("# ")):
         command = shlex.split(block.replace("\\\n", " "))
-        assert cli.main([*command[1:], "--overwrite"]) == 0, block
+        assert shell.main([*command[1:], "--overwrite"]) == 0, block
         assert AutoModelForSequenceClassification.from_pretrained("tuned").config.label2id.keys() == {
             "negative",
             "positive",
@@ -455,7 +455,7 @@ def test_output_onto_the_model_is_refused(classify: Options, home: Path) -> None
 def test_missing_packages_are_named_with_the_way_to_install_them(
     classify: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "EXTRAS", {"torch": "torch", "no_such_module": "its-package"})
+    monkeypatch.setattr(finetune, "PACKAGES", {"torch": "torch", "no_such_module": "its-package"})
     done = cases.finetune(**classify)
     assert done.status == 2
     assert done.err == (
@@ -468,7 +468,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     from fastft.commands.finetune.options import FIELDS, flag_of
 
     with pytest.raises(SystemExit) as left:
-        cli.main(["finetune", "--help"])
+        shell.main(["finetune", "--help"])
     shown = capsys.readouterr().out
     assert left.value.code == 0
     assert all(f"  {flag_of(name)}" in shown for name in FIELDS)

@@ -1,19 +1,21 @@
-"""Loading a model: what is new in it, what it can take, what is refused; and how far it moved."""
+"""Loading a model: what is new in it, what it can take, what is refused; and the weights it began with."""
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastft.commands.finetune import model
 from fastft.commands.finetune.errors import InputError
-from fastft.unfreeze import layer_groups
+from fastft.layers import layer_groups
+from fastft.retention import drift_report
 
 CLASSIFY, CAUSAL = "text-classification", "causal-lm"
 
@@ -134,25 +136,37 @@ def test_the_limit_is_that_of_positions_or_tokenizer(home: Path) -> None:
         roberta(torch.full((1, limit + 1), 5))
 
 
-def test_drift_is_relative_and_leaves_out_what_is_new() -> None:
-    def made(scale: float) -> nn.Module:
-        net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False), nn.Linear(2, 1))
-        for i, p in enumerate(net.parameters()):
-            p.data.fill_((i + 1) * (scale if i != 1 else 1.0))
-        return net
-
-    tuned = made(1.1)
-    total, layers = model.drift(tuned, made(1.0), layer_groups(tuned), new=["2.weight", "2.bias"])
-    assert layers == pytest.approx({"0": 0.1, "1": 0.0})
-    assert total == pytest.approx((4 * 0.1**2 / (4 * 1**2 + 4 * 2**2)) ** 0.5)
+def squares_apart(tuned: nn.Module, start: nn.Module, names: Iterable[str]) -> tuple[float, float]:
+    """‖θ − θ₀‖² and ‖θ₀‖² of some parameters of two models."""
+    ends, starts = dict(tuned.named_parameters()), dict(start.named_parameters())
+    pairs = [(ends[name].detach().double(), starts[name].detach().double()) for name in names]
+    return sum(float((end - at).square().sum()) for end, at in pairs), sum(float(at.square().sum()) for _, at in pairs)
 
 
-def test_reloading_changes_no_random_numbers(home: Path) -> None:
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    again = model.reload(home / "bert", CLASSIFY, ["a", "b"])
-    assert torch.equal(torch.rand(3), expected)
-    assert (
-        json.loads((home / "bert" / "config.json").read_text())["num_hidden_layers"] == again.config.num_hidden_layers
-    )
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "renamed"])
+def test_the_drift_from_the_file_is_that_from_a_second_model(home: Path, kind: str, tmp_path: Path) -> None:
+    folder, task = home / ("bert" if kind == "renamed" else kind), CLASSIFY if kind in ("bert", "renamed") else CAUSAL
+    labels = ["a", "b"] if task == CLASSIFY else []
+    if kind == "renamed":  # names that transformers maps, and the file's own do not fit
+        folder = copied(home, "bert", tmp_path)
+        old = load_file(folder / "model.safetensors")
+        renamed = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in old.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    tuned = model.load(folder, task, labels)
+    anchor = model.weights_of(tuned, folder)
+    assert (anchor.source is None) == (kind == "renamed")
+    groups = layer_groups(tuned.model)
+    with torch.no_grad():
+        for i, p in enumerate(tuned.model.parameters()):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)), alpha=0.01 * (i % 3))
+
+    report = drift_report(tuned.model, anchor, groups)
+    start = model.load(folder, task, labels).model
+    sums = []
+    for group, layer in zip(groups, report.groups, strict=True):
+        apart, base = squares_apart(tuned.model, start, [n for n in group.param_names if n not in tuned.new])
+        sums.append((apart, base))
+        assert layer.relative == (pytest.approx((apart / base) ** 0.5, rel=1e-12) if base else None)
+    assert list(report.total.unanchored) == tuned.new
+    apart, base = map(sum, zip(*sums, strict=True))
+    assert report.total.relative == pytest.approx((apart / base) ** 0.5, rel=1e-12)

@@ -12,7 +12,7 @@ from typing import Any
 import finetune_cases as cases
 import pytest
 
-from fastft.commands import cli
+from fastft.commands import shell
 from fastft.commands.finetune import checkpoints, training
 from fastft.commands.finetune.errors import InputError
 
@@ -95,7 +95,7 @@ def test_ctrl_c_finishes_the_step_and_the_command_that_it_tells_goes_on(
 
     command = shlex.split(said[-1].removeprefix(told))
     assert command[:2] == ["fastft", "finetune"]
-    assert cli.main(command[1:]) == 0
+    assert shell.main(command[1:]) == 0
     assert_same(output, whole)
     assert json.loads((output / "report.json").read_text(encoding="utf-8"))["resumed_from"] == 7
 

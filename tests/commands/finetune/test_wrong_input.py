@@ -10,7 +10,7 @@ from typing import Any
 import finetune_cases as cases
 import pytest
 
-from fastft.commands import cli
+from fastft.commands import shell
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_one_line_status_2_and_nothing_written(
 
 
 def test_all_of_the_usage_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["finetune"]) == 2
+    assert shell.main(["finetune"]) == 2
     said = capsys.readouterr().err
     assert said == "fastft finetune: missing --model, --train, --task, --text-column, --output\n"
 

@@ -1,13 +1,14 @@
-"""The demo's data: labels, splits and pools, and that none of it depends on row order."""
+"""The problem's data: labels, splits and pools, and that none of it depends on row order."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
-from fastft.commands.demo import corpus
-from fastft.commands.demo.corpus import Review, Sense
+from fastft.problems import corpus
+from fastft.problems.corpus import Review, Sense
 
 
 def rated(text: str, rating: float) -> dict[str, str]:
@@ -46,7 +47,7 @@ def test_the_packaged_data_splits_without_leaks_and_the_same_from_shuffled_rows(
     reviews = corpus.clear_reviews(rows)
     random.Random(0).shuffle(rows)
     assert corpus.clear_reviews(rows) == reviews == corpus.load_reviews()
-    train, test = corpus.split_reviews(reviews, 2048, 2000)
+    train, test = corpus.split_reviews("movie", 2048, 2000)
     assert (len(train), len(test)) == (2048, 2000)
     assert not {corpus.text_key(r.text) for r in train} & {corpus.text_key(r.text) for r in test}
     for part in (train, test):  # both classes, about evenly
@@ -54,10 +55,26 @@ def test_the_packaged_data_splits_without_leaks_and_the_same_from_shuffled_rows(
 
 
 def test_a_smaller_run_sees_a_part_of_what_a_larger_one_sees() -> None:
-    reviews = corpus.load_reviews()
-    large, small = corpus.split_reviews(reviews, 2048, 2000), corpus.split_reviews(reviews, 100, 50)
+    large, small = corpus.split_reviews("movie", 2048, 2000), corpus.split_reviews("movie", 100, 50)
     assert small[0] == large[0][:100]
     assert small[1] == large[1][:50]
+
+
+@pytest.mark.parametrize(("target", "held_out"), [("movie", lambda n: 2000), ("amazon", lambda n: n // 3)])
+def test_the_first_rows_by_hash_are_for_testing_and_all_others_for_training(
+    target: str, held_out: Callable[[int], int]
+) -> None:
+    reviews = corpus.load_reviews(target)
+    train, test = corpus.split_reviews(target)
+    assert test + train == reviews and len(test) == held_out(len(reviews))
+
+
+def test_texts_of_several_tables_come_once_in_hash_order() -> None:
+    found = corpus.distinct_texts("amazon_reviews", "tweets")
+    keys = [corpus.text_key(text) for text in found]
+    assert keys == sorted(set(keys))
+    rows = [row["text"] for name in ("amazon_reviews", "tweets") for row in corpus.read_table(name)]
+    assert set(keys) == {corpus.text_key(text) for text in rows} and set(found) <= set(rows)
 
 
 def test_pools_are_disjoint() -> None:
@@ -69,7 +86,8 @@ def test_pools_are_disjoint() -> None:
 
 @pytest.mark.parametrize(("train", "test"), [(10**6, 10), (10, corpus.TEST_ROWS + 1)])
 def test_asking_for_more_rows_than_there_are_says_how_many_there_are(train: int, test: int) -> None:
-    with pytest.raises(ValueError, match=rf"there are \d+ training and 2000 test rows; asked for {train} and {test}"):
-        corpus.split_reviews(corpus.load_reviews(), train, test)
-    with pytest.raises(ValueError, match="asked for 2 pools of 1000000"):
+    name, rows, wanted = ("train_rows", 8070, train) if train > 10 else ("test_rows", 2000, test)
+    with pytest.raises(ValueError, match=f"{name}: expected at most {rows}, got {wanted}"):
+        corpus.split_reviews("movie", train, test)
+    with pytest.raises(ValueError, match=r"pools: expected at most \d+ senses in all, got 2 pools of 1000000"):
         corpus.sense_pools(corpus.load_senses(), 2, 10**6)

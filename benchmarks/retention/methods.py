@@ -1,6 +1,6 @@
 """The ways of keeping knowledge, and the one training loop that all of them go through.
 
-A recipe is a learning rate and a set of ingredients, each with a strength, so any of them can be combined.
+A method is a learning rate and a set of ingredients, each with a strength, so any of them can be combined.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from fastft.data import (
     TokenDropout,
     neftune,
 )
+from fastft.layers import layer_groups
 from fastft.nn import Mixout, fuse_dropout_
 from fastft.optim import layerwise_lr, warm_up_then_decay
 from fastft.retention import distillation_loss, interpolate_
-from fastft.unfreeze import GradualUnfreeze, Unfreezer, layer_groups
+from fastft.unfreeze import GradualUnfreeze, Unfreezer
 
 from .problem import Batch, Problem
 
@@ -64,14 +65,14 @@ AUGMENTATIONS: dict[str, Callable[[float, Problem], Any]] = {
 }
 """Those of ``INGREDIENTS`` that change a new batch's tokens, with what makes a step of ``TextAugment``."""
 ANCHORS = {"anchor": "decoupled", "l2sp": "l2", "ewc": "decoupled", "spd": "selective"}
-"""Anchor modes; of these ingredients a recipe takes one."""
+"""Anchor modes; of these ingredients a method takes one."""
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 WARMUP = 0.1
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Method:
     """How to train."""
 
     lr: float
@@ -92,12 +93,12 @@ class Recipe:
             raise ValueError(f"ingredients: expected one of {', '.join(ANCHORS)}, got {', '.join(self.ingredients)}")
 
     def strength(self, ingredient: str) -> float:
-        """0 where it is not in the recipe."""
+        """0 where it is not in the method."""
         return self.ingredients.get(ingredient, 0.0)
 
 
 class Step(NamedTuple):
-    """What one step of training is taken on."""
+    """One step of training: a batch, as a loss."""
 
     loss: Callable[[Any], Tensor]
     """Of a model, on one batch."""
@@ -127,35 +128,35 @@ class Trained:
     cpu_seconds: float
 
 
-def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Trained:
+def fine_tune(problem: Problem, method: Method, epochs: int, seed: int) -> Trained:
     """Train the problem's model on its target task."""
     model = problem.start()
     anchor = fastft.Anchor.snapshot(model, exclude=("head",))
     batches = problem.batches(epochs, seed)
     torch.manual_seed(seed)
-    prepare(model, recipe, anchor)
-    pull = sum(map(recipe.strength, ANCHORS))
-    if recipe.strength("ewc"):
+    prepare(model, method, anchor)
+    pull = sum(map(method.strength, ANCHORS))
+    if method.strength("ewc"):
         anchor = anchor.with_importance(problem.importance(seed + 4))
     optimizer = fastft.AdamW(
-        parameter_groups(model, recipe),
+        parameter_groups(model, method),
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRAD_NORM,
         anchor=anchor if pull else None,
         anchor_decay=pull,
-        anchor_mode=next((mode for name, mode in ANCHORS.items() if recipe.strength(name)), "decoupled"),
+        anchor_mode=next((mode for name, mode in ANCHORS.items() if method.strength(name)), "decoupled"),
     )
     old = (Step(loss, True) for loss in problem.replay(seed + 3))
-    steps = new_steps(problem, recipe, batches, epochs, seed + 5)
-    if ratio := recipe.strength("replay_mixer"):
+    steps = new_steps(problem, method, batches, epochs, seed + 5)
+    if ratio := method.strength("replay_mixer"):
         steps = list(ReplayMixer(InOrder(steps), InOrder(old), ratio))
     schedule = LambdaLR(optimizer, warm_up_then_decay(len(steps), WARMUP))
     unfreezer = None
-    if recipe.strength("gradual"):
-        opening = GradualUnfreeze.open_by(recipe.strength("gradual"), len(steps), layer_groups(model))
+    if method.strength("gradual"):
+        opening = GradualUnfreeze.open_by(method.strength("gradual"), len(steps), layer_groups(model))
         unfreezer = Unfreezer(model, optimizer, opening)
-    extra = extra_losses(problem, recipe, seed + 1)
-    noise = neftune(model.encoder, alpha) if (alpha := recipe.strength("neftune")) else nullcontext()
+    extra = extra_losses(problem, method, seed + 1)
+    noise = neftune(model.encoder, alpha) if (alpha := method.strength("neftune")) else nullcontext()
 
     losses = []
     wall, cpu = time.perf_counter(), time.process_time()
@@ -165,7 +166,7 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
     with noise:
         for step in steps:
             # Here old batches come in the place of new ones: a run is no longer for having them.
-            if torch.rand((), generator=random) < recipe.strength("replay"):
+            if torch.rand((), generator=random) < method.strength("replay"):
                 step = next(old)
             loss = step.loss(model)
             if not step.is_old:
@@ -180,15 +181,15 @@ def fine_tune(problem: Problem, recipe: Recipe, epochs: int, seed: int) -> Train
                 unfreezer.step()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     if unfreezer is not None:
-        unfreezer.close()
+        unfreezer.undo()
     few = max(1, len(losses) // 10)
-    restored = restore(problem, model, recipe)
+    restored = restore(problem, model, method)
     return Trained(restored, mean(losses[:few]), mean(losses[-few:]), len(steps), wall, cpu)
 
 
-def new_steps(problem: Problem, recipe: Recipe, batches: list[Batch], epochs: int, seed: int) -> list[Step]:
+def new_steps(problem: Problem, method: Method, batches: list[Batch], epochs: int, seed: int) -> list[Step]:
     """Those on the target's batches, whose inputs are augmented only when their loss is asked for."""
-    augment = augmentation(problem, recipe, seed)
+    augment = augmentation(problem, method, seed)
 
     def loss(number: int, model: Any) -> Tensor:
         inputs, labels = batches[number]
@@ -197,9 +198,9 @@ def new_steps(problem: Problem, recipe: Recipe, batches: list[Batch], epochs: in
     return [Step(partial(loss, number), False) for number in range(len(batches))]
 
 
-def augmentation(problem: Problem, recipe: Recipe, seed: int) -> Callable[[Any, int], Any]:
+def augmentation(problem: Problem, method: Method, seed: int) -> Callable[[Any, int], Any]:
     """A function of a batch's inputs and the epoch."""
-    steps = [make(p, problem) for name, make in AUGMENTATIONS.items() if (p := recipe.strength(name))]
+    steps = [make(p, problem) for name, make in AUGMENTATIONS.items() if (p := method.strength(name))]
     if not steps:
         return lambda inputs, epoch: inputs
     collator = AugmentingCollator(problem.as_tokens, TextAugment(problem.tokenizer, *steps), seed)
@@ -215,13 +216,13 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def prepare(model: Any, recipe: Recipe, anchor: fastft.Anchor) -> None:
-    """Put into the model what the recipe needs there."""
-    if recipe.strength("fresh_head"):
+def prepare(model: Any, method: Method, anchor: fastft.Anchor) -> None:
+    """Put into the model what the method needs there."""
+    if method.strength("fresh_head"):
         model.head.reset_parameters()
-    if recipe.strength("frozen_embeddings"):
+    if method.strength("frozen_embeddings"):
         layer_groups(model)[0].parameters[0].requires_grad_(False)
-    if rank := recipe.strength("lora"):
+    if rank := method.strength("lora"):
         # Here, so that what only reads results does without it.
         import peft
 
@@ -229,17 +230,17 @@ def prepare(model: Any, recipe: Recipe, anchor: fastft.Anchor) -> None:
         model.encoder = peft.get_peft_model(model.encoder, config)
     else:
         fuse_dropout_(model)
-    if p := recipe.strength("mixout"):
+    if p := method.strength("mixout"):
         for module in list(model.encoder.modules()):
             if isinstance(module, nn.Linear):
                 parametrize.register_parametrization(module, "weight", Mixout(anchor, module.weight, p=p))
 
 
-def restore(problem: Problem, model: Any, recipe: Recipe) -> Any:
+def restore(problem: Problem, model: Any, method: Method) -> Any:
     """The weights in a plain model, as the problem made it."""
-    if recipe.strength("lora"):
+    if method.strength("lora"):
         model.encoder = model.encoder.merge_and_unload()
-    if recipe.strength("mixout"):
+    if method.strength("mixout"):
         for module in list(model.encoder.modules()):
             if parametrize.is_parametrized(module):
                 # As it was before: what is kept in evaluation is the trained weight.
@@ -251,22 +252,22 @@ def restore(problem: Problem, model: Any, recipe: Recipe) -> Any:
     return plain.eval()
 
 
-def parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, method: Method) -> list[dict[str, Any]]:
     """What is trained, with its learning rates."""
-    groups = [{"params": list(model.named_parameters()), "lr": recipe.lr}]
-    if factor := recipe.strength("layer_decay"):
-        groups = layerwise_lr(layer_groups(model), recipe.lr, factor)
+    groups = [{"params": list(model.named_parameters()), "lr": method.lr}]
+    if factor := method.strength("layer_decay"):
+        groups = layerwise_lr(layer_groups(model), method.lr, factor)
     for group in groups:
         group["params"] = [(name, p) for name, p in group["params"] if p.requires_grad]
     return [group for group in groups if group["params"]]
 
 
-def extra_losses(problem: Problem, recipe: Recipe, seed: int) -> list[Callable[[Any], Tensor]]:
+def extra_losses(problem: Problem, method: Method, seed: int) -> list[Callable[[Any], Tensor]]:
     """The terms that hold the model's function, each on the same unlabelled inputs."""
-    distill, relation = recipe.strength("distill"), recipe.strength("relation")
+    distill, relation = method.strength("distill"), method.strength("relation")
     if not distill and not relation:
         return []
-    texts: Iterator[tuple[Any, Tensor]] = problem.unlabelled(recipe.text_kind, recipe.texts, seed)
+    texts: Iterator[tuple[Any, Tensor]] = problem.unlabelled(method.text_kind, method.texts, seed)
 
     def term(model: Any) -> Tensor:
         inputs, known = next(texts)
@@ -287,12 +288,12 @@ def cosines(vectors: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def blended(problem: Problem, trained: Any, alpha: float, recipe: Recipe) -> Any:
+def blended(problem: Problem, trained: Any, alpha: float, method: Method) -> Any:
     """(1 − α) · start + α · trained: WiSE-FT (Wortsman et al. 2022).
 
     The head too, if it started from the linear probe's. One that started at random has nothing to go back to.
     """
     model = copy.deepcopy(trained)
-    start = fastft.Anchor.snapshot(problem.start(), exclude=("head",) if recipe.strength("fresh_head") else ())
+    start = fastft.Anchor.snapshot(problem.start(), exclude=("head",) if method.strength("fresh_head") else ())
     interpolate_(model, start, alpha)
     return model

@@ -1,4 +1,4 @@
-"""The demo's data: what the model is taught (movie reviews) and what it should not forget (WordNet).
+"""The data: what the model is taught (reviews) and what it should not forget (WordNet).
 
 Every choice of rows is made by a hash of their text, so it does not depend on the order of the rows in a
 file, on Python's random numbers, or on how many rows a run asks for: a quick run sees a part of what a full
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 TEST_ROWS = 2000
-"""Reviews set aside for testing, whatever part of them a run scores."""
+"""Movie reviews set aside for testing, whatever part of them a run scores."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def read_table(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def load_reviews() -> list[Review]:
-    """Movie reviews with a clear polarity, in hash order, no text twice."""
-    return clear_reviews(read_table("movie_reviews"))
+def load_reviews(target: str = "movie") -> list[Review]:
+    """Reviews with a clear polarity, of "movie" or "amazon", in hash order, no text twice."""
+    return clear_reviews(read_table(f"{target}_reviews"))
 
 
 def load_senses() -> list[Sense]:
@@ -82,18 +82,38 @@ def text_key(text: str) -> str:
     return hashlib.blake2b(plain.encode("utf-8"), digest_size=16).hexdigest()
 
 
-def split_reviews(reviews: list[Review], train_rows: int, test_rows: int) -> tuple[list[Review], list[Review]]:
-    """Training and test rows: the first ``TEST_ROWS`` by hash are for testing, the rest for training."""
-    held_out, rest = reviews[:TEST_ROWS], reviews[TEST_ROWS:]
-    if test_rows > len(held_out) or train_rows > len(rest):
-        raise ValueError(
-            f"there are {len(rest)} training and {len(held_out)} test rows; asked for {train_rows} and {test_rows}"
-        )
-    return rest[:train_rows], held_out[:test_rows]
+def split_reviews(
+    target: str = "movie", train_rows: int | None = None, test_rows: int | None = None
+) -> tuple[list[Review], list[Review]]:
+    """Training and test rows of :func:`load_reviews`.
+
+    The first by hash are for testing, ``TEST_ROWS`` of the movie reviews or a third of the others; the rest is for
+    training. Of both parts the first so many; None: all.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    reviews = load_reviews(target)
+    held_out = TEST_ROWS if target == "movie" else len(reviews) // 3
+    test, train = reviews[:held_out], reviews[held_out:]
+    for name, rows, wanted in (("train_rows", train, train_rows), ("test_rows", test, test_rows)):
+        if wanted is not None and wanted > len(rows):
+            raise ValueError(f"{name}: expected at most {len(rows)}, got {wanted}")
+    return train[:train_rows], test[:test_rows]
 
 
 def sense_pools(senses: list[Sense], pools: int, size: int) -> list[list[Sense]]:
-    """``pools`` disjoint pools of ``size`` senses, the same ones for every seed."""
+    """``pools`` disjoint pools of ``size`` senses, the same ones for every seed.
+
+    Raises:
+        ValueError: there are not so many senses.
+    """
     if pools * size > len(senses):
-        raise ValueError(f"there are {len(senses)} senses; asked for {pools} pools of {size}")
+        raise ValueError(f"pools: expected at most {len(senses)} senses in all, got {pools} pools of {size}")
     return [senses[i * size : (i + 1) * size] for i in range(pools)]
+
+
+def distinct_texts(*names: str) -> list[str]:
+    """The texts of packaged tables, in hash order, none twice."""
+    by_key = {text_key(row["text"]): row["text"] for name in names for row in read_table(name)}
+    return [by_key[key] for key in sorted(by_key)]
