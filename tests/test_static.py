@@ -32,6 +32,7 @@ WIDE = {
     "part_sums_kernel": (0, 0),  # a column a thread
 }
 
+pytestmark = pytest.mark.slow
 needs_compiler = pytest.mark.skipif(bool(STATIC["MISSING"]), reason=f"no {', '.join(STATIC['MISSING'])}")
 
 

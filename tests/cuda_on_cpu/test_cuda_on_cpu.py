@@ -24,6 +24,8 @@ NUMERICS = (
 )
 # What says nothing about the kernels that their own tests do not.
 LEFT_OUT = (
+    # What the fifty steps do, in short.
+    "test_a_few_steps_against_the_reference",
     # Twenty thousand blocks; another_launch and many-groups have as many tensors and groups as matter.
     "test_thousands_of_tensors_in_hundreds_of_groups",
     # Two thousand million elements take more than a minute.
@@ -40,7 +42,10 @@ def what_is_missing() -> str | None:
 
 
 MISSING = what_is_missing()
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no compiler with sanitizers: {MISSING}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(MISSING is not None, reason=f"no compiler with sanitizers: {MISSING}"),
+]
 
 
 @pytest.fixture(scope="session")

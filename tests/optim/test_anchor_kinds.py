@@ -324,7 +324,9 @@ def drifting(step: int, p: Tensor, home: Tensor) -> Tensor:
     return (noise + (-1.0 if step % 4 < 3 else 1.5) * (p.detach() - home.to(p.dtype))).to(p.dtype)
 
 
-@pytest.mark.parametrize(("mask", "clip"), [("none", False), ("elements", True), ("rows", True)])
+@pytest.mark.parametrize(
+    ("mask", "clip"), [("none", False), *[pytest.param(m, True, marks=pytest.mark.slow) for m in ("elements", "rows")]]
+)
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"), [*[(d, None) for d in FLOATS], *[(d, torch.float32) for d in SIXTEEN_BIT]], ids=short
 )

@@ -68,6 +68,7 @@ def in_one_process(name: str) -> dict[str, Any]:
     return scenarios.outcome(module, optimizer, scenarios.train(module, optimizer, range(5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", scenarios.SCENARIOS)
 def test_two_processes_do_what_one_does(name: str, two_processes: dict[str, list[Any]]) -> None:
     expected = in_one_process(name)

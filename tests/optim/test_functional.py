@@ -533,6 +533,7 @@ def test_parameters_that_share_memory() -> None:
     adamw_(**given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -1046,6 +1046,7 @@ def no_hook(*_: Any) -> None:
 # -- memory ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [{}, {**FINE_TUNING, "skip_nonfinite": True}], ids=["plain", "fine_tuning"])
 def test_steps_do_not_accumulate_memory(ours: dict[str, Any]) -> None:
     model = net()
@@ -1182,6 +1183,7 @@ def test_optimizers_step_in_several_threads_at_once() -> None:
     assert_same(together, alone, "threads")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("ours", [None, FINE_TUNING], ids=["plain", "fine_tuning"])
@@ -1196,6 +1198,7 @@ def test_a_compiled_step(backend: str, ours: dict[str, Any] | None) -> None:
         twins.check()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_compiled_training_step() -> None:
     torch._dynamo.reset()
