@@ -187,9 +187,9 @@ def take_steps_against_the_reference(case: dict[str, Any], count: int) -> None:
     source = generator(case["seed"])
     for step in range(count):
         for group, g in zip(watch.optimizer.param_groups, case["groups"], strict=True):
-            if step == STEPS // 2 and isinstance(group["lr"], Tensor):
+            if step == count // 2 and isinstance(group["lr"], Tensor):
                 group["lr"].fill_(g["lr"] * g["lr_later"])
-            elif step == STEPS // 2:
+            elif step == count // 2:
                 group["lr"] = g["lr"] * g["lr_later"]
         for i, (name, t) in enumerate(described.items()):
             p = watch[name].param
