@@ -132,7 +132,7 @@ def headlines(result: Result) -> list[Result]:
 
 
 def lost_to(result: Result) -> str:
-    """Where another is faster: the lower quartile of the ratio is above 1."""
+    """The cases in which another is faster: the lower quartile of the ratio is above 1."""
     lost = [
         f"{case['title']} ({name}: {other['ratio_of_medians']:.2f})"
         for case in result["cases"].values()

@@ -1,4 +1,4 @@
-"""What a wheel must be: small enough, with machine code for every architecture, linked to nothing but the C runtime.
+"""Checks a wheel: small enough, with machine code for every architecture, linked to nothing but the C runtime.
 
 Usage: ``python scripts/check_wheel.py dist/fastft-*.whl``. Needs ``readelf`` (binutils), and ``cuobjdump`` from a
 CUDA toolkit or the package nvidia-cuda-cuobjdump.

@@ -34,12 +34,12 @@ MISSING = [name for name, tool in (("nvcc", NVCC), ("nvdisasm", NVDISASM), ("c++
 
 ANCHOR_FORMS = ("none", "plain", "weighted", "selective")  # as in csrc/math/adamw.h
 LAUNCH_HEAD = ("groups", "dtypes", "norm", "launches of a step")
-"""What a launch count depends on."""
+"""The inputs that a launch count depends on."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel became for one architecture."""
+    """One kernel as compiled for one architecture."""
 
     registers: int
     spilled: int
@@ -116,7 +116,7 @@ def short_name(signature: str) -> str:
 
 
 def compiler_version() -> str:
-    """As nvcc tells it: "13.0.88"."""
+    """nvcc's own: "13.0.88"."""
     said = subprocess.run([str(NVCC), "--version"], check=True, capture_output=True, text=True).stdout
     version = re.search(r"V([\d.]+)", said)
     if not version:

@@ -23,7 +23,7 @@ from .run import TUNING_ROWS, Settings
 RESAMPLES = 4000
 CONFIDENCE = 0.95
 GOAL = 0.97
-"""What part of the source recall a method should keep within a point of the best accuracy."""
+"""The part of the source recall that a method should keep within a point of the best accuracy."""
 BASELINE = "full FT + WiSE"
 RIVALS = (BASELINE, "LP-FT + WiSE")
 RECIPE = "anchor + gradual"

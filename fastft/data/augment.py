@@ -1,4 +1,4 @@
-"""Random changes to training examples that depend on (seed, epoch, example) alone, wherever they are made."""
+"""Random changes to training examples that depend on (seed, epoch, example) alone."""
 
 from __future__ import annotations
 

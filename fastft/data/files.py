@@ -28,9 +28,9 @@ class FileError(UserError, ValueError):
 def read_table(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Any:
     """A ``datasets.Dataset`` with the rows of a file.
 
-    The name tells the format: ``.csv``, ``.tsv`` (without quoting) and ``.jsonl`` (an object a line), each also with
-    ``.gz`` behind, or ``.parquet``. Text is UTF-8; csv and tsv have a header line. Of those a column in which every
-    cell is a number becomes numbers, and an empty cell None; "NA" and "null" are words.
+    The format follows from the name: ``.csv``, ``.tsv`` (without quoting) and ``.jsonl`` (an object a line), each also
+    with ``.gz`` behind, or ``.parquet``. Text is UTF-8; csv and tsv have a header line. In these two, a column whose
+    cells are all numbers becomes numbers, and an empty cell becomes None; "NA" and "null" are words.
 
     Args:
         path: of the file.

@@ -175,7 +175,7 @@ def test_bytes_can_be_flipped_cropped_and_cut() -> None:
     images, labels = torch.randint(256, (8, 3, 6, 9), dtype=torch.uint8), torch.arange(8) % CLASSES
     for name in ("flip", "crop", "cutmix"):
         assert MADE[name](0)(images, labels)[0].dtype == torch.uint8
-    with pytest.raises(ValueError, match=r"MixUp: images: expected floating-point numbers, got torch\.uint8"):
+    with pytest.raises(ValueError, match=r"images: expected floating-point numbers, got torch\.uint8"):
         MADE["mixup"](0)(images, labels)
 
 
@@ -183,14 +183,14 @@ def test_bytes_can_be_flipped_cropped_and_cut() -> None:
     ("make", "said"),
     [
         (lambda: RandomFlip(1.5), r"RandomFlip: p: expected a number from 0 to 1, got 1\.5"),
-        (lambda: RandomCrop(0), "RandomCrop: padding: expected a whole number >= 1, got 0"),
-        (lambda: MixUp(0), "MixUp: classes: expected a whole number >= 1, got 0"),
+        (lambda: RandomCrop(0), "padding: expected an integer >= 1, got 0"),
+        (lambda: MixUp(0), "classes: expected an integer >= 1, got 0"),
         (lambda: CutMix(3, alpha=0), "CutMix: alpha: expected a finite number > 0, got 0"),
-        (lambda: MixUp(3, seed=-1), "MixUp: seed: expected a whole number >= 0, got -1"),
-        (lambda: MixUp(3)(torch.zeros(2, 3), torch.zeros(2)), r"MixUp: images: expected .*, got \(2, 3\)"),
+        (lambda: MixUp(3, seed=-1), "seed: expected an integer >= 0, got -1"),
+        (lambda: MixUp(3)(torch.zeros(2, 3), torch.zeros(2)), r"images: expected .*, got \(2, 3\)"),
         (
             lambda: MixUp(3)(torch.zeros(2, 3, 4, 4), torch.zeros(2)),
-            r"MixUp: labels: expected class indices \[n\] or probabilities \[n, 3\], got torch\.float32 \(2,\)",
+            r"labels: expected class indices \[n\] or probabilities \[n, 3\], got torch\.float32 \(2,\)",
         ),
     ],
 )

@@ -302,7 +302,7 @@ def test_a_stream_in_this_process_goes_on_from_any_example(done: int) -> None:
 
 def test_a_state_of_another_mixture_is_refused() -> None:
     state = ReplayMixer(targets(60), sources(11), 0.3).state_dict()
-    with pytest.raises(ValueError, match=r"another mixture: ratio 3/10 \(here 1/4\), seed 0 \(here 1\)"):
+    with pytest.raises(ValueError, match=r"that of another: ratio 3/10 \(here 1/4\), seed 0 \(here 1\)"):
         ReplayMixer(targets(60), sources(11), 0.25, 1).load_state_dict(state)
 
 
@@ -459,7 +459,7 @@ def test_a_ratio_that_is_none(ratio: Any) -> None:
 @pytest.mark.parametrize("name", ["target", "source"])
 def test_an_empty_dataset(name: str) -> None:
     members = {"target": targets(3), "source": sources(3), name: targets(0)}
-    with pytest.raises(ValueError, match=f"ReplayMixer: {name}: expected at least one example, got an empty dataset"):
+    with pytest.raises(ValueError, match=f"{name}: expected at least one example, got an empty dataset"):
         ReplayMixer(**members, ratio=0.5)
 
 
@@ -509,8 +509,8 @@ def test_columns_of_streams_that_differ_stop_the_first_batch() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"seed": -1}, "seed: expected a whole number >= 0, got -1"),
-        ({"seed": 0.5}, "seed: expected a whole number >= 0, got 0.5"),
+        ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
+        ({"seed": 0.5}, "seed: expected an integer >= 0, got 0.5"),
         ({"rank": 2, "world_size": 2}, r"rank: expected one of 0 \.\.\. 1, got 2"),
         ({"rank": 1}, "rank and world_size: expected both or neither, got 1, None"),
         ({"world_size": 3}, "rank and world_size: expected both or neither, got None, 3"),

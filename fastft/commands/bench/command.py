@@ -90,14 +90,14 @@ def run(options: argparse.Namespace) -> str:
 
 
 def left_behind(options: argparse.Namespace) -> str:
-    """Where the results of a run that was cut short are."""
+    """The file with the results of a run that was cut short, if there is one."""
     if options.json is None or not options.json.exists():
         return "nothing was written"
     return f"what was measured is in {options.json}"
 
 
 def why_not(case: Case, device: torch.device, quick: bool) -> str:
-    """Why a case is not measured here, or ""."""
+    """The reason why a case is not measured here; "" if it is."""
     free = free_memory(device)
     if case.memory > SHARE_OF_MEMORY * free:
         return f"it takes {case.memory / 1e9:.0f} GB of memory, {free / 1e9:.0f} are free"

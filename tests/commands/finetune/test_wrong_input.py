@@ -32,7 +32,7 @@ from fastft.commands import shell
         ({"augment": "token_dropuot=0.1"}, "--augment: expected one of token_dropout, span_masking, synonyms, got"),
         (
             {"augment": "token_dropout=1"},
-            "augment: token_dropout=1: TokenDropout: p: expected a number from 0 to below",
+            "augment: token_dropout=1: p: expected a number from 0 to below",
         ),
         ({"augment": "synonyms=0.1:gone.tsv"}, "No such file"),
         ({"neftune": -1}, "--neftune: expected a number above 0"),
