@@ -44,7 +44,7 @@ OPTIONS = {
 
 
 def sanitizer_libraries() -> list[str]:
-    """What must be in a process before Python: AddressSanitizer, and the C++ library whose throw it intercepts."""
+    """Libraries to preload: AddressSanitizer, and the C++ library whose throw it intercepts."""
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
     paths = [subprocess.check_output([CXX, f"-print-file-name={name}"], text=True).strip() for name in names]
     missing = [name for name, path in zip(names, paths, strict=True) if not os.path.isabs(path)]

@@ -646,7 +646,7 @@ class Operations(TorchDispatchMode):
 
 
 def operations_of_a_step(count: int, **options: Any) -> list[str]:
-    """What a settled optimizer over that many parameters asks torch for in one step."""
+    """The torch operations in one step of a settled optimizer over that many parameters."""
     params = [parameter((33,), seed=i) for i in range(count)]
     optimizer = fine_tuning(**options)(params)
     optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
