@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: registers, spills, wide accesses, and whether the table of them is true.
+"""The CUDA kernels as compiled: registers, spills, wide accesses, and whether the table of them is true.
 
 No GPU is needed. Tools and table are scripts/kernel_table.py's.
 """

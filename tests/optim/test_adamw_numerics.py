@@ -187,9 +187,9 @@ def take_steps_against_the_reference(case: dict[str, Any], count: int) -> None:
     source = generator(case["seed"])
     for step in range(count):
         for group, g in zip(watch.optimizer.param_groups, case["groups"], strict=True):
-            if step == STEPS // 2 and isinstance(group["lr"], Tensor):
+            if step == count // 2 and isinstance(group["lr"], Tensor):
                 group["lr"].fill_(g["lr"] * g["lr_later"])
-            elif step == STEPS // 2:
+            elif step == count // 2:
                 group["lr"] = g["lr"] * g["lr_later"]
         for i, (name, t) in enumerate(described.items()):
             p = watch[name].param
@@ -646,7 +646,7 @@ class Operations(TorchDispatchMode):
 
 
 def operations_of_a_step(count: int, **options: Any) -> list[str]:
-    """What a settled optimizer over that many parameters asks torch for in one step."""
+    """The torch operations in one step of a settled optimizer over that many parameters."""
     params = [parameter((33,), seed=i) for i in range(count)]
     optimizer = fine_tuning(**options)(params)
     optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())

@@ -1,4 +1,4 @@
-"""What code written for ``torch.optim.AdamW`` may rely on, beyond the numbers of one step."""
+"""The contract of ``torch.optim.AdamW`` that other code relies on, beyond the numbers of one step."""
 
 from __future__ import annotations
 
@@ -661,7 +661,7 @@ CHANGES: dict[str, Change] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_between_steps_take_effect_as_in_torch(name: str) -> None:
-    """What is remembered from one step to the next must never outlive the thing it was remembered about."""
+    """Values cached from one step to the next are dropped when what they were computed from changes."""
     twins = Twins()
     twins.step(2)
     twins.equalize()
