@@ -16,12 +16,9 @@ def connect_torch(
 ) -> None: ...
 def overlapping(tensors: list[torch.Tensor]) -> list[int]: ...
 
-class Anchoring:
+class Anchoring:  # csrc/math/adamw.h
+    __members__: dict[str, Anchoring]
     none: Anchoring
-    decoupled: Anchoring
-    l2: Anchoring
-    decoupled_weighted: Anchoring
-    l2_weighted: Anchoring
     selective: Anchoring
 
 class AdamWRecord:

@@ -1,10 +1,15 @@
 """Fine-tune large pre-trained models without losing what they know."""
 
 from fastft import _core as _core  # connects the compiled core to torch, or says why it cannot
-from fastft import data, nn, optim, retention, unfreeze
+from fastft import data as data
+from fastft import layers as layers
+from fastft import nn as nn
+from fastft import optim as optim
+from fastft import retention as retention
+from fastft import unfreeze as unfreeze
 from fastft._core import __version__
 from fastft.anchor import Anchor
 from fastft.optim import AdamW
 from fastft.recipes import Recipe, recipe
 
-__all__ = ["AdamW", "Anchor", "Recipe", "__version__", "data", "nn", "optim", "recipe", "retention", "unfreeze"]
+__all__ = ["AdamW", "Anchor", "Recipe", "__version__", "recipe"]

@@ -36,7 +36,11 @@ class WeightFile:
 
     @classmethod
     def open(cls, path: str | Path) -> WeightFile:
-        """From a file, an index, or a folder that holds one of them by their usual names."""
+        """From a file, an index, or a folder that holds one of them by their usual names.
+
+        Raises:
+            ValueError: no such file, or an index that is damaged or lists missing shards.
+        """
         path = Path(path)
         if path.is_dir():
             usual = [path / "model.safetensors", path / "model.safetensors.index.json"]

@@ -10,6 +10,7 @@ import pytest
 
 from fastft import _C
 
+pytestmark = pytest.mark.slow
 SETS = ("baseline", "v3", "v4")
 STEPS = """
 import hashlib, torch, fastft

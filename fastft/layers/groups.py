@@ -14,7 +14,7 @@ from fastft.names import clean, matching
 from .wrappers import peel
 
 Kind = Literal["embeddings", "block", "norm", "head", "other"]
-# What a group that was given by name is, unless a block.
+# The kind of a group that was given under one of these names; all others are blocks.
 KIND_OF_NAME: dict[str, Kind] = {"embeddings": "embeddings", "norm": "norm", "final_norm": "norm", "head": "head"}
 MOST_LISTED = 12
 TREE_LEVELS = 3
@@ -47,7 +47,7 @@ class LayerGroup:
 
 
 GroupPatterns = Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str] | LayerGroup]
-"""What ``groups=`` takes: patterns by name, or a list of patterns, of lists of patterns, or of ready groups."""
+"""The argument ``groups``: patterns by name, or a list of patterns, of lists of patterns, or of ready groups."""
 
 
 @dataclass(eq=False)
@@ -65,23 +65,24 @@ class Draft:
 def layer_groups(model: nn.Module, groups: GroupPatterns | None = None) -> list[LayerGroup]:
     """The model's parameters in groups, from input to output.
 
-    Unaided, it looks for the outermost lists of blocks: every ``nn.ModuleList`` or ``nn.Sequential`` whose children
-    with parameters are alike (one class, or a common one below ``nn.Module``) and have modules inside. Each of their
-    children becomes a group of kind ``"block"``, named by its path. What is registered before the first is the
-    group ``"embeddings"``; between two lists, a group named by its path; after the last, ``"final_norm"`` (norms
+    Without ``groups``, it looks for the outermost lists of blocks: every ``nn.ModuleList`` or ``nn.Sequential`` whose
+    children with parameters are alike (one class, or a common one below ``nn.Module``) and have modules inside. Each
+    of their children becomes a group of kind ``"block"``, named by its path. Modules registered before the first are
+    the group ``"embeddings"``; between two lists, a group named by its path; after the last, ``"final_norm"`` (norms
     that follow directly) and ``"head"``. An ``nn.Sequential`` without such lists gives a group for each child with
     parameters, the last of which is the head. A tied parameter is in the first group that uses it; a group that is
     left with none of its own (a tied ``lm_head``) is merged into the one before it.
 
     Args:
         model: any module, also one that is compiled or wrapped for DDP, FSDP or PEFT.
-        groups: what to do instead, from input to output: a list whose items are module names, parameter names or
+        groups: the groups, from input to output: a list whose items are module names, parameter names or
             glob patterns, or lists of these; or a dict from group names to them (``"embeddings"``, ``"norm"``,
             ``"final_norm"`` and ``"head"`` get their kind by name, all others are blocks); or groups made before.
             Every parameter has to be in exactly one.
 
-    Raises ``ValueError`` where it cannot read the model, with its tree and what to pass; and where ``groups`` leaves
-    a parameter out, takes one in twice, or matches nothing, with all names concerned.
+    Raises:
+        ValueError: a model without such lists, with its tree and an example of ``groups``; or ``groups`` that leave a
+            parameter out, take one in twice, or match nothing, with all names concerned.
     """
     root = peel(model)
     named = {clean(name): p for name, p in root.named_parameters(remove_duplicate=False)}
@@ -100,8 +101,8 @@ def layer_groups(model: nn.Module, groups: GroupPatterns | None = None) -> list[
 
 
 @dataclass
-class Unit:
-    """A module that is one piece, or the parameters that a container holds itself; and where it stands."""
+class Piece:
+    """A module that stays in one group, or the parameters that a container holds itself; and its path."""
 
     path: str
     module: nn.Module
@@ -114,7 +115,7 @@ class Unit:
         return [clean(f"{self.path}.{name}" if self.path else name) for name, _ in found]
 
     def rereads(self, seen: set[int]) -> bool:
-        """Whether it is nothing but tables of embeddings that another unit has (those of a decoder, often)."""
+        """Whether it holds only embeddings that an earlier piece has too, as decoders often do."""
         holders = [m for m in self.module.modules() if any(True for _ in m.parameters(recurse=False))]
         return all(isinstance(m, nn.Embedding) for m in holders) and all(
             id(p) in seen for p in self.module.parameters()
@@ -126,55 +127,55 @@ class Unit:
 
 
 def read(root: nn.Module) -> list[Draft]:
-    """What the groups are, judged by the lists of blocks."""
-    units, seen = [], set[int]()
-    for unit in units_of(root, ""):
-        if unit.names and not unit.rereads(seen):
-            units.append(unit)
-            seen.update(id(p) for p in unit.module.parameters())
-    if not any(unit.is_block for unit in units):
+    """The groups that the lists of blocks suggest."""
+    pieces, seen = [], set[int]()
+    for piece in pieces_of(root, ""):
+        if piece.names and not piece.rereads(seen):
+            pieces.append(piece)
+            seen.update(id(p) for p in piece.module.parameters())
+    if not any(piece.is_block for piece in pieces):
         return read_sequential(root)
-    first = next(i for i, unit in enumerate(units) if unit.is_block)
-    last = max(i for i, unit in enumerate(units) if unit.is_block)
+    first = next(i for i, piece in enumerate(pieces) if piece.is_block)
+    last = max(i for i, piece in enumerate(pieces) if piece.is_block)
     tail = last + 1
-    while tail < len(units) and units[tail].is_norm:
+    while tail < len(pieces) and pieces[tail].is_norm:
         tail += 1
 
     drafts: list[Draft] = []
 
-    def add(name: str, kind: Kind, among: list[Unit]) -> None:
+    def add(name: str, kind: Kind, among: list[Piece]) -> None:
         if among:
-            drafts.append(Draft(unique(name, drafts), kind, [name for unit in among for name in unit.names]))
+            drafts.append(Draft(unique(name, drafts), kind, [name for piece in among for name in piece.names]))
 
-    add("embeddings", "embeddings", units[:first])
-    between: list[Unit] = []
-    for unit in units[first : last + 1]:
-        if unit.is_block:
+    add("embeddings", "embeddings", pieces[:first])
+    between: list[Piece] = []
+    for piece in pieces[first : last + 1]:
+        if piece.is_block:
             add(common_path(between), "norm" if all(u.is_norm for u in between) else "other", between)
             between = []
-            add(clean(unit.path), "block", [unit])
+            add(clean(piece.path), "block", [piece])
         else:
-            between.append(unit)
-    add("final_norm", "norm", units[last + 1 : tail])
-    add("head", "head", units[tail:])
+            between.append(piece)
+    add("final_norm", "norm", pieces[last + 1 : tail])
+    add("head", "head", pieces[tail:])
     return drafts
 
 
-def units_of(module: nn.Module, path: str) -> Iterator[Unit]:
+def pieces_of(module: nn.Module, path: str) -> Iterator[Piece]:
     """The pieces of a model in the order in which they were registered."""
     inner = peel(module)
     if not holds_blocks(inner):
-        yield Unit(path, module)
+        yield Piece(path, module)
         return
     if any(True for _ in inner.parameters(recurse=False)):
-        yield Unit(path, inner, direct=True)
+        yield Piece(path, inner, direct=True)
     listed = is_block_list(inner)
     for name, child in inner.named_children():
         where = f"{path}.{name}" if path else name
         if listed:
-            yield Unit(where, child, is_block=True)
+            yield Piece(where, child, is_block=True)
         else:
-            yield from units_of(child, where)
+            yield from pieces_of(child, where)
 
 
 def holds_blocks(module: nn.Module) -> bool:
@@ -201,14 +202,14 @@ def read_sequential(root: nn.Module) -> list[Draft]:
         if len(children) != 1 or any(True for _ in module.parameters(recurse=False)):
             raise unreadable(root)
         path, module = f"{path}{children[0][0]}.", peel(children[0][1])
-    units = [Unit(path + name, child) for name, child in module.named_children()]
-    units = [unit for unit in units if unit.names]
-    return [Draft(clean(unit.path), "head" if unit is units[-1] else "block", unit.names) for unit in units]
+    pieces = [Piece(path + name, child) for name, child in module.named_children()]
+    pieces = [piece for piece in pieces if piece.names]
+    return [Draft(clean(piece.path), "head" if piece is pieces[-1] else "block", piece.names) for piece in pieces]
 
 
-def common_path(units: list[Unit]) -> str:
-    """The path that the units have in common; all of theirs where they have none."""
-    paths = [clean(unit.path) for unit in units]
+def common_path(pieces: list[Piece]) -> str:
+    """The path that the pieces have in common; all of theirs where they have none."""
+    paths = [clean(piece.path) for piece in pieces]
     parts = zip(*(path.split(".") for path in paths), strict=False)
     common = takewhile(lambda at: len(set(at)) == 1, parts)
     return ".".join(at[0] for at in common) or "+".join(paths)
@@ -258,7 +259,7 @@ def tree(root: nn.Module) -> list[str]:
     return lines if len(lines) <= TREE_LINES else [*lines[:TREE_LINES], "    …"]
 
 
-# -- groups that were asked for ------------------------------------------------------------------------------
+# -- groups that were given ------------------------------------------------------------------------------
 
 
 def chosen(groups: GroupPatterns, named: Mapping[str, nn.Parameter]) -> list[Draft]:
@@ -341,7 +342,7 @@ def shortened(names: Sequence[str]) -> str:
 
 
 def build(root: nn.Module, drafts: list[Draft], named: Mapping[str, nn.Parameter]) -> list[LayerGroup]:
-    """Settle whose each tied parameter is, merge what is left empty, and find the modules."""
+    """Assign tied parameters to groups, merge groups that are left empty, and find the modules."""
     holders = dict(holders_of(root))
     owner: dict[int, tuple[Draft, str]] = {}
     place: dict[str, Draft] = {}  # name → the group whose modules it is used in
@@ -390,9 +391,9 @@ def holders_of(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def assign_modules(
     module: nn.Module, path: str, place: Mapping[str, Draft], drafts: list[Draft], seen: set[int], at: int = 0
 ) -> int:
-    """Give each group the largest modules that are its own and are called; returns the group it got to.
+    """Give each group the largest modules that are its own and are called; returns the last group's index.
 
-    What has no parameters (dropout, a norm without weights) goes with what was registered before it.
+    Modules without parameters (dropout, a norm without weights) go with the module registered before them.
     """
     prefix = f"{path}." if path else ""
     found = module.named_parameters(remove_duplicate=False)

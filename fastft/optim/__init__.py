@@ -1,6 +1,6 @@
 """The optimizer: ``AdamW``, its functional twin ``adamw_``, and the same update in plain PyTorch, ``reference``.
 
-And what it is run with: a learning rate for each layer, schedules, and the numbers of a run.
+Also a learning rate for each layer, schedules, and the numbers of a run.
 """
 
 from fastft.optim import reference

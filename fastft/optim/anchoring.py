@@ -16,22 +16,15 @@ from .tensors import process_groups_of
 AnchorMode = Literal["decoupled", "l2", "selective"]
 ANCHOR_MODES: tuple[AnchorMode, ...] = get_args(AnchorMode)
 
-KINDS = {  # by mode, and whether there is an importance
-    ("decoupled", False): Anchoring.decoupled,
-    ("decoupled", True): Anchoring.decoupled_weighted,
-    ("l2", False): Anchoring.l2,
-    ("l2", True): Anchoring.l2_weighted,
-    ("selective", False): Anchoring.selective,
-}
-
 
 def anchoring_of(p: Tensor, anchor: Tensor | None, importance: Tensor | None, mode: str, name: str) -> Anchoring:
     """How ``p`` is anchored; raises ``ValueError`` where the mode cannot be had for it."""
     if anchor is None:
         return Anchoring.none
-    kind = KINDS.get((mode, importance is not None))
+    kinds = Anchoring.__members__
+    kind = kinds.get(mode if importance is None else f"{mode}_weighted")
     if kind is None:
-        others = " or ".join(f'"{other}"' for other, weighted in KINDS if weighted)
+        others = " or ".join(f'"{other}"' for other in ANCHOR_MODES if f"{other}_weighted" in kinds)
         raise ValueError(f'{name}: anchor_mode: expected {others} with an importance, got "{mode}"')
     if kind == Anchoring.selective and process_groups_of(p):
         raise ValueError(

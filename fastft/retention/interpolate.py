@@ -1,4 +1,4 @@
-"""WiSE-FT: blend fine-tuned weights back toward the anchor, and find out how far."""
+"""WiSE-FT: blend fine-tuned weights back toward the anchor, and search for the best blend."""
 
 from __future__ import annotations
 
@@ -41,18 +41,23 @@ def interpolate_(
             keep a copy if you need them back.
         anchor: the pre-trained weights: in any dtype, on any device, or in a file.
         alpha: from 0 (the anchor's values, in the parameter's dtype) to 1 (the fine-tuned weights, bit for bit).
-            What is between is computed in float32 (float64 with float64 parameters) and rounded once.
+            Values between are computed in float32 (float64 with float64 parameters) and rounded once.
         keep_on: where to keep the fine-tuned weights, which take as much memory as the anchored parameters do:
             beside these (None), or for instance on ``"cpu"``.
 
-    Raises ``ValueError`` for an alpha outside [0, 1], or an anchor that has none of the parameters, or one in another
-    shape, and for a model that is interpolated already. On any error the model is as it was.
+    Returns:
+        A handle with ``alpha``, ``unanchored``, ``set(alpha)`` and ``undo()``; as a context manager it undoes itself.
+
+    Raises:
+        TypeError: ``anchor`` is no :class:`fastft.Anchor`.
+        ValueError: an alpha outside [0, 1], an anchor that has none of the parameters or one in another shape, or a
+            model that is interpolated already. The model is then as it was.
     """
     return Interpolation(model, anchor, alpha, keep_on)
 
 
 blended: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Parameters, and a reference to what interpolated them last."""
+"""Parameters, and a reference to the interpolation that set them last."""
 
 
 class Interpolation:
@@ -74,7 +79,7 @@ class Interpolation:
                 )
         self._tuned = Anchor.snapshot([(found.name, found.parameter) for found in self._anchored], device=keep_on)
         self.alpha = 1.0
-        """How much of the fine-tuned weights is in the model: 1 after :meth:`undo`."""
+        """The share of the fine-tuned weights in the model: 1 after :meth:`undo`."""
         self.set(alpha)
         for found in self._anchored:
             blended[found.parameter] = weakref.ref(self)
@@ -101,7 +106,7 @@ class Interpolation:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put the fine-tuned weights back, bit for bit, whatever has become of the parameters since."""
+        """Put the fine-tuned weights back, bit for bit, also where the parameters were changed since."""
         for found in self._anchored:
             found.parameter.copy_(self._tuned[found.name])
         self.alpha = 1.0
@@ -124,7 +129,7 @@ ALPHAS = tuple(i / 10 for i in range(11))
 
 @dataclass(frozen=True)
 class AlphaPoint:
-    """What the model scored with one alpha; per item if the evaluation told so."""
+    """The model's scores with one alpha; per item if the evaluation returned them so."""
 
     alpha: float
     source: Items | float
@@ -148,7 +153,8 @@ class AlphaSearch:
         Args:
             **options: of :class:`RetentionReport`, such as ``confidence``.
 
-        Raises ``ValueError`` if 0 was not among the alphas.
+        Raises:
+            ValueError: 0 was not among the alphas.
         """
         first, *others = self.points
         if first.alpha != 0.0:
@@ -169,18 +175,23 @@ def best_alpha(
     min_target: float | None = None,
     keep_on: torch.device | str | None = None,
 ) -> AlphaSearch:
-    """Evaluate the model at each alpha of :func:`interpolate_` and tell which is best. The model stays as it was.
+    """Evaluate the model at each alpha of :func:`interpolate_`, and choose the best. The model stays as it was.
 
     Args:
         model, anchor, keep_on: as in :func:`interpolate_`.
         evaluate: called with the model; returns ``{"source": scores, "target": scores}``: numbers, or an array with
             a score for each item; higher is better. Use validation data: the choice fits what it is made on.
-        alphas: what to try.
+        alphas: the values to try.
         source_weight: choose the highest ``(1 − w)·target + w·source`` of the mean scores; 0.5 if neither is given.
         min_target: choose the highest source among those whose target is this or more.
 
-    Of equal ones, the largest alpha is chosen. Raises ``ValueError`` for wrong alphas and rules before anything is
-    evaluated, and if no alpha reaches ``min_target``, with the curve.
+    Returns:
+        The choice ``alpha``, of equal ones the largest; and the curve, ``points`` by ascending alpha, each with
+        ``alpha``, ``source`` and ``target``.
+
+    Raises:
+        ValueError: wrong alphas or rules, before anything is evaluated; or no alpha reaches ``min_target``, with the
+            curve.
     """
     given = list(alphas)
     if not given:

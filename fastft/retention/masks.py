@@ -1,7 +1,8 @@
-"""Cures that move only some of the weights: those that matter most to the task, or have the largest momentum."""
+"""Steps that move only some of the weights: the most important to the task, or those of largest momentum."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -23,23 +24,27 @@ def child_tuning_(
 ) -> dict[str, Tensor]:
     """Step only the weights whose Fisher information on the new task is highest: Child-Tuning-D.
 
-    Xu et al. 2021, https://arxiv.org/abs/2109.05687. What is left out does not move at all, bit for bit. (The authors'
-    code masks gradients only, so there weight decay and momentum still move it.)
+    (Xu et al. 2021, https://arxiv.org/abs/2109.05687.) All other weights stay as they are, bit for bit. (The authors'
+    code masks gradients only, so there weight decay and momentum still move them.)
 
     Args:
         optimizer: an optimizer of the model's parameters. Its update masks are set, and saved in its state dict;
             ``optimizer.set_update_mask(param, None)`` takes one back.
-        model: the model, to find its parameters by name.
+        model: the model, to find its parameters by name, also where wrappers have changed that.
         fisher: parameter name → values of the parameter's shape, usually ``estimate_fisher(...)`` of the pre-trained
             model on the new task's training data. Parameters that it does not have (a new head) are stepped whole:
             leave them out of it with ``{name: f for name, f in fisher.items() if ...}``.
-        fraction: how much to step, of all elements in ``fisher``; above 0 and up to 1.
+        fraction: the share of the elements in ``fisher`` to step; above 0 and up to 1.
         scope: ``"model"``, as in the paper: the highest of all elements together, for which their values are held
             in one vector; ``"tensor"``: the highest of each tensor.
 
-    Returns the masks by parameter name. Raises ``TypeError`` for another optimizer, and ``ValueError`` for names that
-    the model lacks, other shapes, values that are negative or not finite, and parameters that are not the
-    optimizer's; then nothing has been set.
+    Returns:
+        The masks, bool tensors of the parameters' shapes, by the names in ``fisher``.
+
+    Raises:
+        TypeError: the optimizer is no :class:`fastft.AdamW`.
+        ValueError: names that the model lacks, other shapes, values that are negative or not finite, or parameters that
+            are not the optimizer's; then nothing has been set.
     """
     if not isinstance(optimizer, AdamW):
         raise TypeError(f"optimizer: expected a fastft.AdamW, got {type(optimizer).__name__}")
@@ -77,10 +82,10 @@ def child_tuning_(
 class MoFO:
     """Move only the weights whose momentum is largest in their tensor: MoFO, the momentum-filtered optimizer.
 
-    Chen et al. 2024, https://arxiv.org/abs/2407.20999. Attached to an Adam, it lets each step update the moments of all
-    elements, and then takes back the step of those whose ``abs(exp_avg)``, as it is after the step, is not among the
-    ``fraction`` largest of their tensor. These keep their value bit for bit, so decay and anchor do not move
-    them either. (In the authors' code weight decay moves all.)
+    (Chen et al. 2024, https://arxiv.org/abs/2407.20999.) Attached to an Adam, it lets each step update the moments of
+    all elements, and then takes back the step of those whose ``abs(exp_avg)``, as it is after the step, is not among
+    the ``fraction`` largest of their tensor. These keep their value bit for bit, so decay and anchor do not move them
+    either. (In the authors' code weight decay moves all.)
 
     An update mask could not do this: it leaves moments as they are, and has to be known before the step. So this is
     a pass of its own: during a step a copy of the filtered parameters is held, and each is searched for its
@@ -88,12 +93,14 @@ class MoFO:
 
     Args:
         optimizer: ``fastft.AdamW``, or torch's ``Adam`` or ``AdamW``.
-        fraction: how much of each tensor to move: ``max(1, ⌊fraction · numel⌋)`` elements; the authors recommend 0.05
+        fraction: the share of each tensor to move: ``max(1, ⌊fraction · numel⌋)`` elements; the authors recommend 0.05
             to 0.2.
-        parameters: what to filter; None: all that have two or more dimensions, so that biases and norms are stepped
-            whole, as in the authors' code.
+        parameters: the tensors to filter; None: all that have two or more dimensions, so that biases and norms are
+            stepped whole, as in the authors' code.
 
-    Raises ``TypeError`` or ``ValueError`` for other optimizers, fractions and parameters, also for sharded ones.
+    Raises:
+        TypeError: another optimizer.
+        ValueError: a fraction out of range, or parameters that are not the optimizer's, or are sharded.
     """
 
     def __init__(
@@ -118,6 +125,11 @@ class MoFO:
         ]
 
     def remove(self) -> None:
+        """The old name of :meth:`undo`."""
+        warnings.warn("MoFO.remove() is called undo() now", DeprecationWarning, stacklevel=2)
+        self.undo()
+
+    def undo(self) -> None:
         """Detach it: the optimizer's next step moves everything again."""
         for hook in self._hooks:
             hook.remove()

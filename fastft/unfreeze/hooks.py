@@ -1,4 +1,4 @@
-"""What is hung on closed modules: they run without a graph where no gradient needs it, and keep their statistics."""
+"""Hooks on closed modules: they run without a graph where no gradient needs it, and keep their statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastft.layers.wrappers import peel
 # How far to look behind a tensor, or into an argument, before giving up.
 MOST_NODES = 64
 MOST_OBJECTS = 4096
-# What leads to no tensor.
+# Types that refer to no tensor.
 PLAIN = (int, float, str, bytes, complex, torch.dtype, torch.device, type, BuiltinFunctionType)
 
 
@@ -37,7 +37,7 @@ class ModuleHook:
 
 
 def nothing(*_: Any) -> None:
-    """What a copied hook does."""
+    """A copied hook."""
 
 
 class Ends(torch.autograd.Function):
@@ -164,7 +164,7 @@ def tensors_in(arguments: Any) -> list[Tensor] | None:
 
 
 def contents(item: Any) -> list[Any] | None:
-    """What an object leads to; None if there is no telling."""
+    """The objects that this one refers to; None if they cannot be known."""
     if isinstance(item, (list, tuple, set, frozenset)):
         return [*item, *vars(item).values()] if hasattr(item, "__dict__") else [*item]
     if isinstance(item, FunctionType):

@@ -1,4 +1,4 @@
-"""What becomes of the optimizer's state of parameters that are closed."""
+"""The optimizer's state of closed parameters: dropped, or moved to host memory and back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bring_back(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
 
 
 def state_bytes(optimizer: Optimizer, params: Iterable[Tensor]) -> tuple[int, int]:
-    """(what the state takes, how much of it lies elsewhere than its parameter)."""
+    """(bytes of the state, bytes of it on another device than its parameter)."""
     total = away = 0
     for p in params:
         total += sum(v.nbytes for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor))

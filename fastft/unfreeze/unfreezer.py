@@ -512,7 +512,7 @@ class Unfreezer:
                 )
 
     def _hook_forwards(self) -> list[ClosedForward]:
-        """Where flags stay, and nothing is wrapped around the modules, their forward passes are taken care of."""
+        """Hooks on the forward passes of modules without wrappers, for a mode that leaves the flags alone."""
         if self.mode == "requires_grad" or self._wrapped:
             return []
         modules = [module for group in self.groups for module in group.modules]

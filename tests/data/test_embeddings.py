@@ -63,6 +63,7 @@ def test_gradients_pass_and_half_precision_stays() -> None:
     assert embedding(IDS[:1, :1]).shape == (1, 1, 8)
 
 
+@pytest.mark.slow
 def test_of_a_model_it_is_the_input_embedding() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(

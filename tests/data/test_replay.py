@@ -239,7 +239,7 @@ def mixers() -> dict[str, ReplayMixer]:
 
 
 @pytest.mark.parametrize("kind", mixers())
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("done", [0, 1, 7])
 def test_a_stateful_loader_goes_on_with_the_same_order(kind: str, workers: int, done: int) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
@@ -309,6 +309,7 @@ def test_a_state_of_another_mixture_is_refused() -> None:
 # -- ranks and workers ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_ranks_of_two_workers_have_every_example_once(tmp_path: Path) -> None:
     folders = [str(Path(cases.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}

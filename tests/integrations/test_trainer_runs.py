@@ -22,6 +22,7 @@ from unfreeze_cases import assert_equal, one_thread
 
 from fastft.problems import model_folder
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(trainer_runs.__file__)
 NAMES = ("embeddings", *(f"bert.encoder.layer.{i}" for i in range(3)), "head")
 

@@ -114,6 +114,16 @@ def test_the_plot(tmp_path: Path) -> None:
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_report_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    base, model = tuned()
+    report = drift_report(model, fastft.Anchor.snapshot(base.named_parameters(), exclude="0"))
+    report.write(tmp_path)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == report.to_markdown() + "\n"
+    assert (tmp_path / "report.json").read_text(encoding="utf-8") == report.to_json() + "\n"
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_errors() -> None:
     _, model = tuned()
     with pytest.raises(TypeError, match=r"anchor: expected a fastft\.Anchor, got dict"):

@@ -209,8 +209,20 @@ def test_chosen_parameters_and_detaching() -> None:
         before = copy.deepcopy(model)
         optimizer.step()
         counts.append([int((p != q).sum()) for p, q in zip(model.parameters(), before.parameters(), strict=True)])
-        mofo.remove()
+        mofo.undo()
     assert counts == [[48, 8, 40, 1], [48, 8, 40, 5]]
+
+
+def test_the_old_word_for_undo_still_works() -> None:
+    model = network()
+    optimizer = adamw(model)
+    mofo = MoFO(optimizer, 0.3)
+    with pytest.warns(DeprecationWarning, match=r"remove\(\) is called undo\(\) now"):
+        mofo.remove()
+    gradients(model, 1)
+    before = copy.deepcopy(model)
+    optimizer.step()
+    assert all(bool((p != q).all()) for p, q in zip(model.parameters(), before.parameters(), strict=True))
 
 
 def test_inside_an_update_mask_and_with_a_closure() -> None:

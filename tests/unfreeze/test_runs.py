@@ -15,6 +15,7 @@ import unfreeze_runs
 from unfreeze_cases import assert_equal, bits, params
 from unfreeze_runs import RUNS, STOP, TOTAL
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(unfreeze_runs.__file__)
 NAMES = ("embeddings", "blocks.0", "blocks.1", "blocks.2", "final_norm", "head")
 
