@@ -158,13 +158,13 @@ def csv_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def tsv_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Record]]:
-    """Rows of a TSV file. Quotes mean nothing: one that a text begins with would swallow the rows that follow."""
+    """Rows of a TSV file, without quoting: a quote that a text begins with would swallow the rows that follow."""
     hint = "; a field of a .tsv file holds no tabs and no line breaks (one of a .csv file may)"
     yield from table_rows(csv.reader(iter(lines), delimiter="\t", quoting=csv.QUOTE_NONE), path, hint)
 
 
 def table_rows(rows: Any, path: Path, hint: str) -> Iterator[tuple[str, Record]]:
-    """Rows below a header, each as long as that."""
+    """Rows below a header, each with as many fields."""
     csv.field_size_limit(2**31 - 1)  # texts may be long
     header: list[str] = []
     place = "line 1"

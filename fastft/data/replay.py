@@ -22,7 +22,7 @@ TARGET, SOURCE, ORDER = range(3)
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which positions of a sequence belong to the source: as evenly as whole numbers allow.
+    """The positions of a sequence that belong to the source, spread as evenly as whole numbers allow.
 
     Position i does iff ⌊(i + 1)·ratio + φ⌋ > ⌊i·ratio + φ⌋, so any n positions in a row hold ⌊n·ratio⌋ or ⌈n·ratio⌉
     of them. The phases φ = (shard + ½)/shards of the shards of one stream are such that the same holds for the
@@ -278,7 +278,7 @@ class ReplaySampler(Sampler[int]):
         return len(self.positions) - self.start
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the mixer's: frameworks call this on samplers."""
+        """Set the mixer's epoch; frameworks call this on samplers."""
         self.mixer.set_epoch(epoch)
 
 

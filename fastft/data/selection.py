@@ -21,7 +21,7 @@ BLOCK_ELEMENTS = 1 << 22
 def select_representative(
     embeddings: Any, k: int, method: Literal["k_center", "facility_location"] = "facility_location"
 ) -> list[int]:
-    """k rows that stand for all: greedily chosen, in the order of choice, so that any first few do as well.
+    """Choose k rows that represent all, greedily. The first few of them represent all as well as they can, too.
 
     "k_center" keeps the farthest point near: each next row is the one farthest from those chosen, from the row nearest
     to the mean on. The largest Euclidean distance of a row to its nearest chosen one is at most twice the least
@@ -191,7 +191,7 @@ def as_points(values: Any, name: str) -> Floats:
 
 
 def blocks(points: Floats, columns: int) -> Iterator[Floats]:
-    """Some rows at a time, so that a matrix with so many ``columns`` stays small."""
+    """The rows in blocks, so that a matrix of a block and ``columns`` columns stays small."""
     rows = max(1, BLOCK_ELEMENTS // columns)
     for start in range(0, len(points), rows):
         yield points[start : start + rows]

@@ -28,7 +28,7 @@ EVERYWHERE = slice(None)
 
 
 class Rows:
-    """How tokens that lie one after the other are divided into rows."""
+    """The division of consecutive tokens into rows."""
 
     def __init__(self, lengths: Ids) -> None:
         self.lengths, self.ends = lengths, lengths.cumsum()
@@ -45,7 +45,7 @@ class Rows:
         return differences
 
     def keys(self, row_keys: Keys) -> Keys:
-        """One for each token, out of one for each row."""
+        """A key for each token, from one for each row."""
         keys: Keys = (row_keys - GOLDEN).repeat(self.lengths) + self.steps
         return keys
 
@@ -192,10 +192,10 @@ class TextAugment:
 
 
 class AugmentingCollator(Switch):
-    """A ``collate_fn`` that augments what another one made.
+    """A ``collate_fn`` that augments the batches of another one.
 
     The change of a row depends on (seed, epoch, the row's tokens) alone: not on the rest of the batch, its padding,
-    the number of workers, or on who else draws random numbers; so equal rows change alike in one epoch. Labels that
+    the number of workers, or on other uses of random numbers; so equal rows change alike in one epoch. Labels that
     the inner collator makes from the tokens are those of the text as it was.
 
     It augments until :meth:`eval`. transformers' ``Trainer`` gives evaluation data to the same collator and does
@@ -219,7 +219,7 @@ class AugmentingCollator(Switch):
 
 
 def like(before: Any, after: NDArray[Any]) -> Any:
-    """``after`` as the kind of thing that ``before`` is."""
+    """``after`` as a list, array or tensor, as ``before`` is."""
     if isinstance(before, torch.Tensor):
         tensor = torch.from_numpy(after)
         return tensor if tensor.dtype == before.dtype else tensor.to(before.dtype)

@@ -182,10 +182,10 @@ def test_bytes_can_be_flipped_cropped_and_cut() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: RandomFlip(1.5), r"RandomFlip: p: expected a number from 0 to 1, got 1\.5"),
+        (lambda: RandomFlip(1.5), r"p: expected a number from 0 to 1, got 1\.5"),
         (lambda: RandomCrop(0), "padding: expected an integer >= 1, got 0"),
         (lambda: MixUp(0), "classes: expected an integer >= 1, got 0"),
-        (lambda: CutMix(3, alpha=0), "CutMix: alpha: expected a finite number > 0, got 0"),
+        (lambda: CutMix(3, alpha=0), "alpha: expected a finite number > 0, got 0"),
         (lambda: MixUp(3, seed=-1), "seed: expected an integer >= 0, got -1"),
         (lambda: MixUp(3)(torch.zeros(2, 3), torch.zeros(2)), r"images: expected .*, got \(2, 3\)"),
         (

@@ -139,6 +139,18 @@ def test_the_page_the_figures_and_the_plot(tmp_path: Path) -> None:
     assert len(page.split("## ")) == 6
 
 
+def test_the_faces_of_a_report_say_the_same(tmp_path: Path) -> None:
+    report = data_report(table(TRAIN), table(EVAL))
+    (tmp_path / "new").mkdir()
+    report.write(tmp_path / "new")
+    report.plot(str(tmp_path / "alone.png"))
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "new" / "plot.png").read_bytes()
+    assert (tmp_path / "new" / "report.json").read_text(encoding="utf-8") == report.to_json() + "\n"
+    assert (tmp_path / "new" / "report.md").read_text(encoding="utf-8") == report.to_markdown()
+    for finding in report.findings:
+        assert finding.what in str(report) and f"**{finding.what}** {finding.do}" in report.to_markdown()
+
+
 def test_texts_cannot_break_the_page() -> None:
     odd = "a | b <img src=x> `c` *d*\n# e"
     page = data_report(table([(odd, 1), (odd, 1)])).to_markdown()

@@ -280,7 +280,7 @@ def test_a_full_disk_is_told_with_the_way_to_go_on(classify: Options, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write", full)
+        patch.setattr(pipeline.RunReport, "write", full)
         done = cases.finetune(**classify)
     assert done.status == 1
     assert "could not finish: [Errno 28] No space left on device; go on with: fastft finetune --output" in done.err
