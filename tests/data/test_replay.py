@@ -50,7 +50,7 @@ def batches(mixer: ReplayMixer, batch_size: int = 4, **options: Any) -> list[lis
 
 
 def as_workers(monkeypatch: Any, mixer: ReplayMixer, workers: int) -> list[list[int]]:
-    """What each of several workers gives, without starting any."""
+    """The items of each of several workers, without starting any."""
     streams = []
     for worker in range(workers):
         info = SimpleNamespace(id=worker, num_workers=workers) if workers > 1 else None

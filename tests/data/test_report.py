@@ -38,7 +38,7 @@ def table(rows: list[tuple[str, Any]], **columns: Any) -> Any:
 
 
 def found(report: DataReport, words: str) -> str:
-    """What is to be done about the one finding with these words."""
+    """The advice for the one finding with these words."""
     (finding,) = (finding for finding in report.findings if re.search(words, finding.what))
     return finding.do
 
