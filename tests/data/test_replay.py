@@ -529,7 +529,7 @@ def test_fresh_streams_and_late_starts_are_refused() -> None:
         mixer.sampler(4)
 
 
-def test_members_are_told_the_epoch() -> None:
+def test_members_learn_the_epoch() -> None:
     class Told(Dataset[int]):
         epoch = -1
 

@@ -78,7 +78,7 @@ def test_a_clean_set_is_called_so() -> None:
         ([[i % 2] for i in range(40)], {"[0]": 20, "[1]": 20}),
     ],
 )
-def test_numbers_are_told_from_classes(values: list[Any], expected: dict[Any, int] | None) -> None:
+def test_numbers_are_distinguished_from_classes(values: list[Any], expected: dict[Any, int] | None) -> None:
     report = data_report(table([(f"text {i} {i * i}", value) for i, value in enumerate(values)]), near=None)
     balance = report.train.balance
     assert (balance.counts if balance is not None else None) == expected

@@ -80,7 +80,7 @@ training.Stop = Signalled
 """
 
 
-def test_ctrl_c_finishes_the_step_and_the_command_that_it_tells_goes_on(
+def test_ctrl_c_finishes_the_step_and_the_command_that_it_prints_goes_on(
     long_run: tuple[Options, Path], tmp_path: Path
 ) -> None:
     options, whole = long_run
@@ -273,7 +273,7 @@ def test_interrupted_before_training_it_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_told_with_the_way_to_go_on(classify: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_with_the_way_to_go_on(classify: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastft.commands.finetune import pipeline
 
     def full(*_: object) -> None:
