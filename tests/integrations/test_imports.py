@@ -28,6 +28,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 def test_imports() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
