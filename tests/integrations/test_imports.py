@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 # One process for all of it, since importing torch takes seconds.
 SCRIPT = """
 import json, sys
