@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastft.anchor import Anchor
 from fastft.checks import check_share
 
-from .anchored import find_anchored, pieces, views_of
+from .anchored import find_anchored, chunks, views_of
 from .report import Items, RetentionReport, Scores, checked_scores, mean_score
 
 
@@ -97,7 +97,7 @@ class Interpolation:
                     p.copy_(end if alpha else start)
                     continue
                 for (target,), (a, b) in zip(
-                    views_of((p,)), pieces((start, end), p.device, torch.float32), strict=True
+                    views_of((p,)), chunks((start, end), p.device, torch.float32), strict=True
                 ):
                     target.copy_(torch.lerp(a, b, alpha))
         except BaseException:
