@@ -38,7 +38,7 @@ from fastft.problems import load_tokenizer, read_table
 RESULTS = Path(__file__).resolve().parent / "results" / "data" / "loaders"
 PLAIN = "plain DataLoader"
 TARGET = 1.05
-"""What the ratio to the plain loader ought not to exceed."""
+"""The highest ratio to the plain loader that is good enough."""
 ROUNDS, QUICK_ROUNDS = 31, 5
 SECONDS_A_CASE = 600.0
 TARGETS, SOURCES, RATIO = 3000, 600, 1 / 6

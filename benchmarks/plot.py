@@ -132,7 +132,7 @@ def headlines(result: Result) -> list[Result]:
 
 
 def lost_to(result: Result) -> str:
-    """Where another is faster: the lower quartile of the ratio is above 1."""
+    """The cases in which another is faster: the lower quartile of the ratio is above 1."""
     lost = [
         f"{case['title']} ({name}: {other['ratio_of_medians']:.2f})"
         for case in result["cases"].values()
@@ -261,7 +261,7 @@ def retention_section(comparison: Any) -> str:
     return "\n\n".join(
         [
             wrapped(comparison.verdict()),
-            "\n".join(comparison.table()),
+            comparison.to_markdown(),
             f"![Source recall that was kept, against target accuracy](_generated/{RETENTION_PLOT})",
         ]
     )
@@ -273,7 +273,7 @@ def data_section(results: Any) -> str:
     return "\n\n".join(
         [
             wrapped(f"Against {results.plain.choice.name}: {said}"),
-            "\n".join(results.table()),
+            results.to_markdown(),
             f"![Source recall against target accuracy](_generated/{DATA_PLOT})",
             wrapped(results.circumstances()),
         ]

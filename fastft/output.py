@@ -1,4 +1,4 @@
-"""Writing a folder of results so that nobody ever sees half of it."""
+"""Write a folder of results all at once, so that it never holds half of them."""
 
 from __future__ import annotations
 

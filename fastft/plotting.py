@@ -15,7 +15,7 @@ except ImportError as error:
 
 __all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "figure", "whiskers"]
 
-# Okabe and Ito's colours, told apart with every kind of colour vision, and a grey for what others are compared with.
+# Okabe and Ito's colours, which differ with every kind of colour vision, and a grey for what others are compared with.
 GREY, BLUE, ORANGE, GREEN = "#6b6b6b", "#0072b2", "#d55e00", "#009e73"
 
 

@@ -1,4 +1,4 @@
-"""What a wheel must be: small enough, with machine code for every architecture, linked to nothing but the C runtime.
+"""Check a wheel: it is small, has machine code for every architecture, and is linked to the C and C++ runtimes only.
 
 Usage: ``python scripts/check_wheel.py dist/fastft-*.whl``. Needs ``readelf`` (binutils), and ``cuobjdump`` from a
 CUDA toolkit or the package nvidia-cuda-cuobjdump.
@@ -21,7 +21,7 @@ SYSTEM_LIBRARIES |= {"libstdc++.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64
 
 
 def main() -> int:
-    """Check the wheel named on the command line; exit status 1 if it is not as it must be."""
+    """Check the wheel named on the command line; exit status 1 if something is wrong with it."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("wheel", type=Path)
     wheel = arguments.parse_args().wheel

@@ -1,4 +1,4 @@
-"""That an installed fastft works: run it with the Python that fastft was installed into, outside the source tree."""
+"""Test an installed fastft: run it with the Python that fastft was installed into, outside the source tree."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""``python scripts/kernel_table.py``: what the compiler makes of each CUDA kernel, as docs/_generated/kernels.md.
+"""``python scripts/kernel_table.py``: the machine code of each CUDA kernel in numbers, as docs/_generated/kernels.md.
 
 Needs nvcc, nvdisasm and c++filt, no GPU. The table holds registers, spills and shared memory as ptxas counts them, and
 the 128-bit accesses to global memory in the machine code. Launch counts are those of the kernels' host build
-(tests/cuda_on_cpu). With ``--check`` it writes nothing and fails if the file says anything else.
+(tests/cuda_on_cpu). With ``--check`` it writes nothing and fails if the file is not up to date.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastft.tables import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "_generated" / "kernels.md"
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
@@ -34,12 +36,12 @@ MISSING = [name for name, tool in (("nvcc", NVCC), ("nvdisasm", NVDISASM), ("c++
 
 ANCHOR_FORMS = ("none", "plain", "weighted", "selective")  # as in csrc/math/adamw.h
 LAUNCH_HEAD = ("groups", "dtypes", "norm", "launches of a step")
-"""What a launch count depends on."""
+"""A launch count depends on the first three."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel became for one architecture."""
+    """One kernel as compiled for one architecture."""
 
     registers: int
     spilled: int
@@ -116,7 +118,7 @@ def short_name(signature: str) -> str:
 
 
 def compiler_version() -> str:
-    """As nvcc tells it: "13.0.88"."""
+    """nvcc's, such as "13.0.88"."""
     said = subprocess.run([str(NVCC), "--version"], check=True, capture_output=True, text=True).stdout
     version = re.search(r"V([\d.]+)", said)
     if not version:
@@ -148,7 +150,7 @@ def launch_counts() -> list[dict[str, int | str]]:
 def kernel_rows(compiled: dict[tuple[str, str], dict[str, Kernel]]) -> list[str]:
     """{(source, arch): kernels} as lines of a Markdown table, one for each kernel."""
     head = ["kernel", *(f"sm_{arch} {what}" for arch in ARCHS for what in ("registers", "shared", "loads/stores"))]
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    rows = []
     for source in SOURCES:
         for name in compiled[source, ARCHS[0]]:
             cells = [f"`{name}`"]
@@ -156,13 +158,12 @@ def kernel_rows(compiled: dict[tuple[str, str], dict[str, Kernel]]) -> list[str]
                 spilled = f" + {kernel.spilled} B spilled" if kernel.spilled else ""
                 wide = f"{kernel.wide('LDG')}/{kernel.wide('STG')}"
                 cells += [f"{kernel.registers}{spilled}", f"{kernel.shared} B", wide]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            rows.append(cells)
+    return markdown(head, rows)
 
 
 def launch_rows(counts: list[dict[str, int | str]]) -> list[str]:
-    lines = [f"| {' | '.join(LAUNCH_HEAD)} |", "| ---: | --- | --- | ---: |"]
-    return lines + [f"| {' | '.join(str(count[key]) for key in LAUNCH_HEAD)} |" for count in counts]
+    return markdown(LAUNCH_HEAD, [[str(count[key]) for key in LAUNCH_HEAD] for count in counts], left=3)
 
 
 def document(compiled: dict[tuple[str, str], dict[str, Kernel]], launches: list[dict[str, int | str]]) -> str:

@@ -95,7 +95,7 @@ def state_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 class Composed(torch.optim.AdamW):
-    """What ``fastft.AdamW`` does in one pass, put together from torch's operations.
+    """The step of ``fastft.AdamW``, put together from torch's operations.
 
     Every parameter is anchored where it is now. ``masks`` and ``frozen`` are filled by the tests.
     """

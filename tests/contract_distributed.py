@@ -1,4 +1,4 @@
-"""What two processes do in tests/optim/test_distributed.py: started by it as scripts, one for each rank.
+"""The two processes of tests/optim/test_distributed.py, which starts this file as a script, once for each rank.
 
 Each scenario trains and returns plain tensors, whole ones; rank 0 writes them to a file, and the test compares them
 with a run in one process. What only one rank can see is asserted here.

@@ -1,8 +1,8 @@
 """For pytest, ``-p one_per_axis``: of each parametrised test, few cases that hold every value of every axis.
 
 An axis is one ``parametrize`` or one parametrised fixture. Where a test has several, the plain suite runs their whole
-product; under sanitizers a test takes some ten times as long, and ``--one-per-axis`` keeps a case for each value of each
-axis, as differently combined as they come.
+product. Under sanitizers, where a test takes some ten times as long, ``--one-per-axis`` keeps one case for each value
+of each axis, in combinations as different as can be had.
 """
 
 from __future__ import annotations

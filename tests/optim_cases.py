@@ -1,4 +1,4 @@
-"""What the optimizer's numerical tests share.
+"""Tensors, comparisons and an oracle for the numerical tests of the optimizer.
 
 Tensors in any memory order with guard elements around them, comparisons of bits, and an oracle: the update of
 ``fastft.optim.reference`` in float64 together with a bound on how far a computation in the kernels' dtype may be from
@@ -59,7 +59,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def in_another_process(code: str) -> str:
-    """What some Python code prints. For what would take the whole test run down with it if it were not refused."""
+    """Run Python code in a process of its own, as it would crash where it should raise; returns what it printed."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
     return done.stdout

@@ -442,7 +442,7 @@ def test_an_anchor_keeps_no_parameter_alive() -> None:
     assert "0.weight" in anchor
 
 
-def test_bind_tells_which_parameters_are_meant(tmp_path: Path) -> None:
+def test_bind_says_which_parameters_are_meant(tmp_path: Path) -> None:
     model, other = net(), net(seed=1)
     for anchor in (Anchor.snapshot(model), Anchor.from_safetensors(file_of(tmp_path, weights(model)), model)):
         assert other[0].weight not in anchor
@@ -503,7 +503,7 @@ def test_an_anchor_that_changes_between_steps_takes_effect_at_the_next(change: s
     elif change == "bind":
         anchor.update(Anchor.snapshot([("3.weight", nn.Parameter(home))]))
         zero_step(model, optimizer)
-        assert torch.equal(model[3].weight, before)  # still not told which parameter that is
+        assert torch.equal(model[3].weight, before)  # the anchor does not know yet which parameter that is
         anchor.bind([("3.weight", model[3].weight)])
     else:
         anchor.load_state_dict(Anchor.snapshot([("3.weight", nn.Parameter(home))]).state_dict())
@@ -999,7 +999,7 @@ def stepped_positions(plan: list[_C.AdamWRecord]) -> list[int]:
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[_C.AdamWRecord]]:
-    """What plans are made of, in order; the real ones read no tensor on the meta device."""
+    """The records that plans are made of, in order; real plans read no tensor on the meta device."""
     made: list[list[_C.AdamWRecord]] = []
     monkeypatch.setattr(_C, "AdamWPlan", made.append)
     return made

@@ -1,4 +1,4 @@
-"""What the compiled module links to and exports. What became of the CUDA kernels: test_static.py."""
+"""Libraries that the compiled module links to, and symbols that it exports. The CUDA kernels: test_static.py."""
 
 from __future__ import annotations
 

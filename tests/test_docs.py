@@ -15,12 +15,12 @@ PAGES = {
     page.relative_to(DOCS).as_posix(): SNIPPET.findall(page.read_text(encoding="utf-8")) for page in DOCS.rglob("*.md")
 }
 NEEDS = {"data.md": ("datasketch",), "trainer.md": ("transformers", "accelerate", "lightning")}
-"""What a page needs beyond fastft's own dependencies: an extra."""
+"""Packages that a page needs beyond fastft's own dependencies."""
 
 
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a reader has: a folder to work in, with a pre-trained model where a page loads one, and rows."""
+    """The names that a page starts with: rows to train on; and a folder to work in."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     tokens, labels = torch.randint(50, (8, 7)), torch.randint(2, (8,))

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: registers, spills, wide accesses, and whether the table of them is true.
+"""The CUDA kernels as compiled: registers, spills, wide accesses, and whether the table of them is true.
 
 No GPU is needed. Tools and table are scripts/kernel_table.py's.
 """
@@ -32,6 +32,7 @@ WIDE = {
     "part_sums_kernel": (0, 0),  # a column a thread
 }
 
+pytestmark = pytest.mark.slow
 needs_compiler = pytest.mark.skipif(bool(STATIC["MISSING"]), reason=f"no {', '.join(STATIC['MISSING'])}")
 
 

@@ -37,8 +37,8 @@ class DataResults(Results):
         found = [self.by_key[each.key] for each in settings if each.key in self.by_key]
         return result(Choice(name, settings[0], alpha), found)
 
-    def table(self) -> list[str]:
-        """Markdown."""
+    def to_markdown(self) -> str:
+        """The table."""
         assert self.base is not None
         against = f"− {plan.PLAIN}, points"
         titles = ["", "seeds", "target accuracy", against, "source recall@1", "kept, %", against, "CPU s"]
@@ -55,7 +55,7 @@ class DataResults(Results):
             ]
             for row in [self.base, *self.rows]
         ]
-        return markdown(titles, lines)
+        return "\n".join(markdown(titles, lines))
 
     def score(self, row: Result, role: str) -> str:
         """With its standard error over the seeds, and its interval."""
@@ -98,7 +98,7 @@ class DataResults(Results):
         )
 
     def plot(self, path: Path) -> None:
-        """Source recall against target accuracy: a point for each recipe, its name beside the axes."""
+        """Source recall against target accuracy: a point for each method, its name beside the axes."""
         assert self.base is not None
         rows = sorted([self.base, *self.rows], key=lambda row: row.mean("source"))
         points = [(100 * row.mean("target"), 100 * row.mean("source")) for row in rows]

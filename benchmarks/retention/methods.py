@@ -237,7 +237,7 @@ def prepare(model: Any, method: Method, anchor: fastft.Anchor) -> None:
 
 
 def restore(problem: Problem, model: Any, method: Method) -> Any:
-    """The weights in a plain model, as the problem made it."""
+    """The trained weights in a plain model, as the problem makes it."""
     if method.strength("lora"):
         model.encoder = model.encoder.merge_and_unload()
     if method.strength("mixout"):
@@ -253,7 +253,7 @@ def restore(problem: Problem, model: Any, method: Method) -> Any:
 
 
 def parameter_groups(model: Any, method: Method) -> list[dict[str, Any]]:
-    """What is trained, with its learning rates."""
+    """The parameters that are trained, with their learning rates."""
     groups = [{"params": list(model.named_parameters()), "lr": method.lr}]
     if factor := method.strength("layer_decay"):
         groups = layerwise_lr(layer_groups(model), method.lr, factor)

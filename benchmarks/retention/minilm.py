@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from fastft.data import read_synonyms
 from fastft.problems import (
     Classifier,
     ReviewProblem,
@@ -75,7 +74,7 @@ class MiniLM(ReviewProblem):
             test_batch_size=BATCH,
         )
         self.replayed = senses[FIRST_REPLAYED:]
-        self.synonyms = read_synonyms(Path(__file__).with_name("synonyms.tsv"))
+        self.synonyms = Path(__file__).with_name("synonyms.tsv")
         self.is_pretrained = base is None
         self.token_counts: dict[str, int] = {}
         # The pre-trained model's vectors of all rows that any run trains on, so that all runs find them in one file.

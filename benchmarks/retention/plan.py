@@ -50,7 +50,8 @@ GRIDS: dict[str, Grid] = {
 """In order of value, as are the settings in each. Whose names don't say otherwise start from a linear probe's head."""
 
 FULL = ("full FT", "LP-FT")
-"""Full fine-tuning, from a random head and from a linear probe's (Kumar et al. 2022, arXiv 2202.10054)."""
+"""Full fine-tuning, from a random head and from a linear probe's (Kumar et al. 2022,
+https://arxiv.org/abs/2202.10054)."""
 
 PROBES = [Settings.of(rows=TUNING_ROWS), Settings.of().for_test(0)]
 SEE_OLD_TASK = ("replay", "EWC")
@@ -148,7 +149,7 @@ DATA: dict[str, dict[str, float]] = {
 }
 """Replay and augmentation at one strength each, chosen beforehand; no part of the tuning."""
 DATA_LR = 3e-4
-"""Where even a short run forgets plainly."""
+"""High enough for even a short run to forget plainly."""
 DATA_ROWS, DATA_EPOCHS = 2048, 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ class Problem(Protocol):
 
     tokenizer: Any
     """Of transformers, for what :meth:`as_tokens` gives."""
-    synonyms: Mapping[str, Sequence[str]]
-    """Words of the target task that may be replaced, and by which."""
+    synonyms: Mapping[str, Sequence[str]] | Path
+    """Words of the target task and their synonyms, as :class:`fastft.data.SynonymReplacement` takes them."""
 
     def start(self) -> Any:
         """A fresh copy of the pre-trained model, under a head fitted by a linear probe."""

@@ -23,7 +23,7 @@ from .run import TUNING_ROWS, Settings
 RESAMPLES = 4000
 CONFIDENCE = 0.95
 GOAL = 0.97
-"""What part of the source recall a method should keep within a point of the best accuracy."""
+"""The part of the source recall that a method should keep within a point of the best accuracy."""
 BASELINE = "full FT + WiSE"
 RIVALS = (BASELINE, "LP-FT + WiSE")
 RECIPE = "anchor + gradual"
@@ -153,8 +153,8 @@ class Comparison(Results):
         found = [row for name in plan.FULL if (row := self.named(f"{name}, most accurate")) is not None]
         return max(found, key=lambda row: row.choice.target, default=None)
 
-    def table(self) -> list[str]:
-        """Markdown."""
+    def to_markdown(self) -> str:
+        """The table."""
         reference, baseline = self.reference, self.named(BASELINE) or self.reference
         assert self.base is not None
         ahead_of = baseline.choice.name if baseline else BASELINE
@@ -174,7 +174,7 @@ class Comparison(Results):
             ]
             for row in [self.base, *self.rows]
         ]
-        return markdown(titles, lines, left=2)
+        return "\n".join(markdown(titles, lines, left=2))
 
     def verdict(self) -> str:
         """Whether the goal is reached by what validation chose: on the test split nothing is picked out."""
@@ -307,7 +307,8 @@ def document(tuned: list[dict[str, Any]], tested: list[dict[str, Any]], folder: 
         if comparison.base is None or not comparison.rows:
             continue
         comparison.plot(folder / f"{split}.png")
-        parts += [f"## {title}", "", comparison.verdict(), "", *comparison.table(), "", f"![{title}]({split}.png)", ""]
+        sections = (f"## {title}", comparison.verdict(), comparison.to_markdown(), f"![{title}]({split}.png)")
+        parts += [line for section in sections for line in (section, "")]
     parts += [
         f"In brackets: {CONFIDENCE:.0%} bootstrap intervals, paired over the test items; with several seeds they cover "
         'the seeds too, with one the items only, not the chance of training. "Tie": the interval of the difference '

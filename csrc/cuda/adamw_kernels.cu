@@ -102,7 +102,7 @@ struct Update {
     const bool amsgrad = e.max_exp_avg_sq != nullptr;
     constexpr bool kSelective = kMost == AnchorForm::selective;
     const bool anchored = e.anchor != nullptr;
-    const bool weighted = kMost == AnchorForm::weighted && form_of(e.anchoring) == AnchorForm::weighted;
+    const bool weighted = kMost == AnchorForm::weighted && e.importance != nullptr;
     const AnchorForm form = kSelective ? AnchorForm::selective
                             : weighted ? AnchorForm::weighted
                             : anchored ? AnchorForm::plain

@@ -18,10 +18,11 @@
 // both are the same. Without an importance the bound on lr·λ is checked, and the explicit step is what users of a
 // decoupled decay expect.
 //
-// Loshchilov & Hutter 2019 (arXiv 1711.05101); Reddi et al. 2018 (arXiv 1904.09237) for amsgrad; Li et al. 2018
-// (arXiv 1802.01483) for the anchor; Kirkpatrick et al. 2017 (arXiv 1612.00796) for the importance; Tian et al. 2024
-// (arXiv 2411.01713) for selective projection, whose bound at the anchor is ours. Everything is computed in float
-// (double for double parameters).
+// Loshchilov & Hutter 2019 (https://arxiv.org/abs/1711.05101); Reddi et al. 2018 (https://arxiv.org/abs/1904.09237) for
+// amsgrad; Li et al. 2018 (https://arxiv.org/abs/1802.01483) for the anchor; Kirkpatrick et al. 2017
+// (https://arxiv.org/abs/1612.00796) for the importance; Tian et al. 2024 (https://arxiv.org/abs/2411.01713) for
+// selective projection, whose bound at the anchor is ours. Everything is computed in float (double for double
+// parameters).
 #pragma once
 
 #include <math.h>

@@ -18,7 +18,7 @@ PACKAGES: dict[str, str] = {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """There are none."""
 
 
 def run(options: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""Random changes to training examples that depend on (seed, epoch, example) alone, wherever they are made."""
+"""Random changes to training examples that depend on (seed, epoch, example) alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .replay import fetch
 
 Keys = NDArray[np.uint64]
 Augmentation = Callable[[list[Any], Keys], list[Any]]
-"""Examples and a random key for each, to changed copies of them; the same keys must give the same changes."""
+"""A function of examples and a random key for each; returns changed copies. The same keys give the same changes."""
 
 
 MASK64 = 2**64 - 1
@@ -25,7 +25,7 @@ FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def mix(keys: Keys) -> Keys:
-    """Random-looking 64-bit numbers, another one for each key (the finaliser of SplitMix64; Steele et al. 2014)."""
+    """Random-looking 64-bit numbers, a different one for each key (the finaliser of SplitMix64; Steele et al. 2014)."""
     keys = keys ^ (keys >> SHIFTS[0])
     keys *= FACTORS[0]
     keys ^= keys >> SHIFTS[1]
@@ -35,7 +35,7 @@ def mix(keys: Keys) -> Keys:
 
 
 def mixed(*numbers: int) -> int:
-    """The same for several whole numbers together."""
+    """:func:`mix` of several whole numbers together."""
     key = np.zeros(1, np.uint64)
     for number in numbers:
         key = mix(key + np.uint64(number & MASK64))
@@ -65,7 +65,7 @@ class Switch:
         return state
 
     def set_epoch(self, epoch: int) -> None:
-        """Change examples otherwise than in other epochs. Without it, every epoch sees the same changes."""
+        """Set the epoch, which changes are different for. Without it, every epoch has the same changes."""
         self._state[0] = epoch
 
     def train(self, mode: bool = True) -> None:
@@ -88,7 +88,7 @@ class Augmented(Switch, Dataset[Any]):
     """A map-style dataset whose examples are changed as they are fetched, differently in each epoch.
 
     The change of example i depends on (seed, epoch, i) alone: not on its neighbours in the batch, on the number of
-    workers, or on who else draws random numbers. ``set_epoch`` is called by transformers' ``Trainer`` and by
+    workers, or on other uses of random numbers. ``set_epoch`` is called by transformers' ``Trainer`` and by
     :class:`~fastft.data.ReplayMixer`; a plain loop calls it itself. Evaluation data are simply not wrapped; or
     :meth:`eval`.
 
@@ -123,7 +123,7 @@ class Augmented(Switch, Dataset[Any]):
 
 
 class SeededTransform:
-    """Any random transform of one value, such as of ``torchvision.transforms.v2`` or albumentations, made repeatable.
+    """Makes a random transform of one value, such as of ``torchvision.transforms.v2`` or albumentations, repeatable.
 
     While it runs, the random numbers of torch (CPU), numpy and Python are seeded from the example's key; afterwards
     they are as before. Transforms with a ``set_random_seed`` and named arguments, as albumentations', are called their

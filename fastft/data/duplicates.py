@@ -48,10 +48,16 @@ def find_duplicates(texts: Sequence[str], *, near: float | None = 0.8) -> list[M
     Args:
         texts: may hold empty ones, which repeat nothing.
         near: the least similarity of near repetitions, above 0 up to 1: 2·(words in common, in order) / (all words of
-            both). 0.8, after Lee et al. 2022 (arXiv 2107.06499), finds a changed word in five. None: do not look.
+            both). 0.8, after Lee et al. 2022 (https://arxiv.org/abs/2107.06499), finds a changed word
+            in five. None: do not look.
 
     Returns:
-        One match for each repetition, by index.
+        A match for each repetition, by index: text ``index`` repeats text ``of``; ``kind`` is "exact", "normalised" or
+        "near"; ``similarity`` is the share of their words that they have in common, in the same order.
+
+    Raises:
+        ValueError: ``near`` is out of range.
+        ImportError: ``near`` is given and datasketch is not installed.
     """
     index = TextIndex(near)
     matches = []
@@ -68,7 +74,7 @@ def find_leakage(train_texts: Iterable[str], eval_texts: Sequence[str], *, near:
     """The evaluation texts that are in the training set too, compared as :func:`find_duplicates` does.
 
     Returns:
-        One match for each such text: ``index`` in ``eval_texts``, ``of`` in ``train_texts``.
+        A match, as there, for each such text: ``index`` in ``eval_texts``, ``of`` in ``train_texts``.
     """
     index = TextIndex(near)
     for number, text in enumerate(train_texts):
@@ -128,7 +134,7 @@ def column(dataset: Any, name: str | None) -> list[str]:
 
 
 class TextIndex:
-    """Texts, and for a new one what it repeats."""
+    """Texts in which the one that a new text repeats is found."""
 
     def __init__(self, near: float | None) -> None:
         if near is not None and not 0 < near <= 1:
@@ -143,7 +149,7 @@ class TextIndex:
             self._lsh = datasketch.MinHashLSH(CANDIDATE_JACCARD, PERMUTATIONS, weights=(0.2, 0.8))
 
     def add(self, number: int, text: str) -> None:
-        """Remember a text, if it has one; of equal ones the first."""
+        """Add a text unless it is empty; of equal ones the first counts."""
         words = words_of(text)
         plain = " ".join(words)
         self._exact.setdefault(text, number)
@@ -154,7 +160,7 @@ class TextIndex:
                 self._lsh.insert(number, self._sketch(plain), check_duplication=False)
 
     def find(self, text: str) -> tuple[int, Kind, float] | None:
-        """The text that it repeats, how, and how similar they are."""
+        """(the text that it repeats, kind, similarity), or None."""
         if not text.strip():
             return None
         if text in self._exact:

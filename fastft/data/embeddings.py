@@ -1,4 +1,4 @@
-"""NEFTune: noise on the embeddings while training (Jain et al. 2023, arXiv 2310.05914)."""
+"""NEFTune: noise on the embeddings while training (Jain et al. 2023, https://arxiv.org/abs/2310.05914)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastft.checks import check_not_negative
+
 
 def neftune(model: nn.Module, alpha: float = 5.0, *, seed: int | None = None) -> RemovableHandle:
     """Add uniform noise to the embeddings of every training forward pass.
@@ -16,10 +18,9 @@ def neftune(model: nn.Module, alpha: float = 5.0, *, seed: int | None = None) ->
     mode they pass untouched.
 
     Args:
-        model: a module whose output is noised: an embedding; or a transformers model, whose input embedding it is.
+        model: an embedding, whose output gets the noise; or a transformers model, whose input embedding does.
         alpha: how strong; 5 to 15 in the paper.
-        seed: draw from a generator of its own. By default torch's, so that ``torch.manual_seed`` and checkpoints cover
-            it.
+        seed: of a generator of its own. None: torch's, which ``torch.manual_seed`` and checkpoints cover.
 
     Returns:
         A handle; its ``remove()``, or leaving its ``with`` block, ends it.
@@ -27,8 +28,7 @@ def neftune(model: nn.Module, alpha: float = 5.0, *, seed: int | None = None) ->
     Raises:
         ValueError: alpha is negative or not finite.
     """
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"neftune: alpha: expected a finite number >= 0, got {alpha!r}")
+    check_not_negative("alpha", alpha)
     find = getattr(model, "get_input_embeddings", None)
     embedding = find() if find is not None else model
     generators: dict[torch.device, torch.Generator] = {}

@@ -32,7 +32,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong, and what to do about it."""
+    """A fault of a data set, and its remedy."""
 
     what: str
     do: str

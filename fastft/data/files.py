@@ -28,9 +28,9 @@ class FileError(UserError, ValueError):
 def read_table(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Any:
     """A ``datasets.Dataset`` with the rows of a file.
 
-    The name tells the format: ``.csv``, ``.tsv`` (without quoting) and ``.jsonl`` (an object a line), each also with
-    ``.gz`` behind, or ``.parquet``. Text is UTF-8; csv and tsv have a header line. Of those a column in which every
-    cell is a number becomes numbers, and an empty cell None; "NA" and "null" are words.
+    The format follows from the name: ``.csv``, ``.tsv`` (without quoting) and ``.jsonl`` (an object a line), each also
+    with ``.gz`` behind, or ``.parquet``. Text is UTF-8; csv and tsv have a header line. In these two, a column whose
+    cells are all numbers becomes numbers, and an empty cell becomes None; "NA" and "null" are words.
 
     Args:
         path: of the file.
@@ -158,13 +158,13 @@ def csv_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def tsv_rows(lines: Lines, path: Path) -> Iterator[tuple[str, Record]]:
-    """Rows of a TSV file. Quotes mean nothing: one that a text begins with would swallow the rows that follow."""
+    """Rows of a TSV file, without quoting: a quote that a text begins with would swallow the rows that follow."""
     hint = "; a field of a .tsv file holds no tabs and no line breaks (one of a .csv file may)"
     yield from table_rows(csv.reader(iter(lines), delimiter="\t", quoting=csv.QUOTE_NONE), path, hint)
 
 
 def table_rows(rows: Any, path: Path, hint: str) -> Iterator[tuple[str, Record]]:
-    """Rows below a header, each as long as that."""
+    """Rows below a header, each with as many fields."""
     csv.field_size_limit(2**31 - 1)  # texts may be long
     header: list[str] = []
     place = "line 1"

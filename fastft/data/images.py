@@ -1,4 +1,4 @@
-"""Augment batches of images in the training loop: flip, crop, mix. They are modules: ``eval()`` switches them off."""
+"""Augment batches of images in the training loop: flip, crop, mix. Modules, which ``eval()`` switches off."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastft.checks import check_count, check_positive
+
 
 class BatchAugment(nn.Module):
-    """Changes a batch of images [n, channels, height, width] and its labels: the base of those below.
+    """The base of augmentations of a batch of images [n, channels, height, width] and its labels.
 
     What the k-th call in training changes depends on (seed, kind of change, rank, k) alone. k is in the
     ``state_dict``, so a resumed run goes on with the same changes. In eval mode everything passes untouched.
@@ -24,16 +26,13 @@ class BatchAugment(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"{type(self).__name__}: seed: expected a whole number >= 0, got {seed!r}")
+        check_count("seed", seed, 0)
         self.seed, self.calls = seed, 0
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Changed copies of images [n, channels, height, width] and labels: class indices [n], or [n, classes]."""
         if images.ndim != 4:
-            raise ValueError(
-                f"{type(self).__name__}: images: expected [n, channels, height, width], got {tuple(images.shape)}"
-            )
+            raise ValueError(f"images: expected [n, channels, height, width], got {tuple(images.shape)}")
         if not self.training or not len(images):
             return images, labels
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -43,7 +42,7 @@ class BatchAugment(nn.Module):
         return self.change(images, labels, random)
 
     def change(self, images: Tensor, labels: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """What a kind of augmentation does, with the call's own random numbers."""
+        """Augment one batch with the random numbers of this call; each kind of augmentation has its own."""
         raise NotImplementedError
 
     def get_extra_state(self) -> dict[str, int]:
@@ -54,7 +53,7 @@ class BatchAugment(nn.Module):
 
 
 class Compose(nn.Sequential):
-    """Several, one after the other: ``Compose(RandomFlip(), RandomCrop(4), MixUp(10))``."""
+    """Several augmentations, one after the other: ``Compose(RandomFlip(), RandomCrop(4), MixUp(10))``."""
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         for step in self:
@@ -68,7 +67,7 @@ class RandomFlip(BatchAugment):
     def __init__(self, p: float = 0.5, seed: int = 0) -> None:
         super().__init__(seed)
         if not 0 <= p <= 1:
-            raise ValueError(f"RandomFlip: p: expected a number from 0 to 1, got {p!r}")
+            raise ValueError(f"p: expected a number from 0 to 1, got {p!r}")
         self.p = p
 
     def change(self, images: Tensor, labels: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -77,12 +76,11 @@ class RandomFlip(BatchAugment):
 
 
 class RandomCrop(BatchAugment):
-    """Each image is moved by up to ``padding`` pixels each way; what comes in at the edge is 0."""
+    """Each image is moved by up to ``padding`` pixels each way and filled up with 0."""
 
     def __init__(self, padding: int = 4, seed: int = 0) -> None:
         super().__init__(seed)
-        if not isinstance(padding, int) or padding < 1:
-            raise ValueError(f"RandomCrop: padding: expected a whole number >= 1, got {padding!r}")
+        check_count("padding", padding)
         self.padding = padding
 
     def change(self, images: Tensor, labels: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -96,7 +94,7 @@ class RandomCrop(BatchAugment):
 
 
 class Mixing(BatchAugment):
-    """Each image of a batch is mixed with another one of it, and its label likewise.
+    """The base of augmentations that mix each image of a batch, and its label, with another one of the batch.
 
     Labels become probabilities [n, classes], float32, as ``cross_entropy`` takes them; each sums to one.
 
@@ -108,10 +106,8 @@ class Mixing(BatchAugment):
 
     def __init__(self, classes: int, alpha: float, seed: int = 0) -> None:
         super().__init__(seed)
-        if not isinstance(classes, int) or classes < 1:
-            raise ValueError(f"{type(self).__name__}: classes: expected a whole number >= 1, got {classes!r}")
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"{type(self).__name__}: alpha: expected a finite number > 0, got {alpha!r}")
+        check_count("classes", classes)
+        check_positive("alpha", alpha)
         self.classes, self.alpha = classes, alpha
 
     def mixed_labels(self, labels: Tensor, other: Tensor, share: float) -> Tensor:
@@ -122,28 +118,28 @@ class Mixing(BatchAugment):
             probabilities = F.one_hot(labels.long(), self.classes).float()
         else:
             raise ValueError(
-                f"{type(self).__name__}: labels: expected class indices [n] or probabilities [n, {self.classes}], "
+                f"labels: expected class indices [n] or probabilities [n, {self.classes}], "
                 f"got {labels.dtype} {tuple(labels.shape)}"
             )
         return share * probabilities + (1 - share) * probabilities[other]
 
 
 class MixUp(Mixing):
-    """Images are blended: λ·x + (1 − λ)·x′ (Zhang et al. 2018, arXiv 1710.09412)."""
+    """Images are blended: λ·x + (1 − λ)·x′ (Zhang et al. 2018, https://arxiv.org/abs/1710.09412)."""
 
     def __init__(self, classes: int, alpha: float = 0.2, seed: int = 0) -> None:
         super().__init__(classes, alpha, seed)
 
     def change(self, images: Tensor, labels: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         if not images.is_floating_point():
-            raise ValueError(f"MixUp: images: expected floating-point numbers, got {images.dtype}")
+            raise ValueError(f"images: expected floating-point numbers, got {images.dtype}")
         share = random.beta(self.alpha, self.alpha)
         other = torch.from_numpy(random.permutation(len(images))).to(images.device)
         return share * images + (1 - share) * images[other], self.mixed_labels(labels, other, share)
 
 
 class CutMix(Mixing):
-    """A rectangle of about 1 − λ of the area is taken from another image (Yun et al. 2019, arXiv 1905.04899).
+    """A rectangle of about 1 − λ of the area is taken from another image (Yun et al. 2019, https://arxiv.org/abs/1905.04899).
 
     The label's share is that of the pixels.
     """
@@ -164,6 +160,6 @@ class CutMix(Mixing):
 
 
 def stretch(size: int, share: float, random: np.random.Generator) -> tuple[int, int]:
-    """Where a stretch of about ``share`` of ``size`` begins and ends: its middle is anywhere, the rest is cut off."""
+    """(begin, end) of a stretch of about ``share`` of ``size`` with a random middle, cut off at 0 and ``size``."""
     middle, half = random.integers(size), size * share / 2
     return max(0, round(middle - half)), min(size, round(middle + half))

@@ -14,13 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from fastft.checks import check_count
+
 TARGET, SOURCE, ORDER = range(3)
-"""What a permutation is for; part of its seed."""
+"""The uses of a permutation: a part of its seed."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which positions of a sequence belong to the source: as evenly as whole numbers allow.
+    """The positions of a sequence that belong to the source, spread as evenly as whole numbers allow.
 
     Position i does iff ⌊(i + 1)·ratio + φ⌋ > ⌊i·ratio + φ⌋, so any n positions in a row hold ⌊n·ratio⌋ or ⌈n·ratio⌉
     of them. The phases φ = (shard + ½)/shards of the shards of one stream are such that the same holds for the
@@ -51,7 +53,7 @@ class ReplayMixer(Dataset[Any]):
 
     Of any n examples in a row, ⌊n·ratio⌋ or ⌈n·ratio⌉ are from the source: in every batch, for every rank, with any
     number of workers. About 5 % of old data do where the new data are close to it, 25 % where they are far (Ibrahim et
-    al. 2024, arXiv 2403.08763).
+    al. 2024, https://arxiv.org/abs/2403.08763).
 
     **Two map-style datasets** (``len`` and ``[i]``; HF ``Dataset``) give a map-style one that is *already shuffled*:
     item i is the i-th example of the epoch. Give it to a ``DataLoader`` without ``shuffle``; what would reorder it
@@ -105,18 +107,17 @@ class ReplayMixer(Dataset[Any]):
     ) -> None:
         self.target, self.source = target, source
         self.ratio = checked_ratio(ratio)
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"ReplayMixer: seed: expected a whole number >= 0, got {seed!r}")
+        check_count("seed", seed, 0)
         self.seed = seed
         self.fresh, self.self_sharded = fresh, self_sharded
         if (rank is None) != (world_size is None) and world_size != 1:
-            raise ValueError(f"ReplayMixer: rank and world_size: expected both or neither, got {rank}, {world_size}")
+            raise ValueError(f"rank and world_size: expected both or neither, got {rank}, {world_size}")
         if world_size is not None and not 0 <= (rank or 0) < world_size:
-            raise ValueError(f"ReplayMixer: rank: expected one of 0 ... {world_size - 1}, got {rank}")
+            raise ValueError(f"rank: expected one of 0 ... {world_size - 1}, got {rank}")
         self._rank, self._world_size = rank, world_size
         for name, dataset in (("target", target), ("source", source)):
             if not is_stream(dataset, name) and len(dataset) == 0:
-                raise ValueError(f"ReplayMixer: {name}: expected at least one example, got an empty dataset")
+                raise ValueError(f"{name}: expected at least one example, got an empty dataset")
         check_columns(target, source)
         # Shared memory: workers that outlive an epoch see the next one set.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -127,7 +128,7 @@ class ReplayMixer(Dataset[Any]):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle as for this epoch, from the next iteration on; members that have a ``set_epoch`` are told too."""
+        """Shuffle as for this epoch, from the next iteration on; calls the ``set_epoch`` of members that have one."""
         self._epoch.fill_(epoch)
         for dataset in (self.target, self.source):
             if hasattr(dataset, "set_epoch"):
@@ -141,8 +142,31 @@ class ReplayMixer(Dataset[Any]):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
+    def sampler(self, start: int = 0, *, drop_last: bool = False) -> ReplaySampler:
+        """Of a map-style mixture: the positions of one rank's share of an epoch, for ``DataLoader(sampler=...)``.
+
+        A rank's share is one stretch of the epoch, so the ratio holds in it too.
+
+        Args:
+            start: how many examples this rank has had of the current epoch; the first iteration starts behind them,
+                later ones at the beginning.
+            drop_last: give every rank equally many, by leaving out up to ``world_size − 1`` examples of an epoch.
+
+        Raises:
+            TypeError: the mixture is iterable-style.
+            ValueError: ``start`` is more than the rank's share.
+        """
+        raise TypeError("sampler: expected a mixture of two map-style datasets, got an iterable-style one")
+
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and what the mixture was made of; see the classes for the position in the epoch."""
+        """The epoch, and what the mixture was made of.
+
+        Of an iterable-style mixture also how many examples of the epoch this process has given, and loading it skips
+        as many: with ``StatefulDataLoader`` every worker does so; with a plain ``DataLoader`` with workers skip batches
+        instead, ``itertools.islice(loader, batches_done, None)``. A ``DataLoader`` reads ahead, so of a map-style
+        mixture only the training loop knows how far it is: resume with ``sampler(start=batches_done * batch_size)``
+        after :meth:`load_state_dict`; ``StatefulDataLoader`` does both by itself.
+        """
         return {"epoch": self.epoch, "mixture": self._mixture()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -154,11 +178,11 @@ class ReplayMixer(Dataset[Any]):
         mine, theirs = self._mixture(), dict(state["mixture"])
         if mine != theirs:
             different = [f"{key} {theirs.get(key)} (here {mine[key]})" for key in mine if mine[key] != theirs.get(key)]
-            raise ValueError(f"ReplayMixer.load_state_dict: the state is of another mixture: {', '.join(different)}")
+            raise ValueError(f"state: expected that of this mixture, got that of another: {', '.join(different)}")
         self.set_epoch(int(state["epoch"]))
 
     def _mixture(self) -> dict[str, Any]:
-        """What decides the order, besides the epoch."""
+        """All that the order depends on, besides the epoch."""
         sizes = {
             f"{name}_examples": None if is_stream(dataset, name) else len(dataset)
             for name, dataset in (("target", self.target), ("source", self.source))
@@ -170,11 +194,7 @@ class ReplayMixer(Dataset[Any]):
 
 
 class MapReplayMixer(ReplayMixer):
-    """Two map-style datasets, as one; see :class:`ReplayMixer`, which makes it.
-
-    A ``DataLoader`` reads ahead, so only the training loop knows how far it is: resume with
-    ``sampler(start=batches_done * batch_size)`` after ``load_state_dict``. ``StatefulDataLoader`` does both by itself.
-    """
+    """Two map-style datasets, as one; see :class:`ReplayMixer`, which makes it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -218,12 +238,6 @@ class MapReplayMixer(ReplayMixer):
         return self._order[1]
 
     def sampler(self, start: int = 0, *, drop_last: bool = False) -> ReplaySampler:
-        """The order for one rank: its own part of every epoch, without gaps, so that the ratio holds there too.
-
-        Args:
-            start: how many examples this rank has had of the current epoch; the first iteration starts behind them.
-            drop_last: give every rank equally many, by leaving out up to ``world_size − 1`` examples of an epoch.
-        """
         return ReplaySampler(self, start, drop_last)
 
     def _source_order(self, epoch: int) -> NDArray[np.int64]:
@@ -242,10 +256,7 @@ class MapReplayMixer(ReplayMixer):
 
 
 class ReplaySampler(Sampler[int]):
-    """The positions of one rank's part of a :class:`MapReplayMixer`; made by its :meth:`~MapReplayMixer.sampler`.
-
-    The first iteration starts at ``start``, later ones at the beginning.
-    """
+    """The positions of one rank's share of a mixture; see :meth:`ReplayMixer.sampler`."""
 
     def __init__(self, mixer: MapReplayMixer, start: int, drop_last: bool) -> None:
         self.mixer, self.drop_last = mixer, drop_last
@@ -255,8 +266,7 @@ class ReplaySampler(Sampler[int]):
         self.positions = range(begin, begin + each + (not drop_last and rank < rest))
         if not 0 <= start <= len(self.positions):
             raise ValueError(
-                f"ReplayMixer.sampler: start: expected 0 ... {len(self.positions)}, the examples of this rank in an "
-                f"epoch, got {start}"
+                f"start: expected 0 ... {len(self.positions)}, the examples of this rank in an epoch, got {start}"
             )
         self.start = start
 
@@ -268,24 +278,17 @@ class ReplaySampler(Sampler[int]):
         return len(self.positions) - self.start
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the mixer's: frameworks call this on samplers."""
+        """Set the mixer's epoch; frameworks call this on samplers."""
         self.mixer.set_epoch(epoch)
 
 
 class StreamReplayMixer(ReplayMixer, IterableDataset[Any]):
-    """A mixture of which at least one part is iterable-style; see :class:`ReplayMixer`, which makes it.
-
-    Its state counts the examples given in this process, and loading it reads past as many, exactly. With
-    ``StatefulDataLoader`` every worker does so. With a plain ``DataLoader`` with workers, skip batches instead:
-    ``itertools.islice(loader, batches_done, None)``.
-    """
+    """A mixture of which at least one part is iterable-style; see :class:`ReplayMixer`, which makes it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.fresh:
-            raise ValueError(
-                "ReplayMixer: fresh: expected False, since an iterable-style dataset is read from its start"
-            )
+            raise ValueError("fresh: expected False, since an iterable-style dataset is read from its start")
         self._given = self._skip = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -332,7 +335,7 @@ class StreamReplayMixer(ReplayMixer, IterableDataset[Any]):
                 empty = False
                 yield example
             if empty:
-                raise RuntimeError(f"ReplayMixer: source: expected at least one example for {shard}, got none; {FEW}")
+                raise RuntimeError(f"source: expected at least one example for {shard}, got none; {FEW}")
 
     def _pass(self, dataset: Any, shard: Shard, *key: int) -> Iterator[Any]:
         """This shard's part of a dataset, once through."""
@@ -392,7 +395,7 @@ def joined(target: Any, source: Any) -> Any:
 
 def checked_ratio(ratio: float | Fraction) -> Fraction:
     """``ratio`` as a fraction of whole numbers that stay small enough to compute with quickly."""
-    wanted = "ReplayMixer: ratio: expected a number between 0 and 1, both excluded"
+    wanted = "ratio: expected a number between 0 and 1, both excluded"
     try:
         exact = Fraction(ratio).limit_denominator(1_000_000)
     except (TypeError, ValueError, OverflowError) as error:
@@ -409,8 +412,7 @@ def is_stream(dataset: Any, name: str) -> bool:
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, (str, Mapping)):
         return False
     raise TypeError(
-        f"ReplayMixer: {name}: expected a map-style dataset (with len() and []) or an IterableDataset, "
-        f"got {type(dataset).__name__}"
+        f"{name}: expected a map-style dataset (with len() and []) or an IterableDataset, got {type(dataset).__name__}"
     )
 
 
@@ -423,14 +425,14 @@ def refuse_reordered(indices: Sequence[int]) -> None:
     """Raise if positions do not follow one another; a last batch may be filled up from the beginning."""
     if any(b not in (a + 1, 0) for a, b in pairwise(indices)):
         raise ValueError(
-            "ReplayMixer: it is shuffled already, and reordering it would break the ratio: leave out shuffle=True and "
+            "the mixture is shuffled already, and reordering it would break the ratio: leave out shuffle=True and "
             "other samplers, or use mixer.sampler(), which also divides it among ranks (transformers' Trainer: "
             "train_sampling_strategy='sequential'; Lightning: use_distributed_sampler=False)"
         )
 
 
 def check_columns(target: Any, source: Any) -> None:
-    """Raise if the two give different kinds of examples, as far as can be told without reading from a stream."""
+    """Raise if the two give different kinds of examples, as far as is known without reading from a stream."""
     names = [getattr(dataset, "column_names", None) for dataset in (target, source)]
     if all(isinstance(columns, list) for columns in names):
         refuse_different_columns(*cast(list[list[str]], names))
@@ -443,7 +445,7 @@ def refuse_different_columns(target: Iterable[Any], source: Iterable[Any]) -> No
     mine, theirs = set(target), set(source)
     if mine != theirs:
         raise ValueError(
-            f"ReplayMixer: source: expected the target's columns {sorted(mine, key=str)}, "
+            f"source: expected the target's columns {sorted(mine, key=str)}, "
             f"got {sorted(theirs, key=str)}: rename or remove columns of one of them"
         )
 
@@ -452,7 +454,7 @@ def refuse_different_features(target: Any, source: Any) -> None:
     different = [f"{name}: {source[name]} instead of {target[name]}" for name in target if target[name] != source[name]]
     if different:
         raise ValueError(
-            f"ReplayMixer: source: expected the target's column types, got {'; '.join(different)}: "
+            f"source: expected the target's column types, got {'; '.join(different)}: "
             "use source.cast(target.features), or make the target's like the source's"
         )
 
@@ -462,9 +464,7 @@ def check_examples_alike(target: Any, source: Any) -> None:
     if isinstance(target, Mapping) and isinstance(source, Mapping):
         refuse_different_columns(target, source)
     elif type(target) is not type(source) or (isinstance(target, (tuple, list)) and len(target) != len(source)):
-        raise ValueError(
-            f"ReplayMixer: source: expected examples like the target's, {describe(target)}, got {describe(source)}"
-        )
+        raise ValueError(f"source: expected examples like the target's, {describe(target)}, got {describe(source)}")
 
 
 def describe(example: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which examples to take: representative ones; how far they lie from what a model knows; how classes are balanced."""
+"""Choose representative examples; measure how far they lie from what a model knows, and how classes are balanced."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK_ELEMENTS = 1 << 22
 def select_representative(
     embeddings: Any, k: int, method: Literal["k_center", "facility_location"] = "facility_location"
 ) -> list[int]:
-    """k rows that stand for all: greedily chosen, in the order of choice, so that any first few do as well.
+    """Choose k rows that represent all, greedily. The first few of them represent all as well as they can, too.
 
     "k_center" keeps the farthest point near: each next row is the one farthest from those chosen, from the row nearest
     to the mean on. The largest Euclidean distance of a row to its nearest chosen one is at most twice the least
@@ -44,12 +44,12 @@ def select_representative(
     """
     points = as_points(embeddings, "embeddings")
     if not isinstance(k, int) or not 1 <= k <= len(points):
-        raise ValueError(f"select_representative: k: expected a whole number from 1 to {len(points)}, got {k!r}")
+        raise ValueError(f"k: expected a whole number from 1 to {len(points)}, got {k!r}")
     if method == "k_center":
         return k_center(points, k)
     if method == "facility_location":
         return facility_location(points, k)
-    raise ValueError(f'select_representative: method: expected "k_center" or "facility_location", got {method!r}')
+    raise ValueError(f'method: expected "k_center" or "facility_location", got {method!r}')
 
 
 def k_center(points: Floats, k: int) -> list[int]:
@@ -92,7 +92,7 @@ class Coverage:
     density: float
     """In how many source neighbourhoods a target example lies, over k: 1 for a sample of the source itself."""
     coverage: float
-    """The share of the source with a target example nearby, 0 to 1: the lower, the more is never rehearsed."""
+    """The share of the source with a target example nearby, 0 to 1: the lower, the more is never repeated."""
     k: int
 
 
@@ -102,24 +102,29 @@ def coverage(source: Any, target: Any, k: int = 5) -> Coverage:
     With B(x) the open ball around source point x whose radius is the distance to its k-th nearest other source point,
     N source and M target points:
 
-    - ``within`` = share of targets in any B(x): the improved precision of Kynkäänniemi et al. 2019 (arXiv 1904.06991);
+    - ``within`` = share of targets in any B(x): the improved precision of Kynkäänniemi et al. 2019
+      (https://arxiv.org/abs/1904.06991);
     - ``density`` = 1/(k·M)·Σ over targets of the number of B(x) that hold it, and
-    - ``coverage`` = share of the N balls that hold a target, both of Naeem et al. 2020 (arXiv 2002.09797), where the
-      source is "real" and the target "fake".
+    - ``coverage`` = share of the N balls that hold a target, both of Naeem et al. 2020
+      (https://arxiv.org/abs/2002.09797), where the source is "real" and the target "fake".
 
     Args:
         source: embeddings [N, d] of data like those the model was trained on, N > k.
         target: embeddings [M, d] of the fine-tuning data, of the same model.
         k: the neighbours that set the radius; 5 in the paper.
 
+    Returns:
+        ``within``, ``density`` and ``coverage`` as above, and ``k``. The lower ``within``, the more old knowledge is at
+        risk; the lower ``coverage``, the more of it is never repeated; ``density`` is 1 for a sample of the source.
+
     Raises:
         ValueError: wrong shapes or k, or a number that is not finite.
     """
     known, new = as_points(source, "source"), as_points(target, "target")
     if known.shape[1] != new.shape[1]:
-        raise ValueError(f"coverage: target: expected {known.shape[1]} columns as the source has, got {new.shape[1]}")
+        raise ValueError(f"target: expected {known.shape[1]} columns as the source has, got {new.shape[1]}")
     if not isinstance(k, int) or not 1 <= k < len(known):
-        raise ValueError(f"coverage: k: expected a whole number from 1 to {len(known) - 1}, got {k!r}")
+        raise ValueError(f"k: expected a whole number from 1 to {len(known) - 1}, got {k!r}")
     middle = known.mean(0)  # near 0, squared distances lose less to rounding
     known, new = known - middle, new - middle
     balls_around = np.zeros(len(new), np.int64)
@@ -157,12 +162,17 @@ class Balance:
 def class_balance(labels: Iterable[Hashable]) -> Balance:
     """Count classes.
 
+    Returns:
+        ``counts``, by class, the most frequent first; ``majority``, the most frequent class's share, which is the
+        accuracy of always guessing it; ``imbalance``, its count over that of the least frequent; and ``weights``,
+        examples/(classes·count) by class, for a loss in which all classes count alike.
+
     Raises:
         ValueError: there is no label.
     """
     counts = dict(Counter(labels).most_common())
     if not counts:
-        raise ValueError("class_balance: labels: expected at least one, got none")
+        raise ValueError("labels: expected at least one, got none")
     total, most, least = sum(counts.values()), max(counts.values()), min(counts.values())
     weights = {label: total / (len(counts) * count) for label, count in counts.items()}
     return Balance(counts, most / total, most / least, weights)
@@ -181,7 +191,7 @@ def as_points(values: Any, name: str) -> Floats:
 
 
 def blocks(points: Floats, columns: int) -> Iterator[Floats]:
-    """Some rows at a time, so that a matrix with so many ``columns`` stays small."""
+    """The rows in blocks, so that a matrix of a block and ``columns`` columns stays small."""
     rows = max(1, BLOCK_ELEMENTS // columns)
     for start in range(0, len(points), rows):
         yield points[start : start + rows]

@@ -28,7 +28,7 @@ EVERYWHERE = slice(None)
 
 
 class Rows:
-    """How tokens that lie one after the other are divided into rows."""
+    """The division of consecutive tokens into rows."""
 
     def __init__(self, lengths: Ids) -> None:
         self.lengths, self.ends = lengths, lengths.cumsum()
@@ -45,7 +45,7 @@ class Rows:
         return differences
 
     def keys(self, row_keys: Keys) -> Keys:
-        """One for each token, out of one for each row."""
+        """A key for each token, from one for each row."""
         keys: Keys = (row_keys - GOLDEN).repeat(self.lengths) + self.steps
         return keys
 
@@ -61,7 +61,7 @@ class Tokens(NamedTuple):
     """Whether it is the first of its row."""
     keys: Keys
     mask_id: int
-    """What stands for a token that is not shown."""
+    """The id that replaces a masked token."""
 
     def random(self, draw: int, places: Ids | slice = EVERYWHERE) -> Keys:
         """64 random bits for each token, or for those at ``places``; other ones for another ``draw``, 0 or 1."""
@@ -98,13 +98,11 @@ class TextAugment:
 
     def __init__(self, tokenizer: Any, *steps: Step, mask_id: int | None = None) -> None:
         if not steps:
-            raise ValueError("TextAugment: steps: expected at least one")
+            raise ValueError("steps: expected at least one, got none")
         candidates = (mask_id, tokenizer.mask_token_id, tokenizer.unk_token_id)
         found = [candidate for candidate in candidates if candidate is not None]
         if not found:
-            raise ValueError(
-                "TextAugment: mask_id: expected a token id, since the tokenizer has no mask token, got None"
-            )
+            raise ValueError("mask_id: expected a token id, since the tokenizer has no mask token, got None")
         self.steps, self.mask_id, self.pad_id = steps, int(found[0]), tokenizer.pad_token_id
         special = [*tokenizer.all_special_ids, self.mask_id]
         self._is_special = np.zeros(max(len(tokenizer), max(special) + 1), bool)
@@ -184,7 +182,7 @@ class TextAugment:
         batch["input_ids"] = like(batch["input_ids"], changed)
 
     def _changed(self, ids: Ids, rows: Rows, row_keys: Keys, protected: Flags | None) -> Ids:
-        """What becomes of the ``ids`` [tokens]."""
+        """``ids`` [tokens] after all steps."""
         special = self._is_special[ids]
         free = ~special if protected is None else ~(special | protected)
         keys, first = rows.keys(row_keys), rows.steps == GOLDEN
@@ -194,14 +192,14 @@ class TextAugment:
 
 
 class AugmentingCollator(Switch):
-    """A ``collate_fn`` that augments what another one made.
+    """A ``collate_fn`` that augments the batches of another one.
 
     The change of a row depends on (seed, epoch, the row's tokens) alone: not on the rest of the batch, its padding,
-    the number of workers, or on who else draws random numbers; so equal rows change alike in one epoch. Labels that
+    the number of workers, or on other uses of random numbers; so equal rows change alike in one epoch. Labels that
     the inner collator makes from the tokens are those of the text as it was.
 
-    It augments until :meth:`eval`. transformers' ``Trainer`` gives evaluation data to the same collator and tells it
-    no epoch: wrap its training data in :class:`~fastft.data.Augmented` instead.
+    It augments until :meth:`eval`. transformers' ``Trainer`` gives evaluation data to the same collator and does
+    not set its epoch: wrap its training data in :class:`~fastft.data.Augmented` instead.
 
     Args:
         collate: makes a dict with ``input_ids`` out of examples, such as ``DataCollatorWithPadding(tokenizer)``.
@@ -221,7 +219,7 @@ class AugmentingCollator(Switch):
 
 
 def like(before: Any, after: NDArray[Any]) -> Any:
-    """``after`` as the kind of thing that ``before`` is."""
+    """``after`` as a list, array or tensor, as ``before`` is."""
     if isinstance(before, torch.Tensor):
         tensor = torch.from_numpy(after)
         return tensor if tensor.dtype == before.dtype else tensor.to(before.dtype)
@@ -237,9 +235,9 @@ def below(p: float) -> np.uint64:
     return np.uint64(min(int(p * 2.0**64), 2**64 - 1))
 
 
-def check_probability(where: str, p: float) -> None:
+def check_probability(p: float) -> None:
     if not isinstance(p, (int, float)) or not 0 <= p < 1:
-        raise ValueError(f"{where}: p: expected a number from 0 to below 1, got {p!r}")
+        raise ValueError(f"p: expected a number from 0 to below 1, got {p!r}")
 
 
 @dataclass(frozen=True)
@@ -249,7 +247,7 @@ class TokenDropout:
     p: float
 
     def __post_init__(self) -> None:
-        check_probability("TokenDropout", self.p)
+        check_probability(self.p)
 
     def __call__(self, tokens: Tokens) -> Ids:
         return tokens.masked(tokens.random(0) < below(self.p))
@@ -257,7 +255,8 @@ class TokenDropout:
 
 @dataclass(frozen=True)
 class SpanMasking:
-    """Runs of tokens are masked; their lengths are geometric, as SpanBERT's (arXiv 1907.10529).
+    """Runs of tokens are masked; their lengths are geometric, as in SpanBERT (Joshi et al. 2019,
+    https://arxiv.org/abs/1907.10529).
 
     Args:
         p: the probability of a token to be masked; the same for each, at the ends of a row and in short rows too.
@@ -268,11 +267,10 @@ class SpanMasking:
     mean_length: float = 3.0
 
     def __post_init__(self) -> None:
-        check_probability("SpanMasking", self.p)
+        check_probability(self.p)
         if not self.mean_length >= 1 / (1 - self.p):
             raise ValueError(
-                f"SpanMasking: mean_length: expected at least 1/(1 - p) = {1 / (1 - self.p):.3g}, "
-                f"got {self.mean_length!r}"
+                f"mean_length: expected at least 1/(1 - p) = {1 / (1 - self.p):.3g}, got {self.mean_length!r}"
             )
 
     def __call__(self, tokens: Tokens) -> Ids:
@@ -307,7 +305,7 @@ class SynonymReplacement:
     """
 
     def __init__(self, p: float, table: Mapping[str, Sequence[str]] | str | Path, tokenizer: Any) -> None:
-        check_probability("SynonymReplacement", p)
+        check_probability(p)
         self.p = p
         if isinstance(table, (str, Path)):
             table = read_synonyms(table)
@@ -321,8 +319,7 @@ class SynonymReplacement:
                         found.setdefault(word, {})[synonym] = None
         if not found:
             raise ValueError(
-                "SynonymReplacement: table: expected a word and a synonym that are one token each, got none among "
-                f"{len(table)} words"
+                f"table: expected a word and a synonym that are one token each, got none among {len(table)} words"
             )
         self.words = len(found)
         self._continues = continuing(tokenizer)

@@ -235,8 +235,8 @@ class AdamW(torch.optim.AdamW):
             self._check_groups()
             check_scalar(grad_scale, "grad_scale")
             check_scalar(found_inf, "found_inf")
-            self._gather(counts_on_device=self._skip_nonfinite or found_inf is not None)
             may_skip = self._skip_nonfinite or found_inf is not None
+            self._gather(counts_on_device=may_skip)
             if may_skip and self._skipped is None:
                 self._skipped = torch.zeros((), dtype=torch.int64, device=self._first_device())
             try:

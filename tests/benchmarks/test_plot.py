@@ -110,7 +110,7 @@ def test_tables_and_plots_are_made_and_checked(arguments: list[object], tmp_path
     assert "data.md is stale" in plot_py(*arguments, "--check").stderr
 
 
-def test_who_beats_us_is_told() -> None:
+def test_cases_in_which_another_is_faster_are_listed() -> None:
     assert PLOT["lost_to"](result()).startswith("Where another was faster: step {} (torch fused: 1.20)")
     assert "1.10" not in PLOT["lost_to"](result())  # that may be chance
 

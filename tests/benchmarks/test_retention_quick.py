@@ -141,6 +141,34 @@ def test_records_survive_what_a_killed_run_leaves(importable: Any, tmp_path: Pat
     assert packed["standard_error"] == pytest.approx(items.double().std().item() / 2001**0.5)
 
 
+def test_the_rows_of_each_split_are_apart(importable: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the real model and data, with made-up vectors: the true ones take a minute."""
+    from benchmarks.retention import minilm
+
+    monkeypatch.setattr(minilm.MiniLM, "known", lambda self, texts: torch.randn(len(texts), 384))
+    tuning, testing = minilm.MiniLM(64, "validation"), minilm.MiniLM(None, "test")
+    texts = {
+        name: {review.text for review in reviews}
+        for name, reviews in {
+            "tuning": tuning.train,
+            "validation": tuning.test,
+            "training": testing.train,
+            "test": testing.test,
+        }.items()
+    }
+    assert [len(part) for part in texts.values()] == [64, 2000, 8070, 2000]
+    assert texts["tuning"] | texts["validation"] <= texts["training"]
+    assert not texts["tuning"] & texts["validation"] and not texts["training"] & texts["test"]
+    pools = [*tuning.pools, *testing.pools, tuning.replayed]
+    assert [len(pool) for pool in pools[:-1]] == [1000] * 5
+    assert len({sense for pool in pools for sense in pool}) == sum(map(len, pools))
+    # Batches of like length in tokens: hardly any padding.
+    inputs = [inputs["attention_mask"] for inputs, _ in minilm.MiniLM(1024, "validation").batches(1, 0)]
+    assert sum(mask.sum().item() for mask in inputs) > 0.9 * sum(mask.numel() for mask in inputs)
+    with pytest.raises(ValueError, match=r"rows: expected at most 6070 with split 'validation', got 7000"):
+        minilm.MiniLM(7000, "validation")
+
+
 def test_a_run_is_claimed_by_one(importable: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.retention import records
 
@@ -264,7 +292,7 @@ def test_the_report_on_data_says_what_differs(importable: Any, tmp_path: Path) -
     for name, (target, source) in reached.items():
         found += [record(plan.data_settings(name, s), "1", target + s / 100, source) for s in plan.SEEDS]
     results = data_report.DataResults(found)
-    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in results.table()}
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in results.to_markdown().splitlines()}
     by_seed = torch.stack([(easy["target"] < 0.8 + seed / 100).double().mean() for seed in plan.SEEDS])
     said = f"{by_seed.mean():.3f} ± {by_seed.std() / len(by_seed) ** 0.5:.3f} ["
     assert rows["neither"][2].startswith(said) and rows["neither"][3] == ""

@@ -40,7 +40,7 @@ TENSORS_PER_LAUNCH = (32000 - 88) // 10
 
 @pytest.fixture(scope="session")
 def expected() -> dict[str, Outcome]:
-    """What the ordinary module made of the cases."""
+    """The results of the cases, from the ordinary module."""
     return torch.load(os.environ["FASTFT_EXPECTED"])
 
 

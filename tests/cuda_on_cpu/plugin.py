@@ -19,13 +19,13 @@ COUNTERS = ("launches", "blocks", "uploads", "uploaded_bytes", "memsets")
 
 
 class Counted(ctypes.Structure):
-    """What the shim has done so far."""
+    """The shim's counters, which only grow."""
 
     _fields_ = [(name, ctypes.c_uint64) for name in COUNTERS]
 
 
 def counters() -> Counter[str]:
-    """What the shim has done so far: ``counters() - before`` is what it did since."""
+    """The shim's counters now; ``counters() - before`` counts what came since."""
     out = Counted()
     ctypes.CDLL(str(FOLDER / "libfastft_kernels.so")).cuda_on_cpu_counters(ctypes.byref(out))
     return Counter({name: getattr(out, name) for name in COUNTERS})

@@ -5,6 +5,8 @@ sends CPU tensors through the CUDA kernels, compiled as host code over the shim 
 its own under build/, beside links to the Python sources; the module that is installed is never touched.
 
     python tests/cuda_on_cpu/sanitized.py cpu tests/optim/test_masks.py -x
+
+A test takes some ten times as long here: ``--one-per-axis`` runs one case for each value of each axis.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ OPTIONS = {
 
 
 def sanitizer_libraries() -> list[str]:
-    """What must be in a process before Python: AddressSanitizer, and the C++ library whose throw it intercepts."""
+    """Libraries to preload: AddressSanitizer, and the C++ library whose throw it intercepts."""
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
     paths = [subprocess.check_output([CXX, f"-print-file-name={name}"], text=True).strip() for name in names]
     missing = [name for name, path in zip(names, paths, strict=True) if not os.path.isabs(path)]
@@ -165,6 +167,7 @@ def environment(tree: Path) -> dict[str, str]:
         "LD_PRELOAD": " ".join(sanitizer_libraries()),
         "PYTHONPATH": os.pathsep.join([str(tree), str(HERE.parent)]),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_ADDOPTS": "",
         "FASTFT_SANITIZED": tree.name,
         # Threads that spin while they wait take the core from those that work.
         "OMP_WAIT_POLICY": "passive",
@@ -176,7 +179,7 @@ def environment(tree: Path) -> dict[str, str]:
 def pytest_command(*arguments: str) -> list[str]:
     """pytest over the build that PYTHONPATH names; to be run from the tree, so that the checkout is not imported."""
     fixed = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "cuda_on_cpu.plugin"]
-    fixed += ["-p", "no:cacheprovider", "-p", "no:xdist", "-s"]
+    fixed += ["-p", "one_per_axis", "-p", "no:cacheprovider", "-p", "no:xdist", "-s"]
     return [sys.executable, "-m", "pytest", *fixed, *arguments]
 
 

@@ -1,7 +1,7 @@
 """The CUDA kernels on a machine without a GPU: compiled as host code, under AddressSanitizer and UBSan.
 
-What is run over them: their own tests (kernel_tests.py), the numerical tests of the optimizer and of dropout as they
-stand, and programs that show that mistakes are found (native/misuse.cpp).
+Over them run their own tests (kernel_tests.py), the numerical tests of the optimizer and of dropout with one case for
+each value of each axis, and programs that show that mistakes are found (native/misuse.cpp).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ NUMERICS = (
 )
 # What says nothing about the kernels that their own tests do not.
 LEFT_OUT = (
+    # What the fifty steps do, in short.
+    "test_a_few_steps_against_the_reference",
     # Twenty thousand blocks; another_launch and many-groups have as many tensors and groups as matter.
     "test_thousands_of_tensors_in_hundreds_of_groups",
     # Two thousand million elements take more than a minute.
@@ -40,7 +42,10 @@ def what_is_missing() -> str | None:
 
 
 MISSING = what_is_missing()
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no compiler with sanitizers: {MISSING}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(MISSING is not None, reason=f"no compiler with sanitizers: {MISSING}"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +79,7 @@ def test_kernels(tree: Path, tmp_path: Path) -> None:
 def test_numerics(tree: Path) -> None:
     files = [str(sanitized.ROOT / path) for path in NUMERICS]
     left_out = " and ".join(f"not {name}" for name in LEFT_OUT)
-    run_pytest(tree, *files, "-k", left_out, FASTFT_TEST_EXAMPLES=EXAMPLES)
+    run_pytest(tree, *files, "--one-per-axis", "-k", left_out, FASTFT_TEST_EXAMPLES=EXAMPLES)
 
 
 def run_program(tree: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

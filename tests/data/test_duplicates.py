@@ -126,6 +126,7 @@ def test_edits_of_one_word_are_found_in_real_reviews(corpora: dict[str, list[str
     assert sum(match.of == index for index, match in found.items()) / len(found) > 0.995
 
 
+@pytest.mark.slow
 def test_real_texts_of_other_origins_are_not_taken_for_each_other(
     corpora: dict[str, list[str]], record_property: Any
 ) -> None:
@@ -137,6 +138,7 @@ def test_real_texts_of_other_origins_are_not_taken_for_each_other(
         assert len(near) / len(asked) <= 0.001, [(asked[match.index], seen[match.of]) for match in near]
 
 
+@pytest.mark.slow
 def test_the_lowest_similarity_is_what_near_says(corpora: dict[str, list[str]]) -> None:
     tweets = corpora["tweets"][:2000]
     all_found = find_duplicates(tweets, near=0.8)

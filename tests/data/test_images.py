@@ -27,7 +27,7 @@ MADE: dict[str, Callable[[int], BatchAugment]] = {
 
 
 def batch(n: int = 16, height: int = 6, width: int = 9) -> tuple[Tensor, Tensor]:
-    """Every pixel is another number, so that one can tell where it is from; zero does not occur."""
+    """Every pixel is another number, so that its origin shows; zero does not occur."""
     images = 1 + torch.arange(n * 3 * height * width).double().reshape(n, 3, height, width)
     return images, torch.arange(n) % CLASSES
 
@@ -97,7 +97,7 @@ def test_mixing_draws_its_share_from_a_beta_distribution() -> None:
 @settings(deadline=None, max_examples=80)
 def test_cutmix_pastes_one_rectangle_and_counts_its_pixels(n: int, height: int, width: int, seed: int) -> None:
     images, _ = batch(n, height, width)
-    labels = torch.arange(n)  # each its own class, so that the label tells the share
+    labels = torch.arange(n)  # each its own class, so that the label shows the share
     before = images.clone()
     changed, mixed = CutMix(n, seed=seed)(images, labels)
     assert torch.equal(images, before)
@@ -175,22 +175,22 @@ def test_bytes_can_be_flipped_cropped_and_cut() -> None:
     images, labels = torch.randint(256, (8, 3, 6, 9), dtype=torch.uint8), torch.arange(8) % CLASSES
     for name in ("flip", "crop", "cutmix"):
         assert MADE[name](0)(images, labels)[0].dtype == torch.uint8
-    with pytest.raises(ValueError, match=r"MixUp: images: expected floating-point numbers, got torch\.uint8"):
+    with pytest.raises(ValueError, match=r"images: expected floating-point numbers, got torch\.uint8"):
         MADE["mixup"](0)(images, labels)
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: RandomFlip(1.5), r"RandomFlip: p: expected a number from 0 to 1, got 1\.5"),
-        (lambda: RandomCrop(0), "RandomCrop: padding: expected a whole number >= 1, got 0"),
-        (lambda: MixUp(0), "MixUp: classes: expected a whole number >= 1, got 0"),
-        (lambda: CutMix(3, alpha=0), "CutMix: alpha: expected a finite number > 0, got 0"),
-        (lambda: MixUp(3, seed=-1), "MixUp: seed: expected a whole number >= 0, got -1"),
-        (lambda: MixUp(3)(torch.zeros(2, 3), torch.zeros(2)), r"MixUp: images: expected .*, got \(2, 3\)"),
+        (lambda: RandomFlip(1.5), r"p: expected a number from 0 to 1, got 1\.5"),
+        (lambda: RandomCrop(0), "padding: expected an integer >= 1, got 0"),
+        (lambda: MixUp(0), "classes: expected an integer >= 1, got 0"),
+        (lambda: CutMix(3, alpha=0), "alpha: expected a finite number > 0, got 0"),
+        (lambda: MixUp(3, seed=-1), "seed: expected an integer >= 0, got -1"),
+        (lambda: MixUp(3)(torch.zeros(2, 3), torch.zeros(2)), r"images: expected .*, got \(2, 3\)"),
         (
             lambda: MixUp(3)(torch.zeros(2, 3, 4, 4), torch.zeros(2)),
-            r"MixUp: labels: expected class indices \[n\] or probabilities \[n, 3\], got torch\.float32 \(2,\)",
+            r"labels: expected class indices \[n\] or probabilities \[n, 3\], got torch\.float32 \(2,\)",
         ),
     ],
 )

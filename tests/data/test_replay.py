@@ -50,7 +50,7 @@ def batches(mixer: ReplayMixer, batch_size: int = 4, **options: Any) -> list[lis
 
 
 def as_workers(monkeypatch: Any, mixer: ReplayMixer, workers: int) -> list[list[int]]:
-    """What each of several workers gives, without starting any."""
+    """The items of each of several workers, without starting any."""
     streams = []
     for worker in range(workers):
         info = SimpleNamespace(id=worker, num_workers=workers) if workers > 1 else None
@@ -239,7 +239,7 @@ def mixers() -> dict[str, ReplayMixer]:
 
 
 @pytest.mark.parametrize("kind", mixers())
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("done", [0, 1, 7])
 def test_a_stateful_loader_goes_on_with_the_same_order(kind: str, workers: int, done: int) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
@@ -302,13 +302,14 @@ def test_a_stream_in_this_process_goes_on_from_any_example(done: int) -> None:
 
 def test_a_state_of_another_mixture_is_refused() -> None:
     state = ReplayMixer(targets(60), sources(11), 0.3).state_dict()
-    with pytest.raises(ValueError, match=r"another mixture: ratio 3/10 \(here 1/4\), seed 0 \(here 1\)"):
+    with pytest.raises(ValueError, match=r"that of another: ratio 3/10 \(here 1/4\), seed 0 \(here 1\)"):
         ReplayMixer(targets(60), sources(11), 0.25, 1).load_state_dict(state)
 
 
 # -- ranks and workers ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_ranks_of_two_workers_have_every_example_once(tmp_path: Path) -> None:
     folders = [str(Path(cases.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
@@ -458,7 +459,7 @@ def test_a_ratio_that_is_none(ratio: Any) -> None:
 @pytest.mark.parametrize("name", ["target", "source"])
 def test_an_empty_dataset(name: str) -> None:
     members = {"target": targets(3), "source": sources(3), name: targets(0)}
-    with pytest.raises(ValueError, match=f"ReplayMixer: {name}: expected at least one example, got an empty dataset"):
+    with pytest.raises(ValueError, match=f"{name}: expected at least one example, got an empty dataset"):
         ReplayMixer(**members, ratio=0.5)
 
 
@@ -508,8 +509,8 @@ def test_columns_of_streams_that_differ_stop_the_first_batch() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"seed": -1}, "seed: expected a whole number >= 0, got -1"),
-        ({"seed": 0.5}, "seed: expected a whole number >= 0, got 0.5"),
+        ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
+        ({"seed": 0.5}, "seed: expected an integer >= 0, got 0.5"),
         ({"rank": 2, "world_size": 2}, r"rank: expected one of 0 \.\.\. 1, got 2"),
         ({"rank": 1}, "rank and world_size: expected both or neither, got 1, None"),
         ({"world_size": 3}, "rank and world_size: expected both or neither, got None, 3"),
@@ -528,7 +529,7 @@ def test_fresh_streams_and_late_starts_are_refused() -> None:
         mixer.sampler(4)
 
 
-def test_members_are_told_the_epoch() -> None:
+def test_members_learn_the_epoch() -> None:
     class Told(Dataset[int]):
         epoch = -1
 

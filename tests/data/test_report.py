@@ -38,7 +38,7 @@ def table(rows: list[tuple[str, Any]], **columns: Any) -> Any:
 
 
 def found(report: DataReport, words: str) -> str:
-    """What is to be done about the one finding with these words."""
+    """The advice for the one finding with these words."""
     (finding,) = (finding for finding in report.findings if re.search(words, finding.what))
     return finding.do
 
@@ -78,7 +78,7 @@ def test_a_clean_set_is_called_so() -> None:
         ([[i % 2] for i in range(40)], {"[0]": 20, "[1]": 20}),
     ],
 )
-def test_numbers_are_told_from_classes(values: list[Any], expected: dict[Any, int] | None) -> None:
+def test_numbers_are_distinguished_from_classes(values: list[Any], expected: dict[Any, int] | None) -> None:
     report = data_report(table([(f"text {i} {i * i}", value) for i, value in enumerate(values)]), near=None)
     balance = report.train.balance
     assert (balance.counts if balance is not None else None) == expected
@@ -137,6 +137,18 @@ def test_the_page_the_figures_and_the_plot(tmp_path: Path) -> None:
             assert line.count("|") - line.count("\\|") in (5, 6, 8), line  # no text breaks a table
     assert "label bad instead of good" in page
     assert len(page.split("## ")) == 6
+
+
+def test_the_faces_of_a_report_say_the_same(tmp_path: Path) -> None:
+    report = data_report(table(TRAIN), table(EVAL))
+    (tmp_path / "new").mkdir()
+    report.write(tmp_path / "new")
+    report.plot(str(tmp_path / "alone.png"))
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "new" / "plot.png").read_bytes()
+    assert (tmp_path / "new" / "report.json").read_text(encoding="utf-8") == report.to_json() + "\n"
+    assert (tmp_path / "new" / "report.md").read_text(encoding="utf-8") == report.to_markdown()
+    for finding in report.findings:
+        assert finding.what in str(report) and f"**{finding.what}** {finding.do}" in report.to_markdown()
 
 
 def test_texts_cannot_break_the_page() -> None:

@@ -322,7 +322,7 @@ def test_a_spec_names_the_steps(tokenizer: Any, tmp_path: Path) -> None:
         ("token_dropout", "augment: token_dropout=: could not convert string to float"),
         (
             "token_dropout=2",
-            r"augment: token_dropout=2: TokenDropout: p: expected a number from 0 to below 1, got 2\.0",
+            r"augment: token_dropout=2: p: expected a number from 0 to below 1, got 2\.0",
         ),
         ("token_dropout=0.1:3", "augment: token_dropout=0.1:3: "),
         ("span_masking=0.9:3", r"mean_length: expected at least 1/\(1 - p\) = 10, got 3\.0"),

@@ -1,4 +1,4 @@
-"""What the callbacks share."""
+"""The part that all callbacks share."""
 
 from __future__ import annotations
 

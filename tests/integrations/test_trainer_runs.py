@@ -22,6 +22,7 @@ from unfreeze_cases import assert_equal, one_thread
 
 from fastft.problems import model_folder
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(trainer_runs.__file__)
 NAMES = ("embeddings", *(f"bert.encoder.layer.{i}" for i in range(3)), "head")
 
@@ -58,7 +59,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def resumed(killed: Path) -> dict[str, dict[str, Any]]:
-    """What they come to when they go on here."""
+    """The results when they go on here."""
     ends = {}
     with one_thread():
         for name, make in RUNS.items():

@@ -362,7 +362,7 @@ def test_what_is_closed_does_not_move(bert: Any, tmp_path: Path) -> None:
         assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == opened
 
 
-def test_evaluations_in_training_are_told_to_the_policy(bert: Any, tmp_path: Path) -> None:
+def test_evaluations_in_training_are_passed_to_the_policy(bert: Any, tmp_path: Path) -> None:
     args = arguments(tmp_path, num_train_epochs=1, eval_on_start=True)
     unfreeze = UnfreezeCallback(OnPlateau("eval_b_loss", patience=1, threshold=100.0))
     recorder = Recorder(unfreeze)

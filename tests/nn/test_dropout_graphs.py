@@ -156,6 +156,7 @@ CALLS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name: str) -> None:
     op, arguments = CALLS[name]()
@@ -221,7 +222,7 @@ def block_inputs() -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
 def test_two_calls_in_one_graph_differ_as_do_its_runs(backend: str) -> None:
     inputs = block_inputs()
     compiled = torch.compile(block, backend=backend, fullgraph=True)
@@ -241,7 +242,7 @@ def test_two_calls_in_one_graph_differ_as_do_its_runs(backend: str) -> None:
     assert torch.equal(grad, (runs[0][0] != 0) * 2.0)  # the forward pass's mask
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
 def test_compiled_gradients_are_those_of_the_masks_in_the_results(backend: str) -> None:
     inputs = block_inputs()
 
@@ -269,6 +270,7 @@ def test_compiled_gradients_are_those_of_the_masks_in_the_results(backend: str) 
         torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpoints_in_a_graph_make_the_same_masks_again() -> None:
     weight = values(10, 10, dtype=torch.float32)
 

@@ -526,6 +526,7 @@ HUGE = 2**31 + 9
 NEEDED = 3 * 2 * HUGE  # one tensor of 16-bit numbers, in place; and room for others
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_memory() < NEEDED, reason=f"less than {NEEDED >> 30} GB of memory to spare")
 def test_more_elements_than_32_bits_count() -> None:
     x = torch.ones(HUGE, dtype=torch.bfloat16)

@@ -485,6 +485,7 @@ def test_outputs_that_hooks_record_are_the_same() -> None:
                 torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("bert", "gpt2"))
 def test_compiled_models(name: str) -> None:
     make, inputs = MODELS[name]
@@ -534,6 +535,7 @@ def test_a_checkpoint_around_a_fused_module() -> None:
 # -- two processes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ddp_has_the_masks_of_each_ranks_seed(tmp_path: Path) -> None:
     paths = [str(Path(distributed.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}

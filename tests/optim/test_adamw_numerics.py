@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optim_cases import (
     CHANNELS_LAST,
@@ -181,17 +181,15 @@ def gradient(t: dict[str, Any], narrow_state: bool, source: torch.Generator) -> 
     return Placed(grad, t["grad_layout"], guard=float("nan")).view
 
 
-@drawn
-@given(CASES)
-def test_fifty_steps_against_the_reference(case: dict[str, Any]) -> None:
+def take_steps_against_the_reference(case: dict[str, Any], count: int) -> None:
     """Every option at once; parameters and state after each step, guards, gradients, norm and counters too."""
     watch, described = watched(case)
     source = generator(case["seed"])
-    for step in range(STEPS):
+    for step in range(count):
         for group, g in zip(watch.optimizer.param_groups, case["groups"], strict=True):
-            if step == STEPS // 2 and isinstance(group["lr"], Tensor):
+            if step == count // 2 and isinstance(group["lr"], Tensor):
                 group["lr"].fill_(g["lr"] * g["lr_later"])
-            elif step == STEPS // 2:
+            elif step == count // 2:
                 group["lr"] = g["lr"] * g["lr_later"]
         for i, (name, t) in enumerate(described.items()):
             p = watch[name].param
@@ -211,6 +209,20 @@ def test_fifty_steps_against_the_reference(case: dict[str, Any]) -> None:
         watch.step(grad_scale=case["grad_scale"], found_inf=case["found_inf"].get(step))
 
 
+@pytest.mark.slow
+@drawn
+@given(CASES)
+def test_fifty_steps_against_the_reference(case: dict[str, Any]) -> None:
+    take_steps_against_the_reference(case, STEPS)
+
+
+@settings(drawn, max_examples=6)
+@given(CASES)
+def test_a_few_steps_against_the_reference(case: dict[str, Any]) -> None:
+    """The same in short, for a quick verdict."""
+    take_steps_against_the_reference(case, 20)
+
+
 def plain(case: dict[str, Any]) -> dict[str, Any]:
     """The case with nothing in it that torch lacks, in the dtypes whose roundings in torch are as many as ours."""
     made = []
@@ -226,6 +238,7 @@ def plain(case: dict[str, Any]) -> dict[str, Any]:
     return {**case, **ours, "groups": made}
 
 
+@pytest.mark.slow
 @drawn
 @given(CASES.map(plain))
 def test_fifty_steps_against_torch(case: dict[str, Any]) -> None:
@@ -350,7 +363,11 @@ ROWS = ((2, 40000), (3, 16385), (67, 1000), (1025, 33), (2049, 16), (4100, 17), 
 )
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"),
-    [*[(dtype, None) for dtype in FLOATS], (torch.bfloat16, torch.float32)],
+    [
+        (torch.float32, None),
+        *[pytest.param(dtype, None, marks=pytest.mark.slow) for dtype in FLOATS[1:]],
+        (torch.bfloat16, torch.float32),
+    ],
     ids=lambda dtype: short(dtype),
 )
 def test_sizes_around_every_edge(
@@ -629,7 +646,7 @@ class Operations(TorchDispatchMode):
 
 
 def operations_of_a_step(count: int, **options: Any) -> list[str]:
-    """What a settled optimizer over that many parameters asks torch for in one step."""
+    """The torch operations in one step of a settled optimizer over that many parameters."""
     params = [parameter((33,), seed=i) for i in range(count)]
     optimizer = fine_tuning(**options)(params)
     optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())

@@ -131,7 +131,7 @@ def test_the_reference_divides_the_distance(mode: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short)
 def test_a_weighted_step_at_a_negative_lr_pulls_nowhere(dtype: torch.dtype) -> None:
-    """Where a scheduler ends below 0, 1 + lr·λ·F may be 0."""
+    """1 + lr·λ·F may be 0 if a scheduler ends below 0."""
     p = nn.Parameter(torch.full((3,), 5.0, dtype=dtype))
     optimizer = anchored(p, torch.zeros(3), torch.tensor([1.0, 2.0, 4.0]), anchor_decay=1.0, weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = -0.5
@@ -175,7 +175,7 @@ def test_a_free_parameter_beside_weighted_ones_steps_as_alone(mode: str, dtype: 
 
 
 def test_frozen_skipped_and_absent() -> None:
-    """What is not stepped is not pulled either."""
+    """A parameter that is not stepped is not pulled either."""
     frozen, absent, live = (parameter((20,), seed=i) for i in range(3))
     named = [("frozen", frozen), ("absent", absent), ("live", live)]
     anchor = fastft.Anchor.snapshot((name, p + 1) for name, p in named)
@@ -265,7 +265,7 @@ def test_how_far_it_goes_does_not_depend_on_lr() -> None:
 
 
 def test_maximize_turns_the_question() -> None:
-    """What is uphill is what the step comes from."""
+    """With ``maximize`` the gradient counts with its sign turned."""
     ours, theirs = three_four([-g for g in GOES_AWAY]), three_four(GOES_AWAY)
     anchored(ours, torch.zeros(2), anchor_decay=1.0, maximize=True, **SELECTIVE).step()
     anchored(theirs, torch.zeros(2), anchor_decay=1.0, **SELECTIVE).step()
@@ -297,7 +297,7 @@ def test_masked_elements_have_no_say(rows: bool) -> None:
 
 
 def test_at_the_anchor_nothing_is_projected() -> None:
-    """Where every run starts: the first step is the plain one, bit for bit."""
+    """Every run starts at its anchor: the first step is the plain one, bit for bit."""
     ours, theirs = parameter((300, 200), seed=1), parameter((300, 200), seed=1)
     options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
     mine = fastft.AdamW([ours], anchor="init", anchor_decay=1.0, anchor_mode="selective", **options)
@@ -324,7 +324,9 @@ def drifting(step: int, p: Tensor, home: Tensor) -> Tensor:
     return (noise + (-1.0 if step % 4 < 3 else 1.5) * (p.detach() - home.to(p.dtype))).to(p.dtype)
 
 
-@pytest.mark.parametrize(("mask", "clip"), [("none", False), ("elements", True), ("rows", True)])
+@pytest.mark.parametrize(
+    ("mask", "clip"), [("none", False), *[pytest.param(m, True, marks=pytest.mark.slow) for m in ("elements", "rows")]]
+)
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"), [*[(d, None) for d in FLOATS], *[(d, torch.float32) for d in SIXTEEN_BIT]], ids=short
 )

@@ -601,6 +601,7 @@ def test_wrong_state(kind: str) -> None:
         company.optimizer.step()
 
 
+@pytest.mark.slow
 def test_a_wrapped_moment_of_a_plain_parameter() -> None:
     """There is no memory to write it to."""
     said = in_another_process(

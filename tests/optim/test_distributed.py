@@ -68,6 +68,7 @@ def in_one_process(name: str) -> dict[str, Any]:
     return scenarios.outcome(module, optimizer, scenarios.train(module, optimizer, range(5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", scenarios.SCENARIOS)
 def test_two_processes_do_what_one_does(name: str, two_processes: dict[str, list[Any]]) -> None:
     expected = in_one_process(name)
@@ -172,7 +173,7 @@ def test_a_run_resumes_from_a_checkpoint_on_disk(frozen: bool, tmp_path: Path) -
     other, resumed = start()
     loaded = dict(zip(("model", "optimizer"), get_state_dict(other, resumed), strict=True))
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
-    # A parameter that requires gradients and has no state is an error to DCP, unless told otherwise.
+    # A parameter that requires gradients and has no state is an error to DCP, unless an option says otherwise.
     set_state_dict(
         other,
         resumed,

@@ -44,7 +44,7 @@ STATE = ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Where cores are shared, threads wait for one another more than they work."""
+    """On shared cores threads wait for one another more than they work."""
     with threads(1):
         yield
 
@@ -58,7 +58,7 @@ def arguments(
     amsgrad: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    """What ``adamw_`` needs for a first step: the same for the same layouts."""
+    """Arguments of ``adamw_`` for a first step: the same for the same layouts."""
     params = [Placed(normal(x.shape, dtype, seed=i), x).view for i, x in enumerate(layouts)]
     made: dict[str, Any] = {
         "params": params,
@@ -533,6 +533,7 @@ def test_parameters_that_share_memory() -> None:
     adamw_(**given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -1,4 +1,4 @@
-"""What is frozen or masked keeps its bits, whatever its gradient holds; and counts for nothing."""
+"""Frozen and masked elements keep their bits, whatever their gradients hold, and count for nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Where cores are shared, threads wait for one another more than they work."""
+    """On shared cores threads wait for one another more than they work."""
     with threads(1):
         yield
 
@@ -137,7 +137,7 @@ def test_masked_elements_keep_their_bits_and_live_ones_step_as_if_alone(
 def test_masked_elements_keep_their_bits_in_every_dtype(
     kind: str, dtype: torch.dtype, state_dtype: torch.dtype | None, mode: str
 ) -> None:
-    """What is widened to be computed with is rounded back only where it is live: even NaN keep their payload."""
+    """Values widened for the computation are rounded back only where they are live: even NaN keep their payload."""
     layout = Layout((60, 33), offset=1)
     kind_of_anchor: dict[str, Any] = {"weighted": True} if mode == "weighted" else {"anchor_mode": mode}
     run = run_of(layout, dtype=dtype, state_dtype=state_dtype, max_grad_norm=1.0, **kind_of_anchor)

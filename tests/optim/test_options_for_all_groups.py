@@ -1,4 +1,4 @@
-"""What is for all groups: clipping and skipping, set, shown and refused where they would be ignored."""
+"""Options that hold for all groups, clipping and skipping: set, shown, and refused where they would be ignored."""
 
 from __future__ import annotations
 

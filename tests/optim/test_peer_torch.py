@@ -69,7 +69,7 @@ def reference_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaves_or_not(params: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """What a differentiable step takes: parameters that are no leaves. Parameters themselves otherwise."""
+    """The parameters, as non-leaves for a differentiable step, which refuses leaves."""
     return [p.clone() if kwargs.get("differentiable") else p for p in params]
 
 

@@ -23,7 +23,7 @@ NARROW = pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=short)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Where cores are shared, threads wait for one another more than they work."""
+    """On shared cores threads wait for one another more than they work."""
     with threads(1):
         yield
 
@@ -97,7 +97,7 @@ def assert_stored(stored: Tensor, expected: Tensor) -> None:
 
 
 def positive_zero(x: Tensor) -> Tensor:
-    """What is added to a zero loses the sign of its own."""
+    """``x`` with every -0 as 0: adding 0 does that."""
     return x + 0.0
 
 
@@ -133,7 +133,7 @@ def test_storing_a_parameter(dtype: torch.dtype, offset: int) -> None:
 @OFFSETS
 @NARROW
 def test_storing_under_a_mask(dtype: torch.dtype, offset: int) -> None:
-    """What is masked out keeps a NaN that no rounding would give."""
+    """Masked elements keep a NaN that no rounding would give."""
     x = around(dtype)
     mask = half_of(x.shape, seed=1)
     nan = torch.full((len(x),), 0x7FA5, dtype=torch.int16).view(dtype)

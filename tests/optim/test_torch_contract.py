@@ -1,4 +1,4 @@
-"""What code written for ``torch.optim.AdamW`` may rely on, beyond the numbers of one step."""
+"""The contract of ``torch.optim.AdamW`` that other code relies on, beyond the numbers of one step."""
 
 from __future__ import annotations
 
@@ -661,7 +661,7 @@ CHANGES: dict[str, Change] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_between_steps_take_effect_as_in_torch(name: str) -> None:
-    """What is remembered from one step to the next must never outlive the thing it was remembered about."""
+    """Values cached from one step to the next are dropped when what they were computed from changes."""
     twins = Twins()
     twins.step(2)
     twins.equalize()
@@ -1046,6 +1046,7 @@ def no_hook(*_: Any) -> None:
 # -- memory ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [{}, {**FINE_TUNING, "skip_nonfinite": True}], ids=["plain", "fine_tuning"])
 def test_steps_do_not_accumulate_memory(ours: dict[str, Any]) -> None:
     model = net()
@@ -1182,6 +1183,7 @@ def test_optimizers_step_in_several_threads_at_once() -> None:
     assert_same(together, alone, "threads")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("ours", [None, FINE_TUNING], ids=["plain", "fine_tuning"])
@@ -1196,6 +1198,7 @@ def test_a_compiled_step(backend: str, ours: dict[str, Any] | None) -> None:
         twins.check()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_compiled_training_step() -> None:
     torch._dynamo.reset()

@@ -116,7 +116,7 @@ def test_a_class_without_rows_gets_finite_weights_that_are_the_same_in_any_order
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_told_is_of_the_head_that_was_written(dtype: torch.dtype) -> None:
+def test_loss_and_accuracy_are_of_the_head_that_was_written(dtype: torch.dtype) -> None:
     model, (inputs, labels) = linear_model().to(dtype), rows()
     inputs = (20 + inputs).to(dtype)  # of which a bfloat16 bias leaves little
     fit = fit_head_(model, "1", [(inputs, labels.int())], l2=1e-4)
@@ -127,7 +127,7 @@ def test_what_is_told_is_of_the_head_that_was_written(dtype: torch.dtype) -> Non
     assert fit.accuracy == (logits.argmax(1) == labels).double().mean().item()
 
 
-def test_features_that_hardly_differ_are_told() -> None:
+def test_features_that_hardly_differ_give_a_warning() -> None:
     inputs, labels = rows()
     with pytest.warns(UserWarning, match=r"hardly differ between rows \(0.01 of 10\)") as found:
         fit_head_(linear_model(), "1", [(10 + 0.01 * inputs, labels)])

@@ -159,6 +159,7 @@ def hf(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return transformers.ViTForImageClassification(config), {"pixel_values": images, "labels": torch.tensor([0, 1])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit"])
 def test_transformers_models_save_backward_work_and_keep_their_gradients(name: str) -> None:
     plain, inputs = hf(name)

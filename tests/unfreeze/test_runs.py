@@ -15,6 +15,7 @@ import unfreeze_runs
 from unfreeze_cases import assert_equal, bits, params
 from unfreeze_runs import RUNS, STOP, TOTAL
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(unfreeze_runs.__file__)
 NAMES = ("embeddings", "blocks.0", "blocks.1", "blocks.2", "final_norm", "head")
 
@@ -70,7 +71,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(name: str, killed: Path) -> N
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes under DDP came to."""
+    """The results of two processes under DDP."""
     folder = tmp_path_factory.mktemp("ddp")
     processes = [start("ddp", folder / "end", rank, folder / "store") for rank in range(2)]
     try:

@@ -1,4 +1,4 @@
-"""A case: pieces of work that are measured against each other."""
+"""Cases: pieces of work that are measured against each other."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ FASTFT = "fastft"
 
 @dataclass(frozen=True)
 class ReadyCase:
-    """Work that was done once, and that came to the same as the others'."""
+    """A case's pieces of work, each done once already, with equal results."""
 
     works: dict[str, Work]
-    """The first, ours, is measured against the others, above all against the second."""
+    """The first, fastft's, is measured against the others; the target is a ratio to the second."""
     absent: dict[str, str] = field(default_factory=dict)
-    """Why others that belong here are not measured: {name: reason}."""
+    """{name: why it is not measured here}."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured, and how to get it ready."""
+    """A measurement, and how to get it ready."""
 
     name: str
     family: str
     title: str
     prepare: Callable[[torch.device], ReadyCase]
     nbytes: float | None = None
-    """What ours must at least read and write."""
+    """The least bytes that fastft's must read and write."""
     memory: float = 0.0
-    """Bytes that all pieces of work hold together."""
+    """Bytes that all pieces of work together keep in memory."""
     target: float | None = None
-    """What the ratio of ours to the second ought not to exceed on a CPU with 2 threads."""
+    """The highest ratio of fastft's to the second that is good enough on a CPU with 2 threads."""
     axis: Mapping[str, float] = field(default_factory=dict)
-    """Where it stands among its family: {"live": 0.1}, {"tensors": 300}, {"parameters": 1e6}."""
+    """Its coordinate in its family: {"live": 0.1}, {"tensors": 300}, {"parameters": 1e6}."""
     host: bool = False
-    """Whether on a GPU the time counts until the call returns, not until the work is done."""
+    """On a GPU, the time is that until the call returns, not until the work is done."""
 
 
 def select(cases: tuple[Case, ...], patterns: list[str]) -> tuple[Case, ...]:
-    """The cases whose name or family is, or matches, one of the patterns; all where there is none.
+    """The cases whose name or family is, or matches, one of the patterns; all if there is no pattern.
 
-    Raises ``ValueError`` for a pattern that nothing matches.
+    Raises:
+        ValueError: a pattern matches nothing.
     """
 
     def matches(case: Case, pattern: str) -> bool:

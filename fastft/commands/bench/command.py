@@ -1,4 +1,4 @@
-"""The command ``fastft bench``: choosing cases, printing the table and writing the JSON."""
+"""``fastft bench``: chooses cases, prints the table and writes the JSON."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> str:
-    """Measure the chosen cases and print each as it is done; returns what is left to say."""
+    """Measure the chosen cases, print each when it is done, and return the closing lines."""
     device, file = torch.device(options.device), options.json
     if device.type == "cuda" and not torch.cuda.is_available():
         raise Failure("torch.cuda.is_available() is False; see fastft info", 1)
@@ -90,14 +90,14 @@ def run(options: argparse.Namespace) -> str:
 
 
 def left_behind(options: argparse.Namespace) -> str:
-    """Where the results of a run that was cut short are."""
+    """The file with the results of a run that was cut short, if there is one."""
     if options.json is None or not options.json.exists():
         return "nothing was written"
     return f"what was measured is in {options.json}"
 
 
 def why_not(case: Case, device: torch.device, quick: bool) -> str:
-    """Why a case is not measured here, or ""."""
+    """The reason why a case is not measured here; "" if it is."""
     free = free_memory(device)
     if case.memory > SHARE_OF_MEMORY * free:
         return f"it takes {case.memory / 1e9:.0f} GB of memory, {free / 1e9:.0f} are free"
@@ -142,7 +142,7 @@ def result_of(case: Case, measured: Measurement, prepared: ReadyCase, device: to
 
 
 def table_rows(result: dict[str, Any]) -> list[str]:
-    """A case as lines of the table: one for each step that ours was measured against."""
+    """A case as lines of the table: one for each piece of work that fastft's was measured against."""
     lines = []
     for index, (name, other) in enumerate(result["against"].items()):
         lower, upper = other["ratio_quartiles"]

@@ -1,4 +1,4 @@
-"""The dropout family, forward and backward, against what torch's operators make of the same formula."""
+"""The dropout family, forward and backward, against the same formula in torch's operators."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ COMPARED_ROWS = 256
 
 @dataclass(frozen=True)
 class Form:
-    """One of the family."""
+    """An operator of the family."""
 
     fused: Callable[..., Tensor]
     composed: Callable[..., Tensor]
-    """The same of single operators, with the dropout that comes first among the arguments."""
+    """The same in single operators; its first argument is the dropout to use."""
     inputs: str
-    """x, r: of full shape; w, b: as long as a row."""
+    """x, r: of full shape; w, b: of the length of a row."""
     passes: int
-    """How often ours reads or writes an array of full shape, forward and backward."""
+    """How many arrays of full shape the fused form reads or writes, forward and backward."""
 
 
 def columns(x: Tensor) -> list[int]:
@@ -90,7 +90,7 @@ def prepare(form: Form, shape: tuple[int, int], dtype: torch.dtype, compiled: bo
 
 
 def check(form: Form, inputs: list[Tensor], dy: Tensor) -> None:
-    """Raise unless the fused form comes to what single operators in float64 do with the same mask, there and back."""
+    """Raise unless the fused form agrees, forward and backward, with single operators in float64 and the same mask."""
     first = [t.detach()[:COMPARED_ROWS] if t.dim() > 1 else t.detach() for t in (*inputs, dy)]
     ways: tuple[tuple[Callable[..., Tensor], torch.dtype], ...] = (
         (form.fused, dy.dtype),

@@ -1,4 +1,4 @@
-"""Measuring: steps that run alternately in one process, and what they ran on."""
+"""Measure pieces of work alternately in one process; describe the machine."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def alternate(
 ) -> Measurement:
     """Time each piece of work once a round, the first of one round being the last of the next.
 
-    What disturbs the machine for longer than a round so disturbs all alike, and none always follows the same other.
+    A disturbance that lasts longer than a round thus affects all alike, and none always follows the same other.
     Where ``rounds`` rounds would take longer than ``seconds_at_most``, there are fewer, at least ``FEWEST_ROUNDS``.
     Without a ``clock`` it is the device's.
     """
@@ -173,7 +173,7 @@ def alternate(
 
 
 def copy_bandwidth(device: torch.device, rounds: int) -> float:
-    """Bytes that a large copy reads and writes each second: what memory-bound work is judged by."""
+    """Bytes that a large copy reads and writes each second: the measure of memory-bound work."""
     source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = alternate({"copy": lambda: target.copy_(source)}, device, rounds, seconds_at_most=10.0)
@@ -181,7 +181,7 @@ def copy_bandwidth(device: torch.device, rounds: int) -> float:
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What a measurement depends on, in a fixed order."""
+    """The machine, the versions and the commit that a measurement depends on, in a fixed order."""
     return {
         "device": device_name(device),
         "device_type": device.type,
@@ -226,7 +226,7 @@ def git(*arguments: str) -> str | None:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can be had."""
+    """Bytes of memory that are free."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:

@@ -14,11 +14,15 @@ ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.5}
 
 
 class Absent(Exception):
-    """Why a peer cannot be measured here."""
+    """A peer cannot be measured here; the message is the reason."""
 
 
 def module(name: str, package: str) -> Any:
-    """The module, or :class:`Absent` with the reason."""
+    """Import a module.
+
+    Raises:
+        Absent: it cannot be imported.
+    """
     try:
         return importlib.import_module(name)
     except Exception as error:  # a foreign package may fail in any way while it is imported
@@ -70,12 +74,12 @@ PEERS: dict[str, Make] = {
     "TransformerEngine": transformer_engine,
 }
 SAME_RESULT = ("optimi",)
-"""Those whose parameters come to our numbers; its moments are kept without their bias, so they differ."""
+"""Those whose parameters equal fastft's. Their moments differ, as they are kept without their bias."""
 PACKAGES = ("torch-optimi", "torchao", "bitsandbytes", "apex", "transformer-engine", "triton", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """Of each peer, or that it is not installed."""
+    """The version of each peer, or "not installed"."""
     found = {}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""AdamW's steps, as data: ``CASES``. What torch does is what a torch user would best write."""
+"""AdamW's steps, as data: ``CASES``. Torch's are the fastest that a torch user would write."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def torch_frozen(params: list[Parameter], *, live: float, **options: Any) -> Ste
 
 
 def torch_skip(params: list[Parameter], *, clip: bool, **options: Any) -> Step:
-    """The norm, a look at it, and the step unless it is inf or NaN."""
+    """The norm, a check of it on the host, and the step unless it is inf or NaN."""
     optimizer = torch.optim.AdamW(params, **ADAMW, **options)
 
     def step() -> None:
@@ -119,7 +119,7 @@ def peer_step(params: list[Parameter], *, name: str) -> Step:
 
 
 def grouped(params: list[Parameter], *, groups: int, make: Callable[[Any], Step]) -> Step:
-    """The step over as many groups, each with a learning rate of its own."""
+    """A step over ``groups`` groups, each with a learning rate of its own."""
     size = math.ceil(len(params) / groups)
     parts = [params[i : i + size] for i in range(0, len(params), size)]
     # Tuned apart, so that nobody may take the groups together.
@@ -176,7 +176,7 @@ class Steps:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def prepare(self, device: torch.device) -> ReadyCase:
-        """Take one step of each and compare what they did."""
+        """Take one step of each and compare the results."""
         made: dict[str, Made] = {}
         absent = {}
         for name, make_step in self.steps.items():

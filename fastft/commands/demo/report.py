@@ -50,16 +50,16 @@ class DemoReport:
             self.retention.add(run.name, source={SOURCE: run.scores.source}, target={TARGET: run.scores.target})
 
     def __str__(self) -> str:
-        over = ("", "target", "source", "optimizer", "training", "peak state", "anchor")
-        titles = ("", TARGET, SOURCE, "seconds", "seconds", "MB", "MB")
+        over = ("", "target", "source", "seconds", "seconds", "MB", "MB")
+        titles = ("", TARGET, SOURCE, "optimizer", "training", "peak state", "anchor")
         rows = [self._cells(outcome) for outcome in (self.base, *self.runs.values())]
-        return "\n".join([*aligned(titles, rows, over=over), "", self.meaning(), ""])
+        return "\n".join([*aligned(titles, rows, over=over), "", self._meaning(), ""])
 
     def to_json(self) -> str:
         """All numbers of the run."""
         found = {
             "what": "fastft demo: movie-review polarity (target), WordNet gloss to example retrieval (source)",
-            "meaning": self.meaning(),
+            "meaning": self._meaning(),
             "notes": NOTES,
             "config": dataclasses.asdict(self.config),
             "environment": self.environment,
@@ -81,7 +81,7 @@ class DemoReport:
         self.plot(Path(folder) / "plot.png")
         (Path(folder) / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
 
-    def meaning(self) -> str:
+    def _meaning(self) -> str:
         """The result in words, as far as the numbers carry it: a line for each run."""
         report, baseline = self.retention, self.baseline.name
         before = report.score("source", SOURCE).value

@@ -1,8 +1,8 @@
 """``fastft finetune``: fine-tune a model on one's own rows, from the command line.
 
-A pipeline of small parts: :mod:`.options` (what can be asked for), :mod:`.data` (from a file to rows a model takes),
+A pipeline of small parts: :mod:`.options` (the flags and YAML keys), :mod:`.data` (from a file to rows a model takes),
 :mod:`.model` (the pre-trained model), :mod:`.training` (the Hugging Face Trainer), :mod:`.checkpoints` (going on after
-an interruption), :mod:`.report` (what it tells), and :mod:`.pipeline`, which puts them in a row.
+an interruption), :mod:`.report` (the result), and :mod:`.pipeline`, which runs them in order.
 """
 
 from __future__ import annotations

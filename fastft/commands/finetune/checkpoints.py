@@ -1,4 +1,4 @@
-"""The checkpoints of an unfinished run: which are whole, what run they belong to, how one goes on from them."""
+"""The checkpoints of an unfinished run: which are whole, and the options and data that the run was started with."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ VERSION = 1
 
 
 def run_in(output: Path) -> dict[str, Any] | None:
-    """What the unfinished run in an output folder was started with; None if there is none.
+    """The content of ``run.json`` of the unfinished run in an output folder; None if there is none.
 
-    Raises :class:`InputError` for one that another release has left.
+    Raises:
+        InputError: another release has left it.
     """
     try:
         found = json.loads((output / FOLDER / RUN).read_text(encoding="utf-8"))

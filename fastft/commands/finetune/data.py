@@ -90,7 +90,7 @@ def as_label(value: Any, column: str, where: str) -> str:
     return value.strip() if isinstance(value, str) else json.dumps(value)
 
 
-# -- what is trained on, what is evaluated on -----------------------------------------------------------------
+# -- rows to train on, rows to evaluate on --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,17 @@ class Data:
     replay: Rows | None
     """Old rows, to be mixed in."""
     notes: list[str]
-    """What the user should know about them."""
+    """Lines about them for the user."""
 
     @property
     def labels(self) -> list[str]:
-        """All that a row can be trained to have."""
+        """The labels of all rows to train on."""
         old = {} if self.replay is None else self.replay.counts
         return sorted_labels({*self.train.counts, *old})
 
 
 def load(options: Options) -> Data:
-    """Read the files of a run, hold rows out if there is no --eval, and check that they can be learned from."""
+    """Read the files of a run, hold rows out if there is no --eval, and check the labels."""
     train = read(options.train, options.text_column, options.label_column)
     replay = None if options.replay is None else read(options.replay, options.text_column, options.label_column)
     train, replay, removed = without_repetitions(train, replay, options)
@@ -138,7 +138,7 @@ def load(options: Options) -> Data:
 
 
 def without_repetitions(train: Rows, replay: Rows | None, options: Options) -> tuple[Rows, Rows | None, list[str]]:
-    """The rows without those that ``--dedupe`` and ``--check-leakage`` leave out, and what to say of these."""
+    """The rows without those that ``--dedupe`` and ``--check-leakage`` leave out, and lines about these."""
     notes = []
     try:
         if options.check_leakage is not None:
@@ -174,7 +174,7 @@ def share(text: str) -> float:
 
 
 def held_out(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
-    """(to train on, to evaluate on): which is a matter of a row's text alone, so it stays when rows are added."""
+    """(to train on, to evaluate on). This depends on a row's text alone, so it stays the same when rows are added."""
     kept: list[int] = []
     out: list[int] = []
     for i, text in enumerate(rows.texts):
@@ -188,7 +188,7 @@ def held_out(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
 
 
 def check_labels(data: Data) -> None:
-    """Raise unless there are classes to tell apart, and none that was never seen."""
+    """Raise unless there are at least two classes, each in several rows, and all evaluation rows have one of them."""
     train, evaluation, counts = data.train, data.evaluation, data.train.counts
     if len(counts) < 2:
         raise InputError(f"{train.path}: expected at least two different labels, got {listed(counts)} alone")
@@ -216,7 +216,7 @@ def check_labels(data: Data) -> None:
 def tokenized(
     rows: Rows, tokenizer: Any, limit: int | None, options: Options, label_ids: Mapping[str, int]
 ) -> tuple[datasets.Dataset, int]:
-    """The rows as a model takes them, and how many of them were cut.
+    """The rows as a model takes them, and the number of rows that were cut off.
 
     A text for a causal model ends in the tokenizer's end-of-sequence token, if that has one and the text was not cut.
 
@@ -224,8 +224,11 @@ def tokenized(
         rows: the texts.
         tokenizer: of the model.
         limit: the most tokens the model can take; None: any number.
-        options: ``max_length`` is where to cut; without, a text beyond the limit raises :class:`InputError`.
+        options: ``max_length`` is where to cut.
         label_ids: the number of each label.
+
+    Raises:
+        InputError: there is no ``max_length`` and a text is beyond the limit, or one for a causal model is one token.
     """
     cut_at = options.max_length
     most = cut_at or limit
@@ -266,9 +269,10 @@ def tokenized(
 
 
 def mixed(train: datasets.Dataset, replay: datasets.Dataset | None, tokenizer: Any, options: Options) -> Any:
-    """What is trained on, map-style: old rows mixed in, and all of them augmented, where that was asked for.
+    """The training data, map-style: old rows mixed in, and all of them augmented, as the options say.
 
-    Raises ``ValueError`` for an augmentation that cannot be made for this tokenizer.
+    Raises:
+        ValueError: an augmentation cannot be made for this tokenizer.
     """
     mixture: Any = train
     if replay is not None:

@@ -22,7 +22,7 @@ from .errors import InputError
 from .options import CAUSAL_LM
 
 LONGEST = 10**9
-"""Tokenizers that know of no limit give a number far above this."""
+"""Tokenizers without a limit give a number far above this."""
 EXPECTED = "expected a folder as save_pretrained writes it, with config.json, model.safetensors and the tokenizer"
 
 
@@ -35,14 +35,15 @@ class Pretrained:
     labels: list[str]
     """By their numbers; empty for a language model."""
     new: list[str]
-    """The parameters that are not pre-trained, or not for these labels: nothing pulls them back."""
+    """The parameters that are not pre-trained, or not for these labels: they have no anchor."""
     notes: list[str]
 
 
 def load(folder: Path, task: str, labels: Sequence[str]) -> Pretrained:
     """The model in a folder, in float32 and on the CPU, with a head for these labels.
 
-    Raises :class:`InputError` where the folder does not hold what the task needs.
+    Raises:
+        InputError: the folder does not hold what the task needs.
     """
     tokenizer = load_tokenizer(folder)
     config = loaded(folder, "config.json", AutoConfig)
@@ -87,7 +88,11 @@ def load_language_model(folder: Path, tokenizer: Any, config: Any) -> Pretrained
 
 
 def new_head(pretrained: Pretrained) -> str:
-    """The name of the new linear layer that gives the logits. Raises :class:`InputError` where there is none."""
+    """The name of the new linear layer that gives the logits.
+
+    Raises:
+        InputError: there is none.
+    """
     heads = [
         str(name)
         for name, module in pretrained.model.named_modules()
@@ -117,7 +122,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def loaded(folder: Path, what: str, loader: Any, **options: Any) -> Any:
-    """What transformers loads from a folder, without looking elsewhere."""
+    """Load with transformers from a folder, and from nowhere else.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
     try:
         return loader.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # of whatever class: the folder is the user's, and so is what is wrong with it
@@ -126,13 +135,13 @@ def loaded(folder: Path, what: str, loader: Any, **options: Any) -> Any:
 
 
 def unloaded(model: nn.Module, info: Mapping[str, Iterable[Any]]) -> list[str]:
-    """The parameters that were in no file, or there in another shape."""
+    """The parameters that the files lack or hold in another shape."""
     names = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     return [name for name, _ in model.named_parameters() if name in names]
 
 
 def finish(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Let model and tokenizer agree, or raise."""
+    """Check that model and tokenizer belong together, and give both the same padding token."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise InputError(

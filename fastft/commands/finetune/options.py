@@ -1,4 +1,4 @@
-"""What ``fastft finetune`` can be told: one dataclass, from which the flags, YAML keys, help and checks are made."""
+"""The options of ``fastft finetune``: one dataclass from which flags, YAML keys, help and checks are derived."""
 
 # ruff: noqa: RUF009 (option() is dataclasses.field())
 
@@ -45,7 +45,7 @@ POLICIES: dict[str, Any] = {
 }
 
 Read = Callable[[Any], Any]
-"""Makes a value of a flag's text or of what YAML holds; raises ``ValueError`` with what was expected and what came."""
+"""Makes a value of a flag's text or of a YAML value; a ``ValueError`` says what was expected and what was given."""
 
 
 # -- kinds of values -----------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def warmup(value: Any) -> float | int:
 
 
 def patterns(value: Any) -> Any:
-    """What :func:`fastft.unfreeze.layer_groups` takes; it checks them against the model."""
+    """Groups of names, as :func:`fastft.layers.layer_groups` takes them; it checks them against the model."""
     if isinstance(value, Mapping):
         return {str(name): patterns(several) for name, several in value.items()}
     if isinstance(value, str):
@@ -146,7 +146,7 @@ def unfreezing(value: Any) -> dict[str, Any] | None:
 
 
 def augmenting(value: Any) -> str:
-    """What :func:`fastft.data.text.augment_from_spec` takes, with the full path of a table of synonyms."""
+    """A spec, as :meth:`fastft.data.TextAugment.from_spec` takes it, with the full path of a table of synonyms."""
     words = [value] if isinstance(value, str) else list(value)
     try:
         parts = TextAugment.split_spec(",".join(map(str, words)))
@@ -169,9 +169,10 @@ def literal(word: str) -> Any:
 
 
 def make_policy(chosen: Mapping[str, Any], seed: int) -> Policy:
-    """The policy that was chosen; where it draws by chance and was given no seed, by the run's.
+    """The policy that was chosen; one that is random and was given no seed gets the run's.
 
-    Raises ``ValueError`` that says what it takes.
+    Raises:
+        ValueError: there is no such policy, or it does not take these parameters; the message lists those it takes.
     """
     given = {key: value for key, value in chosen.items() if key != "policy"}
     name = chosen.get("policy")
@@ -212,7 +213,7 @@ def option(section: str, read: Read, default: Any, help: str, metavar: Any = "",
 
 @dataclass(frozen=True)
 class Options:
-    """All that a run can be told. A value is as its ``read`` returns it."""
+    """All options of a run, each as its ``read`` returns it."""
 
     model: Path = option(
         DATA, path, None, "folder of the pre-trained model and its tokenizer, as save_pretrained writes it", "DIR"
@@ -345,7 +346,7 @@ class Options:
 
     @property
     def files(self) -> dict[str, Path]:
-        """All that a run reads, by the option that names it."""
+        """The files and folders that a run reads, by the option that names them."""
         found = {name: getattr(self, name) for name in BY_CONTENT}
         for name, *_, file in TextAugment.split_spec(self.augment) if self.augment else ():
             if name == "synonyms":
@@ -355,10 +356,10 @@ class Options:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 BY_CONTENT = ("model", "train", "eval", "check_leakage", "replay")
-"""Compared by what is in them, wherever they lie."""
+"""A resumed run may find these in another place, but with the same content."""
 REQUIRED = ("model", "train", "task", "text_column", "output")
 EITHER_OR = {"epochs": ("steps", 3.0), "eval_fraction": ("eval", 0.1), "discriminative_lr": ("layer_decay", None)}
-"""What excludes an option, and what counts if neither is given."""
+"""{option: (the option that excludes it, its default where neither is given)}."""
 
 
 def flag_of(name: str) -> str:
@@ -386,7 +387,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_of(name: str) -> str:
-    """An option's default, to be told behind its help."""
+    """An option's default, to be shown behind its help."""
     default = EITHER_OR[name][1] if name in EITHER_OR else FIELDS[name].default
     if default is None or isinstance(default, bool):
         return ""
@@ -394,9 +395,10 @@ def default_of(name: str) -> str:
 
 
 def given(flags: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
-    """The values that were given, by option: those of the YAML file, and over them those of the flags.
+    """The values that were given, by option: those of the YAML file, overridden by those of the flags.
 
-    Raises :class:`InputError` for a file that cannot be read, a key that is no option, or a value that is none.
+    Raises:
+        InputError: the file cannot be read, a key is no option, or an option cannot have this value.
     """
     values: dict[str, Any] = {}
     if config is not None:
@@ -434,7 +436,11 @@ def read_value(name: str, value: Any, where: str) -> Any:
 
 
 def options_from(values: Mapping[str, Any]) -> Options:
-    """The options, checked together. Raises :class:`InputError` for what does not go together or is missing."""
+    """The options, checked together.
+
+    Raises:
+        InputError: an option is missing, or some do not go together.
+    """
     missing = [flag_of(name) for name in REQUIRED if name not in values]
     if missing:
         raise InputError(f"missing {', '.join(missing)}")

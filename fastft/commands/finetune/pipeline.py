@@ -45,11 +45,11 @@ PACKAGES = ("transformers", "accelerate", "datasets", "tokenizers", "safetensors
 
 @dataclasses.dataclass
 class Start:
-    """What a run begins, or goes on, with."""
+    """The options of a run that begins or goes on."""
 
     options: Options
     run: dict[str, Any]
-    """What ``run.json`` holds."""
+    """The content of ``run.json``."""
     resumed: bool
 
 
@@ -73,10 +73,14 @@ class ReadyRun:
 
 
 def finetune(values: Mapping[str, Any]) -> str:
-    """Run with these values of :class:`Options`; the table to print.
+    """Run with these values of :class:`Options`.
 
-    Raises :class:`InputError` for what the user has to change, and then nothing was written;
-    :class:`fastft.commands.finetune.training.Stopped` after a signal, with a checkpoint left to go on from.
+    Returns:
+        The text to print.
+
+    Raises:
+        UserError: an option or a file cannot be used; nothing was written.
+        Stopped: a signal came; a checkpoint is left to go on from.
     """
     began = time.perf_counter()
     with quiet_transformers(), quiet_datasets():
@@ -97,7 +101,7 @@ def finetune(values: Mapping[str, Any]) -> str:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No bars of datasets where nobody watches them."""
+    """No progress bars of datasets unless stderr is a terminal."""
     bars = datasets.are_progress_bars_disabled()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -109,7 +113,7 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def begin(values: Mapping[str, Any]) -> Start:
-    """Find out which options count: those given or, for a run that goes on, those it was started with."""
+    """The options that were given or, for a run that goes on, those it was started with."""
     output = values.get("output")
     if not values.get("resume"):
         options = options_from(values)
@@ -149,7 +153,7 @@ def digests(options: Options) -> dict[str, str]:
     """Hashes of what a run reads."""
     found = {}
     for name, path in options.files.items():
-        if path.exists():  # what is missing is told about where it is read
+        if path.exists():  # reading it raises the better error
             found[name] = checkpoints.digest(path)
     return found
 
@@ -284,7 +288,7 @@ def train(start: Start, ready: ReadyRun, folder: Path) -> RunReport:
 
 
 def fit_head(pretrained: Pretrained, head: str, batches: Any) -> dict[str, float]:
-    """Fit it, and say how well that went."""
+    """Fit the head before training, and print how well that went."""
     try:
         fit = fit_head_(pretrained.model, head, batches)
     except ValueError as error:
@@ -322,7 +326,7 @@ def about_plan(plan: TrainingPlan, options: Options) -> str:
 
 
 def about_data(ready: ReadyRun, start: Start) -> dict[str, Any]:
-    """What the report says of the rows."""
+    """The rows, for the report."""
     train, evaluation = ready.data.train.counts, ready.data.evaluation.counts
     return {
         "train_rows": len(ready.data.train),

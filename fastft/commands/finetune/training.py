@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer, with what a run of ``fastft finetune`` adds: scores, progress, a record, a way to stop."""
+"""The Hugging Face Trainer, with scores, a progress bar, a record of open layers, and a way to stop and go on."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from .options import CLASSIFICATION, Options, make_policy
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 POINTS = 200
-"""About so many of a run's steps are recorded."""
+"""The loss of about this many steps of a run is recorded."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A Trainer that is ready, and what watches over it."""
+    """A Trainer that is ready, and the callback that stops it."""
 
     trainer: Trainer
     stop: Stop
@@ -132,7 +132,7 @@ def prepare(
         compute_metrics=accuracy if classifies else perplexity,
         preprocess_logits_for_metrics=predictions if classifies else losses_of_rows,
         optimizer_cls_and_kwargs=optimizer,
-        # In this order: what was open is told before it changes, and a checkpoint is whole when all have saved theirs.
+        # In this order: Record comes before open layers change, Stop marks a checkpoint when all others have saved.
         callbacks=[ProgressBar(options.task), Record(unfreeze), *([unfreeze] if unfreeze else []), stop],
     )
     trainer.remove_callback(PrinterCallback)
@@ -166,7 +166,7 @@ def perplexity(outcome: Any) -> dict[str, float]:
 
 
 def scores(metrics: Mapping[str, float], task: str) -> dict[str, float]:
-    """What an evaluation found: accuracy or perplexity, and the loss; of a language model per token, in nats."""
+    """Accuracy or perplexity, and the loss, from an evaluation's metrics; of a language model per token, in nats."""
     if task == CLASSIFICATION:
         return {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]}
     return {"perplexity": metrics["eval_perplexity"], "loss": math.log(metrics["eval_perplexity"])}
@@ -234,7 +234,7 @@ class Record(TrainerCallback):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; it did after a step, and left a checkpoint."""
+    """The run has stopped after a step because of a signal, and left a checkpoint."""
 
     def __init__(self, step: int, signal_number: int) -> None:
         super().__init__(step, signal_number)
@@ -243,7 +243,7 @@ class Stopped(Exception):
 
 
 class Stop(TrainerCallback):
-    """Marks a checkpoint as whole once everybody has saved; after Ctrl-C or SIGTERM, ends the run with one.
+    """Marks a checkpoint as whole once all callbacks have saved; after Ctrl-C or SIGTERM, ends the run with one.
 
     Beside the last one, only the best stays; the Trainer itself would delete others before the last one is whole.
     """
@@ -253,7 +253,7 @@ class Stop(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While the block runs, a first signal waits for the end of the step; a second one does what it always did."""
+        """While the block runs, a first signal waits for the end of the step; a second one has its usual effect."""
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def restore() -> None:
@@ -291,5 +291,5 @@ class Stop(TrainerCallback):
 
 
 def say(message: str) -> None:
-    """A line of news on stderr, above the progress bar."""
+    """Print a line on stderr, above the progress bar."""
     tqdm.write(f"fastft finetune: {message}", file=sys.stderr)

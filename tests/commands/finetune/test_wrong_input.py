@@ -14,7 +14,7 @@ from fastft.commands import shell
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"text_column": "txet"}, "line 2: there is no column 'txet', but 'id', 'text', 'label'; closest: text"),
         ({"label_column": "id"}, "expected a few labels, each in several rows, got 80 different ones in 80 rows"),
@@ -32,7 +32,7 @@ from fastft.commands import shell
         ({"augment": "token_dropuot=0.1"}, "--augment: expected one of token_dropout, span_masking, synonyms, got"),
         (
             {"augment": "token_dropout=1"},
-            "augment: token_dropout=1: TokenDropout: p: expected a number from 0 to below",
+            "augment: token_dropout=1: p: expected a number from 0 to below",
         ),
         ({"augment": "synonyms=0.1:gone.tsv"}, "No such file"),
         ({"neftune": -1}, "--neftune: expected a number above 0"),
@@ -58,7 +58,7 @@ from fastft.commands import shell
 )
 def test_one_line_status_2_and_nothing_written(
     changes: dict[str, Any],
-    told: str,
+    message: str,
     classify: dict[str, Any],
     home: Path,
     tmp_path: Path,
@@ -89,7 +89,7 @@ def test_one_line_status_2_and_nothing_written(
     assert (done.status, done.out) == (2, "")
     (line,) = done.err.splitlines()
     assert line.startswith("fastft finetune: ")
-    assert told in line
+    assert message in line
     assert (cases.tree(tmp_path), sorted(tmp_path.rglob("*"))) == before
 
 
