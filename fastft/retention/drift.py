@@ -16,7 +16,7 @@ from fastft.layers import layer_groups
 from fastft.layers.groups import GroupPatterns
 from fastft.tables import aligned, markdown
 
-from .anchored import find_anchored, chunks
+from .anchored import chunks, find_anchored
 
 
 @dataclass(frozen=True)

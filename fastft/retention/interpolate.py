@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastft.anchor import Anchor
 from fastft.checks import check_share
 
-from .anchored import find_anchored, chunks, views_of
+from .anchored import chunks, find_anchored, views_of
 from .report import Items, RetentionReport, Scores, checked_scores, mean_score
 
 
