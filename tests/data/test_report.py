@@ -106,6 +106,7 @@ def test_columns_are_guessed_or_given() -> None:
         data_report(without.select_columns(["mean_rating"]))
 
 
+@pytest.mark.slow
 def test_it_goes_without_labels_and_without_texts(tmp_path: Path) -> None:
     report = data_report(table([("", None), ("", None)]).select_columns(["text"]))
     report.write(tmp_path)

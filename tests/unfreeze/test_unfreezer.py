@@ -703,6 +703,7 @@ def test_only_what_has_been_open_is_copied() -> None:
 # -- saving and loading --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @drawn
 def test_an_unfreezer_that_was_loaded_opens_the_same_groups(data: st.DataObject) -> None:

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastft.commands import finetune, shell
 
+pytestmark = pytest.mark.slow
+
 Options = dict[str, Any]
 
 

@@ -16,6 +16,8 @@ from fastft.commands import shell
 from fastft.commands.finetune import checkpoints, training
 from fastft.commands.finetune.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 Options = dict[str, Any]
 STEPS = 48
 
