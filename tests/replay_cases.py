@@ -16,7 +16,7 @@ from fastft.data import ReplayMixer
 
 WORLD, WORKERS = 2, 2
 FIRST_SOURCE = 10_000
-"""Target examples are 0, 1, ...; source examples count on from here, so that one can tell where they are from."""
+"""Target examples are 0, 1, ...; source examples count on from here, so that their origin shows."""
 
 
 class Numbers(Dataset[int]):
@@ -59,7 +59,7 @@ def flat(batches: Any) -> list[int]:
 
 
 def epochs(rank: int) -> dict[str, list[list[int]]]:
-    """What a rank's loaders give in two epochs, of map- and of iterable-style datasets."""
+    """The items of a rank's loaders in two epochs, for map- and iterable-style datasets."""
     given: dict[str, list[list[int]]] = {"map": [], "stream": []}
     mixer = ReplayMixer(targets(101), sources(7), 0.3, seed=5)
     loader = DataLoader(mixer, batch_size=4, sampler=mixer.sampler(), num_workers=WORKERS, persistent_workers=True)

@@ -442,7 +442,7 @@ def test_an_anchor_keeps_no_parameter_alive() -> None:
     assert "0.weight" in anchor
 
 
-def test_bind_tells_which_parameters_are_meant(tmp_path: Path) -> None:
+def test_bind_says_which_parameters_are_meant(tmp_path: Path) -> None:
     model, other = net(), net(seed=1)
     for anchor in (Anchor.snapshot(model), Anchor.from_safetensors(file_of(tmp_path, weights(model)), model)):
         assert other[0].weight not in anchor

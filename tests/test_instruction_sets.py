@@ -62,7 +62,7 @@ def test_no_more_is_used_than_was_asked_for_and_is_there(name: str) -> None:
     assert done.stdout.strip() == min(name, here, key=SETS.index), done.stderr
 
 
-def test_an_unknown_set_is_told_at_import() -> None:
+def test_an_unknown_set_is_refused_at_import() -> None:
     done = with_loops("v5", "import fastft")
     assert done.returncode != 0
     assert "FASTFT_CPU_CAPABILITY: expected baseline, v3 or v4, got v5" in done.stderr

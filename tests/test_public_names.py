@@ -37,7 +37,10 @@ def resolved(path: str) -> Any:
         return import_module(path)
     except ModuleNotFoundError:
         module, _, name = path.rpartition(".")
-        return getattr(import_module(module), name)
+        try:
+            return getattr(import_module(module), name)
+        except (ModuleNotFoundError, AttributeError):
+            pytest.fail(f"the API reference describes {path}, which does not exist")
 
 
 def exported(package: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ Rows = list[dict[str, Any]]
 
 
 def tiny_bert(folder: Path, dropout: float = 0.1, layers: int = 3) -> nn.Module:
-    """A BERT that was pre-trained, as far as transformers can tell, with a new head."""
+    """A BERT that was pre-trained, as far as transformers knows, with a new head."""
     if not folder.exists():
         torch.manual_seed(0)
         config = BertConfig(

@@ -98,7 +98,7 @@ class DataResults(Results):
         )
 
     def plot(self, path: Path) -> None:
-        """Source recall against target accuracy: a point for each recipe, its name beside the axes."""
+        """Source recall against target accuracy: a point for each method, its name beside the axes."""
         assert self.base is not None
         rows = sorted([self.base, *self.rows], key=lambda row: row.mean("source"))
         points = [(100 * row.mean("target"), 100 * row.mean("source")) for row in rows]

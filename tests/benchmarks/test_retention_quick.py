@@ -13,7 +13,7 @@ from needs import needs
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = needs("peft", "sklearn")
+pytestmark = [pytest.mark.slow, needs("peft", "sklearn")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -117,6 +117,7 @@ def test_what_is_left_holds_no_repetition() -> None:
 # -- how well, on real texts ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_edits_of_one_word_are_found_in_real_reviews(corpora: dict[str, list[str]]) -> None:
     draw = random.Random(0)
     train = [text for text in corpora["movie_reviews"] if len(words_of(text)) >= 5][:1500]

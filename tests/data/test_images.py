@@ -27,7 +27,7 @@ MADE: dict[str, Callable[[int], BatchAugment]] = {
 
 
 def batch(n: int = 16, height: int = 6, width: int = 9) -> tuple[Tensor, Tensor]:
-    """Every pixel is another number, so that one can tell where it is from; zero does not occur."""
+    """Every pixel is another number, so that its origin shows; zero does not occur."""
     images = 1 + torch.arange(n * 3 * height * width).double().reshape(n, 3, height, width)
     return images, torch.arange(n) % CLASSES
 
@@ -97,7 +97,7 @@ def test_mixing_draws_its_share_from_a_beta_distribution() -> None:
 @settings(deadline=None, max_examples=80)
 def test_cutmix_pastes_one_rectangle_and_counts_its_pixels(n: int, height: int, width: int, seed: int) -> None:
     images, _ = batch(n, height, width)
-    labels = torch.arange(n)  # each its own class, so that the label tells the share
+    labels = torch.arange(n)  # each its own class, so that the label shows the share
     before = images.clone()
     changed, mixed = CutMix(n, seed=seed)(images, labels)
     assert torch.equal(images, before)

@@ -50,7 +50,7 @@ def batches(mixer: ReplayMixer, batch_size: int = 4, **options: Any) -> list[lis
 
 
 def as_workers(monkeypatch: Any, mixer: ReplayMixer, workers: int) -> list[list[int]]:
-    """What each of several workers gives, without starting any."""
+    """The items of each of several workers, without starting any."""
     streams = []
     for worker in range(workers):
         info = SimpleNamespace(id=worker, num_workers=workers) if workers > 1 else None
@@ -62,6 +62,7 @@ def as_workers(monkeypatch: Any, mixer: ReplayMixer, workers: int) -> list[list[
 # -- map-style -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.integers(1, 120), st.integers(1, 40), RATIOS, st.integers(0, 3), st.integers(0, 2), st.booleans())
 @settings(deadline=None, max_examples=150)
 def test_every_window_of_an_epoch_has_the_ratio(
@@ -79,6 +80,7 @@ def test_every_window_of_an_epoch_has_the_ratio(
         ) <= (2 if fresh else 1)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 80), st.integers(1, 20), RATIOS, st.integers(1, 5), st.booleans(), st.data())
 @settings(deadline=None, max_examples=100)
 def test_every_window_of_every_rank_has_the_ratio_and_all_ranks_together_have_all(
@@ -176,6 +178,7 @@ def test_it_can_be_copied_and_pickled() -> None:
 STYLES = [(NumberStream, NumberStream), (NumberStream, cases.Numbers), (cases.Numbers, NumberStream)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("styles", STYLES, ids=lambda styles: "+".join(style.__name__ for style in styles))
 @given(n_targets=st.integers(1, 90), n_sources=st.integers(16, 40), ratio=RATIOS, data=st.data())
 @settings(deadline=None, max_examples=40)
@@ -266,6 +269,7 @@ def test_a_stateful_loader_goes_on_with_the_same_order(kind: str, workers: int, 
     assert [batch.tolist() for batch in resumed] == [batch.tolist() for batch in whole]  # and the next epoch is whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_plain_loader_is_resumed_by_skipping(workers: int) -> None:
     for kind, first in mixers().items():
@@ -399,6 +403,7 @@ def test_a_source_with_too_few_shards_says_so(monkeypatch: pytest.MonkeyPatch) -
         list(ReplayMixer(new, old, 0.25))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["map", "stream"])
 def test_trainer(style: str, tmp_path: Path) -> None:
     transformers, datasets = pytest.importorskip("transformers"), pytest.importorskip("datasets")
@@ -437,6 +442,7 @@ def test_trainer(style: str, tmp_path: Path) -> None:
     assert mixer.epoch == 1  # Trainer has set it
 
 
+@pytest.mark.slow
 def test_trainer_that_shuffles_is_stopped_before_the_first_step(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     mixer = ReplayMixer([{"x": torch.zeros(2)}] * 40, [{"x": torch.ones(2)}] * 9, 0.25)
@@ -529,7 +535,7 @@ def test_fresh_streams_and_late_starts_are_refused() -> None:
         mixer.sampler(4)
 
 
-def test_members_are_told_the_epoch() -> None:
+def test_members_learn_the_epoch() -> None:
     class Told(Dataset[int]):
         epoch = -1
 

@@ -38,7 +38,7 @@ def table(rows: list[tuple[str, Any]], **columns: Any) -> Any:
 
 
 def found(report: DataReport, words: str) -> str:
-    """What is to be done about the one finding with these words."""
+    """The advice for the one finding with these words."""
     (finding,) = (finding for finding in report.findings if re.search(words, finding.what))
     return finding.do
 
@@ -78,7 +78,7 @@ def test_a_clean_set_is_called_so() -> None:
         ([[i % 2] for i in range(40)], {"[0]": 20, "[1]": 20}),
     ],
 )
-def test_numbers_are_told_from_classes(values: list[Any], expected: dict[Any, int] | None) -> None:
+def test_numbers_are_distinguished_from_classes(values: list[Any], expected: dict[Any, int] | None) -> None:
     report = data_report(table([(f"text {i} {i * i}", value) for i, value in enumerate(values)]), near=None)
     balance = report.train.balance
     assert (balance.counts if balance is not None else None) == expected
@@ -106,6 +106,7 @@ def test_columns_are_guessed_or_given() -> None:
         data_report(without.select_columns(["mean_rating"]))
 
 
+@pytest.mark.slow
 def test_it_goes_without_labels_and_without_texts(tmp_path: Path) -> None:
     report = data_report(table([("", None), ("", None)]).select_columns(["text"]))
     report.write(tmp_path)

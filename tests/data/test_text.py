@@ -212,6 +212,7 @@ def test_it_is_off_at_eval(tokenizer: Any, rows: list[dict[str, Any]]) -> None:
     assert dataset[5]["input_ids"] != rows[5]["input_ids"] or dataset[6]["input_ids"] != rows[6]["input_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"num_workers": 1}, {"num_workers": 3}, {"num_workers": 2, "persistent_workers": True}]
 )

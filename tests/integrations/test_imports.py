@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 # One process for all of it, since importing torch takes seconds.
 SCRIPT = """
 import json, sys
@@ -28,6 +30,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 def test_imports() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)

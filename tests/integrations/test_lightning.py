@@ -237,6 +237,7 @@ def test_options_are_checked_at_once_and_optimizers_at_the_start(tmp_path: Path)
         fit(tmp_path, Two(Stack()), UnfreezeCallback(GradualUnfreeze(every=2)), accumulate_grad_batches=1)
 
 
+@pytest.mark.slow
 def test_flags_of_a_compiled_module_are_not_flipped(tmp_path: Path) -> None:
     module = torch.compile(Module(Stack()), backend="eager")
     with pytest.raises(ValueError, match=r'mode: expected "freeze", .* for a model that is compiled'):

@@ -59,7 +59,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def resumed(killed: Path) -> dict[str, dict[str, Any]]:
-    """What they come to when they go on here."""
+    """The results when they go on here."""
     ends = {}
     with one_thread():
         for name, make in RUNS.items():

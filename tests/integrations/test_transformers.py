@@ -55,6 +55,7 @@ def anchor_of(run: Trainer) -> dict[str, Tensor]:
 # -- one line ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["plain", "function"])
 def test_one_line_swaps_torchs_fused_adamw(how: str, bert: Any, tmp_path: Path) -> None:
     numbers = {"learning_rate": 1e-2, "adam_epsilon": 1e-4, "max_grad_norm": 1.0}
@@ -102,6 +103,7 @@ def test_options_go_to_the_optimizer(bert: Any, tmp_path: Path) -> None:
     assert optimizer._max_grad_norm == 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 def test_each_layer_may_have_its_own_lr(adapters: bool, bert: Any, tmp_path: Path) -> None:
     args = arguments(tmp_path / "run", num_train_epochs=1)
@@ -156,6 +158,7 @@ def test_new_parameters_are_those_the_checkpoint_did_not_have(bert: Any, tmp_pat
             new_parameters(unknown)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("exclude", "free"),
     [(None, HEAD), ((), set()), ("classifier.bias", {"classifier.bias"}), (["bert.pooler", "classifier"], None)],
@@ -176,6 +179,7 @@ def test_the_anchor_is_what_was_pretrained(exclude: Any, free: set[str] | None, 
     assert_equal(anchor_of(run), {name: before[name] for name in expected})
 
 
+@pytest.mark.slow
 def test_the_anchor_pulls(bert: Any, tmp_path: Path) -> None:
     away = {}
     for decay in (0.0, 30.0):
@@ -188,6 +192,7 @@ def test_the_anchor_pulls(bert: Any, tmp_path: Path) -> None:
     assert away[30.0] < 0.7 * away[0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["the pretrained model", "the checkpoint"])
 def test_a_resumed_run_keeps_the_first_anchor(source: str, bert: Any, tmp_path: Path) -> None:
     """Also where the script loads what it resumes from, in which nothing is new any more."""
@@ -210,6 +215,7 @@ def test_a_resumed_run_keeps_the_first_anchor(source: str, bert: Any, tmp_path: 
     assert_equal(anchor_of(resumed), {n: t for n, t in pretrained.items() if n not in HEAD})
 
 
+@pytest.mark.slow
 def test_an_anchor_in_a_file_is_not_copied_into_checkpoints(bert: Any, tmp_path: Path) -> None:
     model = bert()
     folder = model.name_or_path
@@ -241,6 +247,7 @@ def lora(folder: Path, **options: Any) -> Any:
     return peft.get_peft_model(model, config)
 
 
+@pytest.mark.slow
 def test_lora_is_pulled_to_where_the_model_was_pretrained_without_a_copy(tmp_path: Path) -> None:
     model = lora(tmp_path)
     before = values(model.named_parameters())
@@ -281,6 +288,7 @@ def test_lora_alone_needs_not_know_what_is_new(tmp_path: Path) -> None:
             }
 
 
+@pytest.mark.slow
 def test_lora_resumes_and_merges(tmp_path: Path) -> None:
     def run(resume: str | None = None) -> tuple[Any, UnfreezeCallback, Recorder]:
         model = lora(tmp_path)
@@ -330,6 +338,7 @@ def sizes(recorder: Recorder) -> list[int]:
     return [len(opened) for opened in recorder.opened.values()]
 
 
+@pytest.mark.slow
 def test_epochs_and_optimizer_steps_are_counted(bert: Any, tmp_path: Path) -> None:
     # 40 rows in 10 batches, 4 at a time: 3 steps an epoch, the last of 2 batches.
     args = arguments(tmp_path, gradient_accumulation_steps=4)
@@ -343,6 +352,7 @@ def test_epochs_and_optimizer_steps_are_counted(bert: Any, tmp_path: Path) -> No
         assert sizes(recorder) == expected
 
 
+@pytest.mark.slow
 def test_what_is_closed_does_not_move(bert: Any, tmp_path: Path) -> None:
     for mode in ("requires_grad", "freeze"):
         model = bert()
@@ -362,7 +372,7 @@ def test_what_is_closed_does_not_move(bert: Any, tmp_path: Path) -> None:
         assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == opened
 
 
-def test_evaluations_in_training_are_told_to_the_policy(bert: Any, tmp_path: Path) -> None:
+def test_evaluations_in_training_are_passed_to_the_policy(bert: Any, tmp_path: Path) -> None:
     args = arguments(tmp_path, num_train_epochs=1, eval_on_start=True)
     unfreeze = UnfreezeCallback(OnPlateau("eval_b_loss", patience=1, threshold=100.0))
     recorder = Recorder(unfreeze)
@@ -398,6 +408,7 @@ def test_going_back_to_the_best_brings_back_what_was_evaluated(bert: Any, tmp_pa
     assert not torch.equal(seen[5]["classifier.weight"], seen[2]["classifier.weight"])
 
 
+@pytest.mark.slow
 def test_torchs_own_adamw_resumes_too(bert: Any, tmp_path: Path) -> None:
     def train(resume: str | None = None) -> tuple[Any, Recorder]:
         model = bert()
@@ -417,6 +428,7 @@ def test_torchs_own_adamw_resumes_too(bert: Any, tmp_path: Path) -> None:
     assert [integration.STATE_KEY in group for group in saved["param_groups"]] == [True, False]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_state_is_gone_on_from_by_the_clock(bert: Any, tmp_path: Path) -> None:
     args = arguments(tmp_path, num_train_epochs=1)
     trainer(bert(), args).train()
@@ -427,6 +439,7 @@ def test_a_checkpoint_without_its_state_is_gone_on_from_by_the_clock(bert: Any, 
     assert {step: len(opened) for step, opened in recorder.opened.items()} == {3: 2, 4: 3, 5: 3}
 
 
+@pytest.mark.slow
 def test_everything_is_open_afterwards_and_a_second_run_begins_anew(bert: Any, tmp_path: Path) -> None:
     class Failing(TrainerCallback):
         armed = True
@@ -481,6 +494,7 @@ def test_an_option_that_is_not_for_the_user_is_refused_at_once(option: str) -> N
         UnfreezeCallback(GradualUnfreeze(every=2), **{option: ()})
 
 
+@pytest.mark.slow
 def test_a_state_of_other_layers_is_refused_and_leaves_all_open(bert: Any, tmp_path: Path) -> None:
     args = arguments(tmp_path, num_train_epochs=1)
     trainer(bert(), args, UnfreezeCallback(GradualUnfreeze(every=2))).train()
@@ -495,6 +509,7 @@ def test_a_state_of_other_layers_is_refused_and_leaves_all_open(bert: Any, tmp_p
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_optimizer_of_a_trainer_is_found_behind_accelerates(bert: Any, tmp_path: Path) -> None:
     ours = (fastft.AdamW, {"lr": 1e-3})
     run = trainer(bert(), arguments(tmp_path, num_train_epochs=1), optimizer_cls_and_kwargs=ours)
@@ -509,12 +524,14 @@ def test_the_optimizer_of_a_trainer_is_found_behind_accelerates(bert: Any, tmp_p
         optimizer_of(run)
 
 
+@pytest.mark.slow
 def test_flags_of_a_compiled_model_are_not_flipped(bert: Any, tmp_path: Path) -> None:
     args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
     with pytest.raises(ValueError, match=r'mode: expected "freeze", .* for a model that is compiled'):
         trainer(bert(), args, UnfreezeCallback(GradualUnfreeze(every=2))).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("theirs", "ours", "mode", "around", "warned"),
     [

@@ -114,6 +114,7 @@ def test_elements_of_a_mask_are_independent_along_rows_and_columns(masks: Tensor
         assert abs(correlation(mask[lag:], mask[:-lag])) < 5, lag
 
 
+@pytest.mark.slow
 def test_consecutive_masks_are_independent_at_every_shift(masks: Tensor) -> None:
     for first, second in itertools.pairwise(masks.flatten(1)):
         assert abs(correlation(first, second)) < 5
@@ -529,6 +530,7 @@ class Wrapped(Tensor):
         return func(*(a.inner if isinstance(a, Wrapped) else a for a in args), **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_what_is_not_computed_here_is_left_to_torch() -> None:
     meta = fn.dropout(torch.ones(3, device="meta"), 0.5)
     assert meta.device.type == "meta"
@@ -572,6 +574,7 @@ def test_first_and_second_derivatives(function: Callable[..., Tensor], p: float)
     assert torch.autograd.gradgradcheck(call, x, check_batched_grad=function is fn.dropout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", (0.0, 0.3, 1.0))
 @pytest.mark.parametrize("name", EAGER)
 def test_derivatives_by_every_argument(name: str, p: float) -> None:

@@ -180,6 +180,7 @@ def test_operations_are_functions_of_their_state(dtype: torch.dtype) -> None:
     assert not torch.equal(ops.bias_dropout_add(x, None, r, P, STATE + 4), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rms", (False, True))
 def test_operations_and_eager_functions_have_the_same_derivatives(rms: bool) -> None:
     tensors = [needs_grad(*SHAPE), needs_grad(*SHAPE, seed=1), needs_grad(10, seed=2)]
@@ -222,7 +223,8 @@ def block_inputs() -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_two_calls_in_one_graph_differ_as_do_its_runs(backend: str) -> None:
     inputs = block_inputs()
     compiled = torch.compile(block, backend=backend, fullgraph=True)
@@ -242,7 +244,8 @@ def test_two_calls_in_one_graph_differ_as_do_its_runs(backend: str) -> None:
     assert torch.equal(grad, (runs[0][0] != 0) * 2.0)  # the forward pass's mask
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compiled_gradients_are_those_of_the_masks_in_the_results(backend: str) -> None:
     inputs = block_inputs()
 
@@ -296,6 +299,7 @@ def test_checkpoints_in_a_graph_make_the_same_masks_again() -> None:
             torch.testing.assert_close(repeated, plain)
 
 
+@pytest.mark.slow
 def test_a_reentrant_checkpoint_around_a_compiled_part() -> None:
     part = torch.compile(lambda x: fn.dropout(x, 0.5).exp(), backend="aot_eager")
     found = []
@@ -313,6 +317,7 @@ def backward(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), x.grad
 
 
+@pytest.mark.slow
 def test_evaluation_and_p_0_are_compiled_to_nothing_random() -> None:
     inputs = block_inputs()
     x, b, r, w, _ = inputs
@@ -330,6 +335,7 @@ def test_evaluation_and_p_0_are_compiled_to_nothing_random() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_modules_and_sizes_that_change_compile_once() -> None:
     layers = nn.ModuleList([fastft.nn.Dropout(0.5), fastft.nn.DropoutAddLayerNorm(10, 0.5)])
     graphs: list[torch.fx.GraphModule] = []
@@ -351,6 +357,7 @@ def test_modules_and_sizes_that_change_compile_once() -> None:
     assert sum("fastft.dropout_add_norm" in name for name in names) == 1
 
 
+@pytest.mark.slow
 def test_a_generator_in_a_graph() -> None:
     generator = torch.Generator().manual_seed(3)
     compiled = torch.compile(lambda x: fn.dropout(x, 0.5, generator=generator), backend="eager")
@@ -364,6 +371,7 @@ def test_a_generator_in_a_graph() -> None:
 # -- other graphs and modes --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", (True, False))
 def test_an_export_draws_in_every_run(strict: bool) -> None:
     class Model(nn.Module):
@@ -403,6 +411,7 @@ def test_modes_see_the_operation_and_get_the_gradient() -> None:
     assert isinstance(z, Tensor) and torch.autograd.grad(z.sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.slow
 def test_in_place_in_a_graph() -> None:
     def call(x: Tensor) -> Tensor:
         y = x * 1

@@ -103,6 +103,7 @@ def test_every_bit_of_seed_and_offset_counts(seed: int, offset: int) -> None:
     assert torch.equal(kept, expected_mask((1000,), 0.5, seed, offset))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", (1e-6, 0.1, 0.3, 0.5, 0.999999))
 def test_the_mask_is_the_same_for_every_dtype_alignment_and_number_of_threads(p: float) -> None:
     n = 40_003

@@ -505,6 +505,7 @@ def test_compiled_models(name: str) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_pickled_models_are_fused_and_can_be_saved(tmp_path: Path) -> None:
     model = build(bert).eval()
     fuse_dropout_(model)

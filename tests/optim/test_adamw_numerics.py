@@ -366,7 +366,7 @@ ROWS = ((2, 40000), (3, 16385), (67, 1000), (1025, 33), (2049, 16), (4100, 17), 
     [
         (torch.float32, None),
         *[pytest.param(dtype, None, marks=pytest.mark.slow) for dtype in FLOATS[1:]],
-        (torch.bfloat16, torch.float32),
+        pytest.param(torch.bfloat16, torch.float32, marks=pytest.mark.slow),
     ],
     ids=lambda dtype: short(dtype),
 )
@@ -389,6 +389,7 @@ def test_sizes_around_every_edge(
         watch.step()
 
 
+@pytest.mark.slow
 def test_thousands_of_tensors_in_hundreds_of_groups() -> None:
     """More tensors and more groups than one launch has room for, at different step counts."""
 
@@ -430,7 +431,9 @@ def several(dtype: torch.dtype) -> list[nn.Parameter]:
     return [parameter(shape, dtype, seed=i) for i, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=short)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *[pytest.param(d, marks=pytest.mark.slow) for d in FLOATS[1:]]], ids=short
+)
 def test_bits_do_not_depend_on_threads_nor_on_the_run(dtype: torch.dtype) -> None:
     """The norm's sum has an order of its own, and so the clipped step repeats bit for bit."""
     runs = []

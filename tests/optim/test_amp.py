@@ -251,7 +251,7 @@ def test_parameters_that_take_torchs_own_step_are_unscaled_and_skipped_too(name:
         optimizer.step()
         if not skip:
             reference.step()
-        # Adam's direction hardly depends on the gradients' scale: it is the moments that tell.
+        # Adam's direction hardly depends on the gradients' scale: only the moments show it.
         assert_near([p.detach() for p in ours], [q.detach() for q in theirs], "parameters")
         assert_near(state_of(optimizer), state_of(reference), "state")
     assert {float(state["step"]) for state in state_of(optimizer)} == {3.0}

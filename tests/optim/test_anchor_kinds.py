@@ -411,6 +411,7 @@ def test_the_reference_projects_to_the_sphere() -> None:
         assert torch.equal(let_go, stepped) or torch.equal(let_go, p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
 def test_a_selective_step_has_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     """Its sums have an order of their own."""

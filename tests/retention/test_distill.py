@@ -117,6 +117,7 @@ def test_the_base_stays_while_the_model_trains() -> None:
     assert len(list(model.parameters())) == 6
 
 
+@pytest.mark.slow
 def test_the_base_of_a_compiled_model_and_casting() -> None:
     model = nn.Linear(3, 2)
     base = FrozenBase(torch.compile(model))  # type: ignore[arg-type]

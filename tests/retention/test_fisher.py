@@ -78,6 +78,7 @@ def test_sampled_is_of_one_draw_for_each_example() -> None:
     check(estimate_fisher(model, [inputs], mode="sampled", seed=5), mean_of_squares(gradients, N))
 
 
+@pytest.mark.slow
 def test_sampled_has_the_exact_expectation() -> None:
     model, (inputs, _) = two_layers(), data()
     many = estimate_fisher(model, [inputs[:1]] * 1500, mode="sampled")
@@ -163,6 +164,7 @@ def sequences() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
+@pytest.mark.slow
 def test_an_example_of_a_language_model_is_a_sequence() -> None:
     model, batch = language_model(), sequences()
     fisher = estimate_fisher(model, [batch], mode="empirical", next_token=True)

@@ -65,6 +65,7 @@ def assert_gradients_of_open(model: nn.Module, masked: nn.Module, opened: list[s
         torch.testing.assert_close(got[name], expected[name], rtol=rtol, atol=rtol / 100, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [*MODELS, TiedLM])
 def test_open_groups_get_their_gradients_whatever_is_closed(cls: type[nn.Module]) -> None:
     """One open group, two neighbours, two far apart, all but one: every group of every model in turn."""

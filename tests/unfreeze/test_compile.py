@@ -15,6 +15,8 @@ import fastft
 from fastft.optim import layerwise_lr
 from fastft.unfreeze import GradualUnfreeze, Policy, Unfreezer, layer_groups
 
+pytestmark = pytest.mark.slow
+
 UP_AND_DOWN = Listed(((0, (5,)), (2, (3, 4, 5)), (4, (0, 1)), (6, (0, 5)), (8, (2, 5))))
 
 
@@ -45,7 +47,7 @@ def train(
     return path, unfreezer
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("how", ["wrapper", "in place", "blocks"])
 @pytest.mark.parametrize("policy", [UP_AND_DOWN, GradualUnfreeze(2)], ids=["up and down", "gradual"])
 def test_compiled_models_train_as_eager_ones(backend: str, how: str, policy: Policy) -> None:
@@ -70,7 +72,6 @@ def test_compiled_models_train_as_eager_ones(backend: str, how: str, policy: Pol
     assert "as the model is compiled" in unfreezer.report().notes[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapper", "in place"])
 def test_batch_norm_stays_put_in_compiled_models(how: str) -> None:
     policy = Listed(((0, (3, 4)), (3, (0, 3, 4)), (6, (2, 4))))

@@ -190,6 +190,7 @@ class Plateau:
         return min(self.open, N)
 
 
+@pytest.mark.slow
 @given(
     values=st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.75, 1.0]), max_size=30),
     patience=st.integers(1, 4),

@@ -71,7 +71,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(name: str, killed: Path) -> N
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes under DDP came to."""
+    """The results of two processes under DDP."""
     folder = tmp_path_factory.mktemp("ddp")
     processes = [start("ddp", folder / "end", rank, folder / "store") for rank in range(2)]
     try:

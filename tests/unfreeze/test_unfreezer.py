@@ -670,14 +670,14 @@ def test_a_plateau_goes_back_to_the_best_parameters(mode: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("logged", "told"),
+    ("logged", "got"),
     [
         ((), "no metrics at all"),
         (({"val_los": 1.0}, {"lr": 0.1}), "'lr', 'val_los'"),
         (({"val_los": 1.0}, {"val_loss": 1.0}), None),
     ],
 )
-def test_a_metric_that_was_never_logged_is_told_at_the_end(logged: Any, told: str | None) -> None:
+def test_a_metric_that_was_never_logged_is_reported_at_the_end(logged: Any, got: str | None) -> None:
     model = Stack()
     unfreezer = Unfreezer(model, adamw(model), OnPlateau("val_loss"))
     for metrics in ({}, *logged):
@@ -686,8 +686,8 @@ def test_a_metric_that_was_never_logged_is_told_at_the_end(logged: Any, told: st
         warnings.simplefilter("always")
         unfreezer.undo()
         unfreezer.undo()
-    expected = f"metric: expected 'val_loss' among the logged metrics, got {told}"
-    assert [str(warning.message) for warning in found] == ([expected] if told else [])
+    expected = f"metric: expected 'val_loss' among the logged metrics, got {got}"
+    assert [str(warning.message) for warning in found] == ([expected] if got else [])
 
 
 def test_only_what_has_been_open_is_copied() -> None:
@@ -703,6 +703,7 @@ def test_only_what_has_been_open_is_copied() -> None:
 # -- saving and loading --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @drawn
 def test_an_unfreezer_that_was_loaded_opens_the_same_groups(data: st.DataObject) -> None:
@@ -766,7 +767,7 @@ def test_the_order_of_loading_does_not_matter(order: str) -> None:
 
 
 def test_an_optimizer_state_of_another_run_opens_nothing() -> None:
-    """What was frozen there comes with its state dict; here the unfreezer says what is."""
+    """AdamW's state dict carries the frozen set, and the unfreezer's own is the one that counts."""
     model, other = Stack(), Stack()
     optimizer, free = adamw(model), adamw(other)
     backward(other, 0)
@@ -1052,7 +1053,7 @@ def test_wrapped_optimizers_are_unwrapped() -> None:
     assert unfreezer.optimizer is inner
 
 
-def test_what_is_told_to_be_around_the_model_counts_as_if_it_were_seen() -> None:
+def test_wrappers_that_are_named_to_be_around_the_model_counts_as_if_it_were_seen() -> None:
     model = Stack()
     unfreezer = Unfreezer(model, adamw(model), GradualUnfreeze(1), mode="freeze", wrapped=["ddp"])
     backward(model, 0)

@@ -109,7 +109,7 @@ def broken(params: Any) -> steps.Step:
     raise RuntimeError("no such kernel\nand more")
 
 
-def test_a_peer_that_cannot_run_is_told_and_torch_must_run() -> None:
+def test_a_peer_that_cannot_run_is_reported_and_torch_must_run() -> None:
     name = next(iter(peers.PEERS))
     works = {FASTFT: steps.ours, steps.FUSED: steps.IN_FUSED, name: broken, "apex": steps.LIBRARIES["apex"]}
     prepared = steps.Steps(SHAPES, works).prepare(CPU)

@@ -15,6 +15,9 @@ from fastft.commands.demo.train import Config
 from fastft.problems import split_reviews
 
 pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.slow
+
 SMALL = Config(train_rows=96, test_rows=80, pools=2, pool_size=40, batch_size=16)
 
 

@@ -1,4 +1,4 @@
-"""What the runs of these tests share: models, and a file of rows."""
+"""Shared by these tests: models, and a file of rows."""
 
 from __future__ import annotations
 

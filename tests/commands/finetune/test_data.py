@@ -63,7 +63,7 @@ def test_class_labels_of_a_parquet_file_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("r.csv", "text,label\na,1,2\n", "line 2: expected 2 fields, as in the header ('text', 'label'), got 3"),
         ("r.csv", "text,label\na,1\nb\n", "line 3: expected 2 fields, as in the header ('text', 'label'), got 1"),
@@ -91,12 +91,12 @@ def test_class_labels_of_a_parquet_file_by_name(tmp_path: Path) -> None:
         ("gz", "a", "expected a file whose name ends in"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_wrong_is_told_with_the_place(name: str, content: Any, told: str, tmp_path: Path) -> None:
+def test_a_file_that_is_wrong_is_reported_with_the_place(name: str, content: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as error:
         read(tmp_path / name, "text", "label")
     assert str(error.value).startswith(str(tmp_path / name))
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -145,17 +145,17 @@ def test_nothing_to_hold_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "evaluation", "told"),
+    ("train", "evaluation", "message"),
     [
         ("aaaa", "a", "expected at least two different labels, got 'a' alone"),
         ("abcde", "a", "expected a few labels, each in several rows, got 5 different ones in 5 rows"),
         ("abab", "abca", "line 4: no row to train on has the label 'c'"),
     ],
 )
-def test_labels_that_cannot_be_learned(train: str, evaluation: str, told: str) -> None:
+def test_labels_that_cannot_be_learned(train: str, evaluation: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         check_labels(labelled(train, evaluation))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def labelled(train: str, evaluation: str, replay: str = "") -> Data:

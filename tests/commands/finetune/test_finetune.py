@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastft.commands import finetune, shell
 
+pytestmark = pytest.mark.slow
+
 Options = dict[str, Any]
 
 
@@ -365,7 +367,7 @@ def test_texts_are_augmented_while_training_and_their_labels_are_not(
     )
 
 
-def test_layers_that_will_not_open_are_told_beforehand(classify: Options) -> None:
+def test_layers_that_will_not_open_are_named_beforehand(classify: Options) -> None:
     classify.update(unfreeze=["gradual", "every=2"])
     done = cases.finetune(**classify)
     assert done.status == 0, done.err

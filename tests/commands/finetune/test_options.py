@@ -58,7 +58,7 @@ def test_values_of_flags(name: str, value: Any, read: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ({"lr": "fast"}, "--lr: expected a number above 0, got 'fast'"),
         ({"lr": "0"}, "--lr: expected a number above 0, got '0'"),
@@ -90,10 +90,10 @@ def test_values_of_flags(name: str, value: Any, read: Any) -> None:
         ({"unfreeze": ["phases"]}, "--unfreeze: phases needs phases= (in the --config file)"),
     ],
 )  # fmt: skip
-def test_wrong_values_are_told_in_a_line(flags: dict[str, Any], told: str) -> None:
+def test_wrong_values_are_reported_in_a_line(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as error:
         options(**flags)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -128,7 +128,7 @@ def test_yaml_is_read_as_people_write_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("learning_rte: 1", "there is no option 'learning_rte'; closest:"),
         ("lr: [1, 2]", "run.yaml: lr: expected a number above 0, got [1, 2]"),
@@ -141,11 +141,11 @@ def test_yaml_is_read_as_people_write_it(tmp_path: Path) -> None:
         ("unfreeze: {every: 5}", "run.yaml: unfreeze: expected one of none, gradual"),
     ],
 )  # fmt: skip
-def test_wrong_yaml_is_told_in_a_line(content: str, told: str, tmp_path: Path) -> None:
+def test_wrong_yaml_is_reported_in_a_line(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(content)
     with pytest.raises(InputError) as error:
         given({}, tmp_path / "run.yaml")
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 

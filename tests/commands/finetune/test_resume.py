@@ -16,6 +16,8 @@ from fastft.commands import shell
 from fastft.commands.finetune import checkpoints, training
 from fastft.commands.finetune.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 Options = dict[str, Any]
 STEPS = 48
 
@@ -80,7 +82,7 @@ training.Stop = Signalled
 """
 
 
-def test_ctrl_c_finishes_the_step_and_the_command_that_it_tells_goes_on(
+def test_ctrl_c_finishes_the_step_and_the_command_that_it_prints_goes_on(
     long_run: tuple[Options, Path], tmp_path: Path
 ) -> None:
     options, whole = long_run
@@ -89,11 +91,11 @@ def test_ctrl_c_finishes_the_step_and_the_command_that_it_tells_goes_on(
     assert (done.status, done.out) == (130, ""), done.err
     said = done.err.splitlines()
     assert said[-2] == "fastft finetune: stopping after this step (once more: at once)"
-    told = "fastft finetune: stopped after step 7; go on with: "
-    assert said[-1].startswith(told)
+    message = "fastft finetune: stopped after step 7; go on with: "
+    assert said[-1].startswith(message)
     assert [p.name for p in output.iterdir()] == ["checkpoints"]  # and nothing that looks like a result
 
-    command = shlex.split(said[-1].removeprefix(told))
+    command = shlex.split(said[-1].removeprefix(message))
     assert command[:2] == ["fastft", "finetune"]
     assert shell.main(command[1:]) == 0
     assert_same(output, whole)
@@ -133,8 +135,8 @@ def test_after_sigkill_it_goes_on_bit_for_bit(long_run: tuple[Options, Path], tm
 def test_a_second_ctrl_c_ends_it_at_once(classify: Options) -> None:
     done = signalled(signal.SIGINT, 3, {**classify, "checkpoint_every": 1}, times=2)
     assert done.status == 130
-    told = f"interrupted; go on with: fastft finetune --output {classify['output']} --resume"
-    assert done.err.splitlines()[-1] == f"fastft finetune: {told}"
+    message = f"interrupted; go on with: fastft finetune --output {classify['output']} --resume"
+    assert done.err.splitlines()[-1] == f"fastft finetune: {message}"
     done = cases.finetune(output=classify["output"], resume=True)
     assert (done.status, "going on after step 2" in done.err) == (0, True)
 
@@ -199,7 +201,7 @@ def test_what_an_unfinished_run_leaves_in_the_way(stopped: Options, home: Path, 
     assert refused(cases.finetune(**stopped)) == (
         f"fastft finetune: --output: {output} has an unfinished run; go on with --resume, or drop it with --overwrite"
     )
-    for name, value, told in (
+    for name, value, message in (
         ("lr", 2e-3, "--lr: the run was started with 0.001, and got 0.002;"),
         ("steps", 5, "--steps: the run was started with 4, and got 5;"),
         ("epochs", 2, "--epochs: the run was started with none, and got 2;"),
@@ -208,14 +210,14 @@ def test_what_an_unfinished_run_leaves_in_the_way(stopped: Options, home: Path, 
         ("keep", "last", "--keep: the run was started with best, and got last;"),
     ):
         line = refused(cases.finetune(**{"output": output, "resume": True, name: value}))
-        assert line.startswith(f"fastft finetune: {told}"), line
+        assert line.startswith(f"fastft finetune: {message}"), line
         assert line.endswith("leave it out to go on, or start anew with --overwrite")
     other = cases.write_rows(tmp_path / "other.csv", cases.review_rows(30))
     assert "--train: " in refused(cases.finetune(output=output, resume=True, train=other))
     assert "got both" in refused(cases.finetune(output=output, resume=True, overwrite=True))
     assert cases.tree(output) == before
 
-    # The same options, told again, and data of the same content in another place.
+    # The same options, given again, and data of the same content in another place.
     again = {**stopped, "train": Path(shutil.copy(home / "train.csv", tmp_path / "copy.csv"))}
     done = cases.finetune(**again, resume=True)
     assert done.status == 0, done.err
@@ -273,7 +275,7 @@ def test_interrupted_before_training_it_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_told_with_the_way_to_go_on(classify: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_with_the_way_to_go_on(classify: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastft.commands.finetune import pipeline
 
     def full(*_: object) -> None:

@@ -14,7 +14,7 @@ from fastft.commands import shell
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"text_column": "txet"}, "line 2: there is no column 'txet', but 'id', 'text', 'label'; closest: text"),
         ({"label_column": "id"}, "expected a few labels, each in several rows, got 80 different ones in 80 rows"),
@@ -58,7 +58,7 @@ from fastft.commands import shell
 )
 def test_one_line_status_2_and_nothing_written(
     changes: dict[str, Any],
-    told: str,
+    message: str,
     classify: dict[str, Any],
     home: Path,
     tmp_path: Path,
@@ -89,7 +89,7 @@ def test_one_line_status_2_and_nothing_written(
     assert (done.status, done.out) == (2, "")
     (line,) = done.err.splitlines()
     assert line.startswith("fastft finetune: ")
-    assert told in line
+    assert message in line
     assert (cases.tree(tmp_path), sorted(tmp_path.rglob("*"))) == before
 
 
