@@ -21,9 +21,12 @@ double read_scalar(const TensorView& view) {
   return view.dtype == DType::f64 ? *static_cast<const double*>(view.data) : *static_cast<const float*>(view.data);
 }
 
-PyObject* item(const py::dict& group, const char* key) {
-  PyObject* value = PyDict_GetItemString(group.ptr(), key);
-  if (value == nullptr) throw py::key_error(text("param_groups: expected the key ", key));
+// group[key]; `key` is kept as a Python string between calls.
+PyObject* item(const py::dict& group, const char* name, PyObject*& key) {
+  if (key == nullptr) key = PyUnicode_InternFromString(name);
+  PyObject* value = PyDict_GetItemWithError(group.ptr(), key);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  if (value == nullptr) throw py::key_error(text("param_groups: expected the key ", name));
   return value;
 }
 
@@ -52,14 +55,17 @@ AdamWGroup read_group(const py::dict& group, const py::object& lr, Device device
     read.lr = view.data;
     read.lr_dtype = view.dtype;
   }
-  const py::sequence betas = py::reinterpret_borrow<py::sequence>(item(group, "betas"));
-  read.options.beta1 = number(py::object(betas[0]).ptr());
-  read.options.beta2 = number(py::object(betas[1]).ptr());
-  read.options.eps = number(item(group, "eps"));
-  read.options.weight_decay = number(item(group, "weight_decay"));
-  read.options.anchor_decay = number(item(group, "anchor_decay"));
-  read.options.amsgrad = flag(item(group, "amsgrad"));
-  read.options.maximize = flag(item(group, "maximize"));
+  static PyObject *betas, *eps, *weight_decay, *anchor_decay, *amsgrad, *maximize;
+  const auto pair = py::reinterpret_steal<py::object>(PySequence_Tuple(item(group, "betas", betas)));
+  if (!pair) throw py::error_already_set();
+  check(PyTuple_GET_SIZE(pair.ptr()) == 2, "betas: expected two numbers, got ", PyTuple_GET_SIZE(pair.ptr()));
+  read.options.beta1 = number(PyTuple_GET_ITEM(pair.ptr(), 0));
+  read.options.beta2 = number(PyTuple_GET_ITEM(pair.ptr(), 1));
+  read.options.eps = number(item(group, "eps", eps));
+  read.options.weight_decay = number(item(group, "weight_decay", weight_decay));
+  read.options.anchor_decay = number(item(group, "anchor_decay", anchor_decay));
+  read.options.amsgrad = flag(item(group, "amsgrad", amsgrad));
+  read.options.maximize = flag(item(group, "maximize", maximize));
   return read;
 }
 
@@ -270,8 +276,8 @@ py::list AdamWPlan::unread() const {
 
 void AdamWPlan::hold(Slot& slot) {
   slot.held[Field::stepped] = py::reinterpret_borrow<py::object>(slot.param);
-  for (size_t i = Field::stepped + 1; i < Field::count_; ++i)
-    if (kRecordTensors[i].keeper == Keeper::state && slot.tensors[i]) slot.held[i] = slot.tensors[i].keep();
+  for (size_t i = Field::stepped + 1; i < slot.held.size(); ++i)
+    if (slot.tensors[i]) slot.held[i] = slot.tensors[i].keep();
 }
 
 // Takes the slot's gradient as it is, if it is a plain tensor that lies like the parameter.

@@ -69,7 +69,7 @@ class AdamWPlan {
     AdamWEntry entry = {};
     // This step:
     py::object grad;
-    std::array<py::object, Field::count_> held;  // the borrowed ones: others may let go of them
+    std::array<py::object, kept_by_state()> held;  // the borrowed ones: others may let go of them
     bool active = false;
 
     const TensorRef& operator[](size_t field) const { return tensors[field]; }

@@ -60,6 +60,15 @@ enum : size_t { FASTFT_RECORD_TENSORS(FASTFT_PLACE) count_ };
 #undef FASTFT_PLACE
 }  // namespace Field
 
+// How many of them the optimizer's state keeps: these come first.
+constexpr size_t kept_by_state() {
+  size_t count = 0;
+  while (count < Field::count_ && kRecordTensors[count].keeper == Keeper::state) ++count;
+  return count;
+}
+static_assert(kRecordTensors[Field::count_ - 1].keeper == Keeper::plan && kept_by_state() == Field::anchor,
+              "tensors that the state keeps come before those that the plan keeps");
+
 // One parameter of the optimizer, in the order of its groups.
 struct AdamWRecord {
   py::object param;  // as it stands in the group

@@ -65,8 +65,7 @@ class Anchor:
             ValueError: a pattern that matches nothing, a name given twice, or a parameter that is not a dense
                 floating-point tensor with values.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+        check_dtype(dtype)
         named = named_tensors(module_or_named_parameters)
         excluded = set(matching(exclude, [name for name, _ in named]))
         kept = [(name, p) for name, p in named if name not in excluded]
@@ -163,8 +162,7 @@ class Anchor:
             ValueError: anchored names without an importance, or with one that is not of this form, all of them listed.
                 Parameters that are not to be anchored at all are left out of the anchor, with ``exclude``.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+        check_dtype(dtype)
         if not isinstance(importance, Mapping):
             raise TypeError(f"importance: expected a dict from names to tensors, got {type(importance).__name__}")
         tied: dict[int, list[str]] = {}
@@ -448,6 +446,12 @@ class Anchor:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._bound = {id(p): (weakref.ref(p), name) for p, name in state["_bound"]}
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise unless anchors can be kept in it; None: in the parameters' own."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
 
 
 def copied(p: Tensor, dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:

@@ -1,7 +1,4 @@
-"""The house: layers import only from layers below, applications only what is exported, and nothing in a circle.
-
-Read from the source with ``ast``: nothing is imported here.
-"""
+"""Parts import only from parts below, applications only what is exported, and nothing in a circle; read with ast."""
 
 from __future__ import annotations
 

@@ -357,9 +357,8 @@ class AdamW(torch.optim.AdamW):
         on_device = prepare_state(state, p, group, name, moment_dtype(p, self._state_dtype), counts_on_device)
         anchor = importance = None
         if group["anchor_decay"] != 0.0 and self._anchor is not None:
-            known = self._anchor_name(p, name) or name
-            anchor = self._anchor.tensor_for(p, known)
-            importance = self._anchor.importance_for(p, known) if anchor is not None else None
+            anchor = self._anchor.tensor_for(p, name)
+            importance = self._anchor.importance_for(p, name) if anchor is not None else None
         return record_of(
             p,
             group_index,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastft.checks import check_not_negative
+from fastft.checks import check_fraction, check_not_negative
 from fastft.layers import LayerGroup
 
 
@@ -46,8 +46,7 @@ def layerwise_lr(
             f"groups: expected layer groups, as fastft.layers.layer_groups(model) makes, got {type(wrong[0]).__name__}"
         )
     check_not_negative("lr", lr)
-    if not 0.0 < decay <= 1.0:
-        raise ValueError(f"decay: expected a number above 0 and up to 1, got {decay!r}")
+    check_fraction("decay", decay)
     if taken := group_options.keys() & {"params", "lr", "layer_group"}:
         raise ValueError(f"group_options: expected options for all groups, got {', '.join(sorted(taken))}")
     made = []

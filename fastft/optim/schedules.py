@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastft.checks import check_count
+from fastft.checks import check_count, check_fraction
 
 
 class FactorLR(LRScheduler):
@@ -123,8 +123,7 @@ class RewarmLR(FactorLR):
     ) -> None:
         check_count("total_steps", total_steps)
         check_count("warmup_steps", warmup_steps, least=0)
-        if not 0.0 < min_ratio <= 1.0:
-            raise ValueError(f"min_ratio: expected a number above 0 and up to 1, got {min_ratio!r}")
+        check_fraction("min_ratio", min_ratio)
         bounds = [*starts, total_steps]
         if (
             not all(isinstance(start, int) for start in bounds)

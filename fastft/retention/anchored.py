@@ -1,4 +1,4 @@
-"""A model's parameters beside their anchor: which have one, and the two piece by piece in one wide dtype."""
+"""A model's parameters beside their anchor: which have one, and the two chunk by chunk in one wide dtype."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fastft.anchor import Anchor
 from fastft.optim.tensors import is_dtensor
 
-# Elements of a piece: small enough that what is computed from it is still in cache when it is read again.
-PIECE = 1 << 18
+# Elements of a chunk: small enough that what is computed from it is still in cache when it is read again.
+CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def find_anchored(model: nn.Module, anchor: Anchor) -> tuple[list[Anchored], lis
     return found, missing
 
 
-def pieces(tensors: tuple[Tensor, ...], device: torch.device, least: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+def chunks(tensors: tuple[Tensor, ...], device: torch.device, least: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape, rows at a time, on ``device`` and in the widest of their dtypes, ``least`` at least.
 
     What has that dtype and device already comes as a view.
@@ -69,5 +69,5 @@ def pieces(tensors: tuple[Tensor, ...], device: torch.device, least: torch.dtype
 def views_of(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """Views of tensors of one shape, a number of rows at a time, whatever their memory order."""
     rows = [t.detach().unsqueeze(0) if t.dim() == 0 else t.detach() for t in tensors]
-    step = max(1, PIECE // max(1, rows[0][:1].numel()))
+    step = max(1, CHUNK // max(1, rows[0][:1].numel()))
     yield from zip(*(t.split(step) for t in rows), strict=True)

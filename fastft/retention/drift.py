@@ -16,7 +16,7 @@ from fastft.layers import layer_groups
 from fastft.layers.groups import GroupPatterns
 from fastft.tables import aligned, markdown
 
-from .anchored import find_anchored, pieces
+from .anchored import chunks, find_anchored
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def drift_report(model: nn.Module, anchor: Anchor, groups: GroupPatterns | None 
 def moments(p: Tensor, anchor: Tensor) -> list[float]:
     """‖p − anchor‖², ‖p‖², ‖anchor‖² and ⟨p, anchor⟩."""
     total = torch.zeros(4, dtype=torch.float64, device=p.device)
-    for a, b in pieces((p, anchor), p.device, torch.float64):
+    for a, b in chunks((p, anchor), p.device, torch.float64):
         delta = a - b
         total += torch.stack([(delta * delta).sum(), (a * a).sum(), (b * b).sum(), (a * b).sum()])
     return total.tolist()

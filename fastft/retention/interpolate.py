@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastft.anchor import Anchor
+from fastft.checks import check_share
 
-from .anchored import find_anchored, pieces, views_of
+from .anchored import chunks, find_anchored, views_of
 from .report import Items, RetentionReport, Scores, checked_scores, mean_score
 
 
@@ -64,7 +65,7 @@ class Interpolation:
     """Weights that are blended until :meth:`undo`, or until the ``with`` block that it opened ends."""
 
     def __init__(self, model: nn.Module, anchor: Anchor, alpha: float, keep_on: torch.device | str | None) -> None:
-        check_alpha(alpha)
+        check_share("alpha", alpha)
         self._anchor = anchor
         self._anchored, missing = find_anchored(model, anchor)
         self.unanchored = tuple(missing)
@@ -87,7 +88,7 @@ class Interpolation:
     @torch.no_grad()
     def set(self, alpha: float) -> None:
         """Blend the same two sets of weights with another ``alpha``."""
-        check_alpha(alpha)
+        check_share("alpha", alpha)
         try:
             for found in self._anchored:
                 p = found.parameter
@@ -96,7 +97,7 @@ class Interpolation:
                     p.copy_(end if alpha else start)
                     continue
                 for (target,), (a, b) in zip(
-                    views_of((p,)), pieces((start, end), p.device, torch.float32), strict=True
+                    views_of((p,)), chunks((start, end), p.device, torch.float32), strict=True
                 ):
                     target.copy_(torch.lerp(a, b, alpha))
         except BaseException:
@@ -197,7 +198,7 @@ def best_alpha(
     if not given:
         raise ValueError("alphas: expected at least one, got none")
     for alpha in given:
-        check_alpha(alpha)
+        check_share("alpha", alpha)
     tried = sorted(set(given))
     check_rule(source_weight, min_target)
     points = []
@@ -235,11 +236,5 @@ def check_rule(source_weight: float | None, min_target: float | None) -> None:
     """Raise unless at most one is given, and makes sense."""
     if source_weight is not None and min_target is not None:
         raise ValueError("source_weight, min_target: expected one of them, got both")
-    if source_weight is not None and not 0.0 <= source_weight <= 1.0:
-        raise ValueError(f"source_weight: expected a number from 0 to 1, got {source_weight!r}")
-
-
-def check_alpha(alpha: float) -> None:
-    """Raise unless it is a share."""
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha!r}")
+    if source_weight is not None:
+        check_share("source_weight", source_weight)

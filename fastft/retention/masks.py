@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastft.checks import check_fraction
 from fastft.names import NameIndex, closest
 from fastft.optim import AdamW
 from fastft.optim.tensors import is_dtensor
@@ -48,7 +49,7 @@ def child_tuning_(
     """
     if not isinstance(optimizer, AdamW):
         raise TypeError(f"optimizer: expected a fastft.AdamW, got {type(optimizer).__name__}")
-    check_fraction(fraction)
+    check_fraction("fraction", fraction)
     if scope not in ("model", "tensor"):
         raise ValueError(f'scope: expected "model" or "tensor", got {scope!r}')
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -108,7 +109,7 @@ class MoFO:
     ) -> None:
         if not isinstance(optimizer, torch.optim.Adam):
             raise TypeError(f"optimizer: expected a torch.optim.Adam or AdamW, got {type(optimizer).__name__}")
-        check_fraction(fraction)
+        check_fraction("fraction", fraction)
         self.fraction = fraction
         self._chosen = None if parameters is None else {id(p): p for p in parameters}
         known = {id(p): p for group in optimizer.param_groups for p in group["params"]}
@@ -165,9 +166,3 @@ def highest(values: Tensor, fraction: float) -> Tensor:
     # By index, not by threshold: where most values are 0, a threshold of 0 would take in all of them.
     found[flat.topk(count, sorted=False).indices] = True
     return found.view(values.shape)
-
-
-def check_fraction(fraction: float) -> None:
-    """Raise unless it is a share, and not 0."""
-    if not isinstance(fraction, (int, float)) or not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction: expected a number above 0 and up to 1, got {fraction!r}")

@@ -38,7 +38,7 @@ def expected(model: nn.Module, base: nn.Module, prefix: str) -> tuple[float, flo
 @pytest.mark.parametrize("piece", [7, 1 << 18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_every_group_against_float64(dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anchored, "PIECE", piece)
+    monkeypatch.setattr(anchored, "CHUNK", piece)
     base, model = tuned(dtype)
     report = drift_report(model, fastft.Anchor.snapshot(base.named_parameters()))
     assert [drift.group for drift in report.groups] == ["0", "2", "3"]

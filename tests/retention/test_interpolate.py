@@ -65,7 +65,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 def test_the_blend_and_its_undoing(
     dtype: torch.dtype, options: dict[str, Any], alpha: float, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(anchored, "PIECE", piece)
+    monkeypatch.setattr(anchored, "CHUNK", piece)
     model, anchor = tuned(dtype, **options)
     before = bits(model)
     wanted = {

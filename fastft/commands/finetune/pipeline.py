@@ -170,9 +170,9 @@ def get_ready(options: Options) -> ReadyRun:
     head = model.new_head(pretrained) if options.fit_head else None
     try:
         groups = layer_groups(pretrained.model, options.layer_groups)
-        check_policy(options, groups)
     except ValueError as error:
         raise InputError(str(error)) from error
+    check_policy(options, groups)
 
     ids = {label: i for i, label in enumerate(pretrained.labels)}
     parts = [data.train, data.evaluation, *([] if data.replay is None else [data.replay])]
@@ -205,8 +205,11 @@ def check_policy(options: Options, groups: list[LayerGroup]) -> None:
     if options.unfreeze is None:
         return
     policy = make_policy(options.unfreeze, options.seed)
-    for start in policy.starts if isinstance(policy, Phases) else [0]:
-        open_at(policy, groups, int(start), epoch=start)
+    try:
+        for start in policy.starts if isinstance(policy, Phases) else [0]:
+            open_at(policy, groups, int(start), epoch=start)
+    except ValueError as error:
+        raise InputError(f"--unfreeze: {error}") from error
 
 
 def still_closed(options: Options, groups: list[LayerGroup], plan: TrainingPlan) -> list[str]:

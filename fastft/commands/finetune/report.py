@@ -171,7 +171,7 @@ def percent(share: float) -> str:
 
 
 def meaning(report: RunReport) -> list[str]:
-    """What the tables do not show, in sentences."""
+    """Sentences about the rest, one a line."""
     kept, steps = report.kept, report.kept["of"]
     lines = []
     if "accuracy" in report.after:
