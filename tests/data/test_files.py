@@ -48,6 +48,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert list(read_table(str(tmp_path / "a.parquet"))) == ROWS
 
 
+@pytest.mark.slow
 def test_the_demo_s_data_are_read_as_they_are() -> None:
     folder = Path(str(corpus.__file__)).parent / "data"
     for name in ("tweets", "movie_reviews"):

@@ -82,6 +82,7 @@ def test_a_label_holds_as_much_of_each_class_as_the_image(
         torch.testing.assert_close(changed, changed[:, :, :1, :1].expand_as(changed))
 
 
+@pytest.mark.slow
 def test_mixing_draws_its_share_from_a_beta_distribution() -> None:
     mixup, images = MixUp(2, alpha=0.4), torch.eye(2)[:, :, None, None]
     shares = []

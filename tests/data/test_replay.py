@@ -109,6 +109,7 @@ def test_every_window_of_every_rank_has_the_ratio_and_all_ranks_together_have_al
         assert Counter(together) == Counter(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
 def test_a_loader_gives_the_order_and_follows_set_epoch(options: dict[str, Any]) -> None:
     mixer = ReplayMixer(targets(40), sources(6), 0.25, seed=3)
@@ -222,6 +223,7 @@ def test_members_that_divide_themselves_are_not_divided_again() -> None:
     assert [example for example in mixer if not is_source(example)] == list(range(20))
 
 
+@pytest.mark.slow
 def test_streams_and_workers() -> None:
     mixer = ReplayMixer(NumberStream(41), NumberStream(8, FIRST_SOURCE), 0.25)
     found = batches(mixer, num_workers=2)
@@ -372,6 +374,7 @@ def test_each_keeps_its_own_format() -> None:
     assert sorted(i for i in ids_of(DataLoader(mixed, batch_size=4)) if i < 99) == list(range(-29, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_hugging_face_streams_are_mixed(workers: int) -> None:
     new = table(40).to_iterable_dataset(num_shards=4).shuffle(seed=0, buffer_size=8)
@@ -385,6 +388,7 @@ def test_hugging_face_streams_are_mixed(workers: int) -> None:
     assert orders[0] != orders[1]
 
 
+@pytest.mark.slow
 def test_hugging_face_streams_are_divided_among_ranks() -> None:
     together: list[int] = []
     for rank in range(2):

@@ -115,6 +115,7 @@ def test_it_goes_without_labels_and_without_texts(tmp_path: Path) -> None:
     data_report(table([("a b c", None), ("d e", None)])).write(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_page_the_figures_and_the_plot(tmp_path: Path) -> None:
     report = data_report(table(TRAIN), table(EVAL), name="reviews.csv", eval_name="test_set.csv")
     report.write(tmp_path)
@@ -140,6 +141,7 @@ def test_the_page_the_figures_and_the_plot(tmp_path: Path) -> None:
     assert len(page.split("## ")) == 6
 
 
+@pytest.mark.slow
 def test_the_faces_of_a_report_say_the_same(tmp_path: Path) -> None:
     report = data_report(table(TRAIN), table(EVAL))
     (tmp_path / "new").mkdir()

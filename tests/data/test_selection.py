@@ -107,6 +107,7 @@ def test_coverage_is_what_it_is_defined_as(n: int, m: int, d: int, seed: int, da
     assert found.k == k
 
 
+@pytest.mark.slow
 def test_coverage_and_density_are_one_for_the_same_distribution_and_zero_far_away() -> None:
     source, same = points(1500, 4, 0), points(1500, 4, 1)
     found = coverage(source, same)

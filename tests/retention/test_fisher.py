@@ -181,6 +181,7 @@ def test_an_example_of_a_language_model_is_a_sequence() -> None:
     assert "lm_head.weight" not in fisher  # tied to the embedding
 
 
+@pytest.mark.slow
 def test_exact_of_a_language_model_adds_up_over_positions_and_words() -> None:
     model, batch = language_model(), sequences()
     exact = estimate_fisher(model, [{key: value[:1] for key, value in batch.items()}], next_token=True)

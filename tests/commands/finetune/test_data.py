@@ -223,6 +223,7 @@ def options_for(task: str, **flags: Any) -> Any:
     return options_from(given({**needed, **flags}, None))
 
 
+@pytest.mark.slow
 def test_texts_are_cut_only_if_that_was_asked_for(home: Path) -> None:
     tokenizer = load_tokenizer(home / "bert")
     rows = rows_of(["a film", "a film " * 40, "the film"], ["x", "y", "x"])
