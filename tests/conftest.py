@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import one_per_axis
 import pytest
+
+# Read when torch is imported: threads that spin while they wait take the core from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 LARGE = 40
 """Of a test with more cases than this, the quick set has one case for each value of each axis."""
