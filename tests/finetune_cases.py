@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import io
 import json
@@ -24,9 +25,12 @@ from fastft.problems import corpus
 Row = Mapping[str, Any]
 
 
+all_reviews = functools.cache(corpus.load_reviews)
+
+
 def review_rows(count: int, longest: int = 60) -> list[dict[str, str]]:
     """Short reviews, as many positive as negative, as ``{"id", "text", "label"}``."""
-    reviews = [review for review in corpus.load_reviews() if len(review.text) <= longest]
+    reviews = [review for review in all_reviews() if len(review.text) <= longest]
     halves = ([r for r in reviews if r.positive][: count // 2], [r for r in reviews if not r.positive][: count // 2])
     both = [review for pair in zip(*halves, strict=True) for review in pair]
     return [

@@ -22,12 +22,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--one-per-axis"):
         return
+    kept = {case for cases in by_test(items) for case in chosen(cases)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def by_test(items: Sequence[pytest.Item]) -> list[list[pytest.Item]]:
+    """The cases of each test."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {cases[i] for cases in tests.values() for i in covering([values_of(case) for case in cases])}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    return list(tests.values())
+
+
+def chosen(cases: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Of the cases of one test, one for each value of each axis."""
+    return [cases[i] for i in covering([values_of(case) for case in cases])]
 
 
 def values_of(item: pytest.Item) -> frozenset[Value]:

@@ -40,6 +40,7 @@ def test_every_value_is_held_and_no_case_is_for_nothing() -> None:
     assert covering([frozenset()]) == [0]
 
 
+@pytest.mark.slow
 def test_what_is_run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)

@@ -78,6 +78,7 @@ def arguments(tmp_path: Path) -> list[object]:
     return [*pages, "--generated", tmp_path / "docs", "--speed", speed]
 
 
+@pytest.mark.slow
 def test_the_committed_tables_are_those_of_the_committed_results() -> None:
     done = plot_py("--check")
     assert done.returncode == 0, done.stderr
@@ -87,6 +88,7 @@ def test_every_headline_is_a_case() -> None:
     assert set(PLOT["HEADLINES"]) <= {case.name for case in CASES}
 
 
+@pytest.mark.slow
 def test_tables_and_plots_are_made_and_checked(arguments: list[object], tmp_path: Path) -> None:
     assert plot_py(*arguments, "--check").returncode == 1
     done = plot_py(*arguments)
@@ -123,6 +125,7 @@ def test_the_line_through_the_origin_and_how_far_points_are_off_it() -> None:
     assert f"{slope:.3f} · share" in said and f"{100 * (0.53 - slope / 2):.1f} % of a whole step off" in said
 
 
+@pytest.mark.slow
 def test_no_results_at_all_is_an_error(tmp_path: Path) -> None:
     done = plot_py("--speed", tmp_path)
     assert done.returncode == 1 and "expected files of fastft bench --json in" in done.stderr

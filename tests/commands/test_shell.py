@@ -36,6 +36,7 @@ def test_there_is_a_reason_where_cuda_cannot_be_used() -> None:
     assert info.why_no_cuda()
 
 
+@pytest.mark.slow
 def test_info_works_as_a_process() -> None:
     done = subprocess.run([sys.executable, "-m", "fastft", "info"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -96,6 +97,7 @@ def test_an_error_of_ours_shows_where_it_arose_and_what_is_left(
     assert capsys.readouterr().err == "fastft bench: nothing was written\n"
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_large() -> None:
     program = (
         "import sys; from fastft.commands import shell; shell.make_parser().format_help(); "
@@ -132,6 +134,7 @@ def test_torch_versions_are_read(version: str, expected: tuple[int, int]) -> Non
     assert _core._version_tuple(version) == expected
 
 
+@pytest.mark.slow
 def test_an_older_torch_is_refused_with_what_to_do() -> None:
     program = "import torch; torch.__version__ = '2.9.1'; import fastft"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

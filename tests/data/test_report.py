@@ -171,6 +171,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_folder(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shell.main(["data-report", "train.jsonl", "--eval", "other/train.csv", "--output", "page"]) == 0
     printed = capsys.readouterr()

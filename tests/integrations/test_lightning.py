@@ -101,6 +101,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_fit_that_is_resumed_matches_one_that_was_not_interrupted(name: str, tmp_path: Path) -> None:
     policy, options = POLICIES[name]

@@ -391,6 +391,7 @@ def test_evaluations_in_training_are_passed_to_the_policy(bert: Any, tmp_path: P
     assert len(unfreeze.unfreezer.open_groups) == 4
 
 
+@pytest.mark.slow
 def test_going_back_to_the_best_brings_back_what_was_evaluated(bert: Any, tmp_path: Path) -> None:
     seen: dict[int, dict[str, Tensor]] = {}
 
@@ -464,6 +465,7 @@ def test_everything_is_open_afterwards_and_a_second_run_begins_anew(bert: Any, t
         assert integration.STATE_KEY not in run.optimizer.state_dict()["param_groups"][0]
 
 
+@pytest.mark.slow
 def test_batch_norm_stays_put_while_closed(tmp_path: Path) -> None:
     class Net(nn.Module):
         """No transformers model at all, and the Trainer calls train() before each step."""
@@ -566,6 +568,7 @@ def test_clipping_twice_is_warned_of(
         assert said[0].startswith(f"{warned}: pass max_grad_norm to fastft.AdamW and max_grad_norm=0.0")
 
 
+@pytest.mark.slow
 def test_the_norm_that_is_logged_is_that_of_the_step(bert: Any, tmp_path: Path) -> None:
     norms = []
 

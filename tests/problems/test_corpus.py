@@ -84,6 +84,7 @@ def test_pools_are_disjoint() -> None:
     assert len({sense for pool in pools for sense in pool}) == 3000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("train", "test"), [(10**6, 10), (10, corpus.TEST_ROWS + 1)])
 def test_asking_for_more_rows_than_there_are_says_how_many_there_are(train: int, test: int) -> None:
     name, rows, wanted = ("train_rows", 8070, train) if train > 10 else ("test_rows", 2000, test)

@@ -141,6 +141,7 @@ def test_global_random_state_is_left_alone() -> None:
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_intervals_cover_what_they_promise() -> None:
     """Simulated: of 400 paired experiments, about 90 % of the 90 % intervals hold the true difference."""
     rng = np.random.default_rng(7)
@@ -230,6 +231,7 @@ def test_one_seed_is_as_none() -> None:
     assert one.seeds == other.seeds == 1 and one.source == other.source
 
 
+@pytest.mark.slow
 def test_intervals_cover_training_too() -> None:
     """Simulated: how often the 90 % interval of a difference between two methods holds the true one, 0.
 

@@ -139,6 +139,7 @@ def test_the_dropout_family_is_compared_with_the_exact_result(name: str, dtype: 
 # -- the command -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_json_names_machine_versions_and_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "out.json"
     assert shell.main(["bench", "--case", "tensors_10", "--quick", "--json", str(file)]) == 0
