@@ -21,16 +21,19 @@ py::tuple tensor_names() {
   return names;
 }
 
-}  // namespace
+// Anchoring as Python sees it. Of its own type, since the type information of an enum with a name would be visible
+// outside the module.
+enum class ExportedAnchoring : uint8_t {};
 
-AdamWRecord AdamWRecord::from_python(py::object param, int32_t group, bool dormant, std::string name,
-                                     Anchoring anchoring, bool counts_on_device, const py::kwargs& tensors) {
-  AdamWRecord record = {std::move(param), group, dormant, std::move(name), anchoring, counts_on_device};
+AdamWRecord make_record(py::object param, int32_t group, bool dormant, std::string name, ExportedAnchoring anchoring,
+                        bool counts_on_device, const py::kwargs& tensors) {
+  AdamWRecord record = {std::move(param), group, dormant, std::move(name), static_cast<Anchoring>(anchoring),
+                        counts_on_device};
   for (py::object& tensor : record.tensors) tensor = py::none();
-  for (const auto& [key, tensor] : tensors)
-    record.tensors[place_of(key.cast<std::string>())] = py::reinterpret_borrow<py::object>(tensor);
-  return record;
+  return record.replaced(tensors);
 }
+
+}  // namespace
 
 AdamWRecord AdamWRecord::replaced(const py::kwargs& others) const {
   AdamWRecord record = *this;
@@ -46,18 +49,18 @@ AdamWRecord AdamWRecord::unstepped() const {
 }
 
 void bind_record(py::module_& module) {
-  py::enum_<Anchoring> kinds(module, "Anchoring");
-  for (size_t i = 0; i < std::size(kAnchorings); ++i) kinds.value(kAnchorings[i], static_cast<Anchoring>(i));
+  py::enum_<ExportedAnchoring> kinds(module, "Anchoring");
+  for (size_t i = 0; i < std::size(kAnchorings); ++i) kinds.value(kAnchorings[i], static_cast<ExportedAnchoring>(i));
 
   py::class_<AdamWRecord> record(module, "AdamWRecord");
-  record.def(py::init(&AdamWRecord::from_python), py::arg("param"), py::arg("group"), py::kw_only(),
-             py::arg("dormant") = false, py::arg("name") = "", py::arg("anchoring") = Anchoring::none,
-             py::arg("counts_on_device") = false);
+  record.def(py::init(&make_record), py::arg("param"), py::arg("group"), py::kw_only(), py::arg("dormant") = false,
+             py::arg("name") = "", py::arg("anchoring") = ExportedAnchoring{}, py::arg("counts_on_device") = false);
   record.def_readonly("param", &AdamWRecord::param);
   record.def_readonly("group", &AdamWRecord::group);
   record.def_readonly("dormant", &AdamWRecord::dormant);
   record.def_readonly("name", &AdamWRecord::name);
-  record.def_readonly("anchoring", &AdamWRecord::anchoring);
+  record.def_property_readonly("anchoring",
+                               [](const AdamWRecord& r) { return static_cast<ExportedAnchoring>(r.anchoring); });
   record.def_readonly("counts_on_device", &AdamWRecord::counts_on_device);
   record.def_property_readonly("steps", &AdamWRecord::steps);
   record.def("replaced", &AdamWRecord::replaced);

@@ -79,11 +79,8 @@ struct AdamWRecord {
   bool counts_on_device = false;                       // a kernel counts the steps
   std::array<py::object, Field::count_> tensors = {};  // None where there is none; all None: not stepped
 
-  // From Python: tensors by their names. Throws TypeError for an unknown name.
-  static AdamWRecord from_python(py::object param, int32_t group, bool dormant, std::string name, Anchoring anchoring,
-                                 bool counts_on_device, const py::kwargs& tensors);
   bool steps() const { return !tensors[Field::stepped].is_none(); }
-  // With these tensors in place of its own.
+  // With these tensors, by their names, in place of its own. Throws TypeError for an unknown name.
   AdamWRecord replaced(const py::kwargs& others) const;
   // The same parameter, not stepped: its gradient, if it has one, is passed over.
   AdamWRecord unstepped() const;

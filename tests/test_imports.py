@@ -11,7 +11,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
-    {"_C", "_core", "checks", "environment", "errors", "names", "output", "plotting", "tables", "weight_file"},
+    {
+        "_C",
+        "_core",
+        "checks",
+        "environment",
+        "errors",
+        "names",
+        "output",
+        "plotting",
+        "reports",
+        "tables",
+        "weight_file",
+    },
     {"layers"},
     {"anchor"},
     {"optim", "nn"},

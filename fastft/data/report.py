@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastft.reports import Report
 from fastft.tables import markdown
 
 from .duplicates import Match, find_leakage
@@ -35,7 +36,7 @@ EXAMPLES = 5
 """How many examples of a finding are shown."""
 
 
-class DataReport(Examined):
+class DataReport(Report, Examined):
     """A data set's faults and figures, as :func:`data_report` returns them; ``str()`` of it is its findings."""
 
     @cached_property
@@ -73,13 +74,6 @@ class DataReport(Examined):
         from .plots import plot_report
 
         plot_report(self, Path(path))
-
-    def write(self, folder: str | Path) -> None:
-        """Write ``report.md``, ``report.json`` and ``plot.png`` into a folder."""
-        folder = Path(folder)
-        self.plot(folder / "plot.png")
-        (folder / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
 
 
 def data_report(

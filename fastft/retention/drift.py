@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastft.anchor import Anchor
 from fastft.layers import layer_groups
 from fastft.layers.groups import GroupPatterns
+from fastft.reports import Report
 from fastft.tables import aligned, markdown
 
 from .anchored import chunks, find_anchored
@@ -51,7 +52,7 @@ TITLES = ("group", "elements", "‖δ‖₂", "‖δ‖₂/‖θ₀‖₂", "cos
 
 
 @dataclass(frozen=True)
-class DriftReport:
+class DriftReport(Report):
     """The result of :func:`drift_report`; ``str()`` of it is a table."""
 
     groups: tuple[Drift, ...]
@@ -75,13 +76,6 @@ class DriftReport:
         from .plots import plot_drift
 
         plot_drift(self, Path(path))
-
-    def write(self, folder: str | Path) -> None:
-        """Write ``report.md``, ``report.json`` and ``plot.png`` into a folder that exists. Needs matplotlib."""
-        folder = Path(folder)
-        (folder / "report.md").write_text(self.to_markdown() + "\n", encoding="utf-8")
-        (folder / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
-        self.plot(folder / "plot.png")
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [drift.cells() for drift in (*self.groups, self.total)]

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from fastft.reports import Report
 from fastft.tables import markdown
 
 FORMAT = "fastft.retention 1"
@@ -96,7 +97,7 @@ class MethodResult:
     """Over the chain of tasks that was given for it, in points."""
 
 
-class RetentionReport:
+class RetentionReport(Report):
     """Compares methods of fine-tuning by what they kept (source evaluations) and what they brought (target).
 
     For an evaluation with mean score S: retention = S_after / S_before; forgetting = S_before − S_after; gain =
@@ -373,13 +374,8 @@ class RetentionReport:
 
         plot_retention(self, Path(path))
 
-    def write(self, folder: str | Path) -> None:
-        """Write ``report.md``, ``report.json`` and, if there are targets, ``plot.png`` into a folder that exists."""
-        folder = Path(folder)
-        (folder / "report.md").write_text(self.to_markdown() + "\n", encoding="utf-8")
-        (folder / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
-        if self._before["target"]:
-            self.plot(folder / "plot.png")
+    def _has_plot(self) -> bool:
+        return bool(self._before["target"])
 
     # -- numbers -------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastft.reports import Report
 from fastft.tables import aligned, markdown
 
 TITLES = ("group", "parameters", "open since", "lr", "state bytes")
@@ -41,7 +42,7 @@ class GroupStatus:
 
 
 @dataclass(frozen=True)
-class UnfreezeReport:
+class UnfreezeReport(Report):
     """The state of an unfreezer; ``str()`` of it is a table with notes below."""
 
     step: int
@@ -67,13 +68,6 @@ class UnfreezeReport:
         from .plots import plot_groups
 
         plot_groups(self, Path(path))
-
-    def write(self, folder: str | Path) -> None:
-        """Write ``report.md``, ``report.json`` and ``plot.png`` into a folder that exists. Needs matplotlib."""
-        folder = Path(folder)
-        (folder / "report.md").write_text(self.to_markdown() + "\n", encoding="utf-8")
-        (folder / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
-        self.plot(folder / "plot.png")
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [status.cells() for status in self.groups]

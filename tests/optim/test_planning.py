@@ -113,7 +113,7 @@ def test_a_plan_says_itself_in_words() -> None:
         ({"base_batch_size": 8}, r"base_lr, base_batch_size: expected both or neither, got None and 8"),
         ({"base_lr": 0.0, "base_batch_size": 8}, r"base_lr: expected a finite number > 0, got 0\.0"),
         ({"base_lr": 0.1, "base_batch_size": 0}, r"base_batch_size: expected an integer >= 1, got 0"),
-        ({"scaling": "cube"}, r"scaling: expected 'sqrt' or 'linear', got 'cube'"),
+        ({"scaling": "cube"}, r"scaling: expected one of 'sqrt', 'linear', got 'cube'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:

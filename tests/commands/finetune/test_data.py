@@ -77,7 +77,7 @@ def test_class_labels_of_a_parquet_file_by_name(tmp_path: Path) -> None:
         ("r.csv", "", "expected rows, found none"),
         ("r.csv", b"text,label\na,1\n\xe9t\xe9,2\n", "line 3: cannot be read: 'utf-8' codec can't decode byte 0xe9"),
         ("r.csv.gz", "text,label\n", "line 1: cannot be read: Not a gzipped file"),
-        ("r.csv.gz", gzip.compress(b"text,label\na,1\n" * 99, mtime=0)[:-9], "cannot be read: Compressed file ended before"),
+        ("r.csv.gz", gzip.compress(b"text,label\na,1\n" * 99, mtime=0)[:-9], "Compressed file ended before"),
         ("r.tsv", "text\tlabel\na\tb\t1\n", "line 2: expected 2 fields, as in the header ('text', 'label'), got 3; a"),
         ("r.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', "line 2: not JSON: Expecting ',' delimiter"),
         ("r.jsonl", '["a", "b"]\n', "line 1: expected one JSON object a line, got ['a', 'b']"),
