@@ -26,6 +26,8 @@ class Anchor:
     :meth:`with_importance` adds a weight for each element, for elastic weight consolidation.
     """
 
+    _index: NameIndex | None = None  # of all names; made when it is first needed
+
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}  # in memory
         self._file: WeightFile | None = None  # the rest is read from here
@@ -33,7 +35,6 @@ class Anchor:
         self._importance: dict[str, Tensor] = {}
         self._offloaded = False
         self._bound: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by id(parameter)
-        self._index: NameIndex | None = None  # of all names; made when it is first needed
         # Tensors laid out like a parameter, and its layout; by ("anchor" or "importance", name).
         self._ready: dict[tuple[str, str], tuple[Any, Tensor]] = {}
         self.changes = 0

@@ -106,8 +106,8 @@ class NameIndex:
         return None
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names in quotes, separated by commas; of many the first, and how many more there are."""
-    shown = [repr(name) for name in names]
+def listed(names: Iterable[str], *, quoted: bool = True) -> str:
+    """Names separated by commas; of many the first, and how many more there are."""
+    shown = [repr(name) if quoted else name for name in names]
     more = len(shown) - MOST_LISTED
     return ", ".join(shown[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")

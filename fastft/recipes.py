@@ -92,7 +92,7 @@ def recipe(
         mode: as in :class:`~fastft.unfreeze.Unfreezer`; ``"freeze"`` under DDP and ``torch.compile``.
 
     Raises:
-        ValueError: a number out of range, a pattern that matches nothing, or a model that has no layers to tell apart.
+        ValueError: a number out of range, a pattern that matches nothing, or a model whose layers cannot be found.
     """
     mode = current_mode(mode)
     opening = GradualUnfreeze.open_by(open_by, total_steps, layer_groups(model, groups))

@@ -24,7 +24,7 @@ class Report(ABC):
         """Draw it. Needs matplotlib."""
 
     def write(self, folder: str | Path) -> None:
-        """Write ``report.md``, ``report.json`` and ``plot.png`` into a folder that exists. Needs matplotlib."""
+        """Write ``report.md``, ``report.json`` and, where there is one, ``plot.png`` into a folder that exists."""
         folder = Path(folder)
         if self._has_plot():
             self.plot(folder / "plot.png")

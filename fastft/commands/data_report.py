@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> str:
                 name=options.file.name,
                 eval_name=eval_name,
             )
+            report.write(folder)
         except ValueError as error:  # no column of texts, or one that holds something else
             raise UserError(str(error)) from error
-        report.write(folder)
     return f"{report}\nWritten to {options.output}: report.md, plot.png, report.json"

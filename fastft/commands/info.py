@@ -18,7 +18,7 @@ PACKAGES: dict[str, str] = {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There are none."""
+    """This command has no options."""
 
 
 def run(options: argparse.Namespace) -> str:

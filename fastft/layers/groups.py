@@ -9,14 +9,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fastft.names import clean, matching
+from fastft.names import MOST_LISTED, clean, listed, matching
 
 from .wrappers import peel
 
 Kind = Literal["embeddings", "block", "norm", "head", "other"]
 # The kind of a group that was given under one of these names; all others are blocks.
 KIND_OF_NAME: dict[str, Kind] = {"embeddings": "embeddings", "norm": "norm", "final_norm": "norm", "head": "head"}
-MOST_LISTED = 12
 TREE_LEVELS = 3
 TREE_LINES = 40
 
@@ -265,7 +264,7 @@ def tree(root: nn.Module) -> list[str]:
 def chosen(groups: GroupPatterns, named: Mapping[str, nn.Parameter]) -> list[Draft]:
     """The groups that the patterns describe."""
     drafts: list[Draft] = []
-    for name, patterns in listed(groups):
+    for name, patterns in patterns_of(groups):
         uses = matching(map(clean, patterns), named, "groups")
         drafts.append(Draft(unique(name, drafts), KIND_OF_NAME.get(name, "block"), uses))
     takers: dict[str, list[str]] = {}
@@ -279,7 +278,7 @@ def chosen(groups: GroupPatterns, named: Mapping[str, nn.Parameter]) -> list[Dra
     return drafts
 
 
-def listed(groups: GroupPatterns) -> Iterator[tuple[str, Sequence[str]]]:
+def patterns_of(groups: GroupPatterns) -> Iterator[tuple[str, Sequence[str]]]:
     """(name, patterns) of each group."""
     items: Iterable[tuple[Any, Any]] = groups.items() if isinstance(groups, Mapping) else ((None, g) for g in groups)
     for name, patterns in items:
@@ -327,15 +326,9 @@ def refuse_cover(missing: list[str], twice: list[str]) -> None:
         raise ValueError(
             "\n".join(
                 ["groups: expected every parameter in exactly one group, got"]
-                + [f"  {what}: {shortened(names)}" for what, names in problems if names]
+                + [f"  {what}: {listed(names, quoted=False)}" for what, names in problems if names]
             )
         )
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The names, or the first of them and how many more there are."""
-    more = len(names) - MOST_LISTED
-    return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 # -- making them ---------------------------------------------------------------------------------------------

@@ -25,7 +25,11 @@ class TorchStep:
         return bool(self._calls)
 
     def add(self, group: int, p: Tensor, name: str, reason: str, unknown: Iterable[str]) -> None:
-        """Leave ``p`` to torch. Raises ``ValueError`` if it is concerned by options that torch's step does not know."""
+        """Leave ``p`` to torch.
+
+        Raises:
+            ValueError: there are options that concern it and that torch's step does not have (``unknown``).
+        """
         if used := ", ".join(unknown):
             raise ValueError(
                 f"{name}: has {reason}, which fastft's own step cannot take; torch's does not support {used}"

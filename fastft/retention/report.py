@@ -107,7 +107,7 @@ class RetentionReport(Report):
     A method may have several training runs, with different seeds (2-d scores). S is then the mean over all of them,
     and each resample also draws the method's runs anew, with replacement: independently of the other methods' runs,
     the same ones in all evaluations. So the interval covers the chance of training too. From few runs it is somewhat
-    too narrow, as bootstraps are: with n of them their part of the standard error is low by a factor √((n − 1)/n).
+    too narrow, as bootstraps are: with n of them multiply their part of the standard error by √(n/(n − 1)).
 
     Args:
         source: what the model could do before: evaluation → :data:`Scores`. At least one.
@@ -323,7 +323,7 @@ class RetentionReport(Report):
         )
 
     def to_json(self) -> str:
-        """All scores, which :meth:`from_json` reads, and the results, which are there to be read."""
+        """All scores, which :meth:`from_json` reads, and the results, for other readers of the file."""
         return json.dumps(
             {
                 "format": FORMAT,

@@ -375,7 +375,7 @@ class Budget:
     ) -> Budget:
         """Measure the cost of a step with the last k groups open, for every k.
 
-        The policy that is made measures nothing any more. ``requires_grad``, gradients, buffers and random states are
+        The returned policy does not measure again. ``requires_grad``, gradients, buffers and random states are
         as before afterwards. In a distributed run the highest cost of all processes counts.
 
         Args:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastft.checks import check_choice, check_count
-from fastft.layers.groups import GroupPatterns, layer_groups, shortened
+from fastft.layers.groups import GroupPatterns, layer_groups
 from fastft.layers.wrappers import peel, reentrant_checkpointing, requiring_inputs, wrapped_for
-from fastft.names import clean
+from fastft.names import clean, listed
 from fastft.optim import AdamW
 
 from .hooks import ClosedForward, ModuleHook, StillNorms, norms_in
@@ -393,8 +393,8 @@ class Unfreezer:
         if without:
             self._without_gradient += without
             warnings.warn(
-                f"no gradient arrived at open groups: {shortened(without)}; where reentrant gradient checkpointing "
-                "runs over closed groups, use use_reentrant=False",
+                f"no gradient arrived at open groups: {listed(without, quoted=False)}; where reentrant gradient "
+                "checkpointing runs over closed groups, use use_reentrant=False",
                 stacklevel=5,
             )
 
@@ -454,7 +454,7 @@ class Unfreezer:
         if missing:
             raise ValueError(
                 "optimizer: expected every parameter of the model that requires grad to be in it from the start, "
-                f"got none of {shortened(missing)}"
+                f"got none of {listed(missing, quoted=False)}"
             )
         if self.mode == "freeze" and not isinstance(self.optimizer, AdamW):
             kind = f"{type(self.optimizer).__module__}.{type(self.optimizer).__name__}"
@@ -482,7 +482,7 @@ class Unfreezer:
                 names = [self.groups[i].name for i in found]
                 raise ValueError(
                     f"rewarm_steps: expected 0, or optimizer groups of one layer group each, and param_groups[{at}] "
-                    f"has parameters of {shortened(names)}; make them with fastft.optim.layerwise_lr"
+                    f"has parameters of {listed(names, quoted=False)}; make them with fastft.optim.layerwise_lr"
                 )
             layers.append(found[0] if len(found) == 1 else None)
         return layers
@@ -520,10 +520,11 @@ class Unfreezer:
 
     def _notes(self) -> Iterable[str]:
         if self._frozen:
-            yield f"frozen before, and for good: {shortened([n for p, n in self._names.items() if p in self._frozen])}"
+            frozen = [name for p, name in self._names.items() if p in self._frozen]
+            yield f"frozen before, and for good: {listed(frozen, quoted=False)}"
         ties = [self._names[p] for p, users in self._users.items() if p in self._closed and users & self._open]
         if ties:
-            yield f"closed until all groups that use it are open: {shortened(ties)}"
+            yield f"closed until all groups that use it are open: {listed(ties, quoted=False)}"
         if self.mode == "freeze":
             yield self._note_on_backward()
         elif 0 not in self._open and self._inputs_require_grad():
@@ -532,7 +533,7 @@ class Unfreezer:
                 "closed groups too; only reentrant gradient checkpointing needs that"
             )
         if self._without_gradient:
-            yield f"no gradient arrived in the first step after it opened: {shortened(self._without_gradient)}"
+            yield f"no gradient arrived in the first step after it opened: {listed(self._without_gradient, quoted=False)}"
         if self._norms is not None and self._norms.still:
             yield f"running statistics stay as they are in {len(self._norms.still)} closed modules"
         if getattr(self.policy, "unit", None) == "epoch" and self._epoch is None:
@@ -549,7 +550,7 @@ class Unfreezer:
         names = [group.name for group in closed if saved.intersection(group.modules)]
         if not names:
             return "in the last forward pass no closed group could go without backward work"
-        return f"detached, without backward work, in the last forward pass: {shortened(names)}"
+        return f"detached, without backward work, in the last forward pass: {listed(names, quoted=False)}"
 
     def _inputs_require_grad(self) -> bool:
         return any(getattr(m, "_require_grads_hook", None) is not None for m in requiring_inputs(self.model))

@@ -85,15 +85,14 @@ def run(options: argparse.Namespace) -> str:
             print("\n".join(table_rows(measured)), flush=True)
         if file is not None:  # after each case, so that a run that is cut short leaves what it has measured
             file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            options.written = True
     lines = [f"{name}: not measured: {reason}" for name, reason in result["skipped"].items()]
     return "\n".join(lines if file is None else [*lines, f"written to {file}"])
 
 
 def left_behind(options: argparse.Namespace) -> str:
-    """The file with the results of a run that was cut short, if there is one."""
-    if options.json is None or not options.json.exists():
-        return "nothing was written"
-    return f"what was measured is in {options.json}"
+    """The file with the results of a run that was cut short, if it wrote one."""
+    return f"what was measured is in {options.json}" if getattr(options, "written", False) else "nothing was written"
 
 
 def why_not(case: Case, device: torch.device, quick: bool) -> str:

@@ -20,7 +20,7 @@ COLOURS = (ORANGE, BLUE, GREEN)  # of the runs, in their order
 SOURCE, TARGET = "recall@1", "accuracy"
 
 NOTES = (
-    "One seed. A standard error covers the choice of test items, not the randomness of training.",
+    "One seed. A standard error is the bootstrap's: it covers the choice of test items, not the chance of training.",
     "One learning rate. A lower one forgets less with either optimizer.",
     "optimizer_seconds_with_clipping: for torch, clip_grad_norm_ and step(); fastft clips inside step().",
     "training_seconds: the training loop, or for the base model fitting the linear probe; testing is apart.",

@@ -1,4 +1,4 @@
-"""The error of an option, or of what it names, that cannot be used."""
+"""Raised when an option cannot be used."""
 
 from __future__ import annotations
 

@@ -475,7 +475,9 @@ def options_from(values: Mapping[str, Any]) -> Options:
 
 
 def check_together(options: Options) -> None:
-    """Make a step with one parameter, for the optimizer's own checks of numbers that must fit each other."""
+    """Check that lr and anchor_decay fit together, by the optimizer's own rule: in a step of one parameter."""
+    if options.anchor_decay == 0.0:
+        return
     p = torch.nn.Parameter(torch.zeros(1))
     p.grad = torch.zeros(1)
     pull: dict[str, Any] = {"anchor_decay": options.anchor_decay, "anchor_mode": options.anchor_mode}

@@ -233,7 +233,7 @@ def train(start: Start, ready: ReadyRun, folder: Path) -> RunReport:
     use_cache = getattr(pretrained.model.config, "use_cache", None)
     training = prepare(options, pretrained, ready.groups, ready.plan, ready.train, ready.evaluation, folder)
     trainer = training.trainer
-    start_weights = None if options.anchor_decay else model.weights_of(pretrained, options.model)
+    start_weights = model.weights_of(pretrained, options.model)
     last = checkpoints.last_whole(folder)
     if last is None:
         # Also where an earlier start came as far: the Trainer sets the model up when it is first asked to evaluate.
@@ -255,9 +255,7 @@ def train(start: Start, ready: ReadyRun, folder: Path) -> RunReport:
     lrs = [group["initial_lr"] for group in optimizer.param_groups]
     if use_cache is not None:  # the Trainer has turned it off, and those who generate want it
         pretrained.model.config.use_cache = use_cache
-    anchor = optimizer.anchor if start_weights is None else start_weights
-    assert anchor is not None  # anchor_decay makes one
-    drift = drift_report(pretrained.model, anchor, ready.groups)
+    drift = drift_report(pretrained.model, start_weights, ready.groups)
     return RunReport(
         task=options.task,
         options=as_json(options),
