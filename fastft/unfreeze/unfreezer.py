@@ -533,7 +533,8 @@ class Unfreezer:
                 "closed groups too; only reentrant gradient checkpointing needs that"
             )
         if self._without_gradient:
-            yield f"no gradient arrived in the first step after it opened: {listed(self._without_gradient, quoted=False)}"
+            silent = listed(self._without_gradient, quoted=False)
+            yield f"no gradient arrived in the first step after it opened: {silent}"
         if self._norms is not None and self._norms.still:
             yield f"running statistics stay as they are in {len(self._norms.still)} closed modules"
         if getattr(self.policy, "unit", None) == "epoch" and self._epoch is None:
