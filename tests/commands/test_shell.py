@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,14 +76,27 @@ def test_an_error_is_one_line_and_a_status(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def run(_: object) -> str:
+    def run(options: Any) -> str:
+        options.written = True  # as the benchmark notes once it has written its file
         raise error
 
     monkeypatch.setattr(bench, "run", run)
     file = tmp_path / "out.json"
-    file.write_text("{}")
     assert shell.main(["bench", "--json", str(file)]) == status
     assert capsys.readouterr() == ("", f"fastft bench: {said.format(file)}\n")
+
+
+def test_results_of_an_earlier_run_are_not_taken_for_this_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", run)
+    file = tmp_path / "out.json"
+    file.write_text("{}")
+    assert shell.main(["bench", "--json", str(file)]) == 130
+    assert capsys.readouterr().err == "fastft bench: interrupted; nothing was written\n"
 
 
 def test_an_error_of_ours_shows_where_it_arose_and_what_is_left(
