@@ -16,7 +16,6 @@ if [ ${#tests[@]} -eq 0 ]; then
     --one-per-axis tests/cuda_on_cpu/every_loop.py tests/optim/test_adamw_numerics.py tests/optim/test_masks.py
     tests/optim/test_functional.py tests/nn/test_dropout_kernels.py
   )
-  export FASTFT_TEST_EXAMPLES=${FASTFT_TEST_EXAMPLES:-8} # for hypothesis, in place of 25
 fi
 best=$("$python" -c 'from fastft import _C; print(_C.cpu_instruction_set())')
 logs=$(mktemp -d)
