@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
 import shutil
@@ -11,11 +12,19 @@ from pathlib import Path
 
 from fastft.errors import UserError
 
-__all__ = ["OutputError", "staged"]
+__all__ = ["OutputError", "add_output_arguments", "staged"]
 
 
 class OutputError(UserError):
     """The output folder cannot be used as asked."""
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, default: str, contents: str) -> None:
+    """Define ``--output``, a folder, and ``--overwrite``, for :func:`staged`."""
+    parser.add_argument(
+        "--output", type=Path, default=Path(default), metavar="FOLDER", help=f"{contents} (default: ./%(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastft.data import data_report, read_table
 from fastft.errors import UserError
-from fastft.output import staged
+from fastft.output import add_output_arguments, staged
 
 HELP = "look at a data set before training on it: repetitions, leakage, balance, lengths"
 DESCRIPTION = (
@@ -25,14 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-column", metavar="NAME", help="default: one with a usual name, else the longest texts")
     parser.add_argument("--label-column", metavar="NAME", help="default: one with a usual name, or none")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("fastft-data-report"),
-        metavar="FOLDER",
-        help="where the page goes (default: ./%(default)s)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    add_output_arguments(parser, "fastft-data-report", "where the page goes")
 
 
 def run(options: argparse.Namespace) -> str:

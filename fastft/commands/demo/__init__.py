@@ -12,9 +12,8 @@ keeping knowledge compare when each is tuned is a matter for the benchmarks, not
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from fastft.output import staged
+from fastft.output import add_output_arguments, staged
 
 HELP = "fine-tune a real model with torch's AdamW and with fastft, and compare"
 DESCRIPTION = (
@@ -29,16 +28,9 @@ PACKAGES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("fastft-demo"),
-        metavar="FOLDER",
-        help="where report.json, plot.png and model/ go (default: ./%(default)s)",
-    )
+    add_output_arguments(parser, "fastft-demo", "where report.json, plot.png and model/ go")
     parser.add_argument("--quick", action="store_true", help="fewer rows, for a first look: some minutes on two cores")
     parser.add_argument("--seed", type=seed, default=0, help="of the order of batches and of dropout (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
 
 
 def seed(text: str) -> int:
