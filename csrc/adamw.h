@@ -6,6 +6,9 @@
 #include <vector>
 
 #include "math/adamw.h"
+#include "math/block8.h"
+#include "math/split.h"
+#include "math/stochastic.h"
 #include "tensor.h"
 
 namespace fastft {
@@ -24,13 +27,28 @@ struct AdamWEntry {
   int64_t numel;
   int64_t row_size;    // elements per row; used with rows
   int64_t live_rows;   // length of rows
-  float* device_step;  // the step count, counted by the kernel; null when `bias1`, `bias2` are given instead
+  float* device_step;  // the step count, counted by the kernel; null when `t`, `bias1`, `bias2` are given instead
   int32_t group;
   DType dtype, state_dtype, grad_dtype, anchor_dtype, importance_dtype;
   Anchoring anchoring;
-  double bias1, bias2;  // 1 − βᵗ for the step being taken
+  double t, bias1, bias2;  // the number of the step being taken, and 1 − βᵗ for it
+
+  // Low bits beside a bfloat16 parameter (math/split.h): uint16 or uint8 with low_width 16 or 8; null with 0.
+  void* low_bits;
+  // One for each chunk of live elements, as the backend cuts them: the sum of weight_term() over them, | 1, when last written;
+  // 0: not known. Where it is another now, somebody else has written the parameter, and the low bits count as 0.
+  uint32_t* weight_sums;
+  // Scales of moments in 8 bits (math/block8.h), state_dtype u8: `blocks_per_row()` for each of numel / block_row rows.
+  float *exp_avg_scales, *exp_avg_sq_scales;
+  int64_t block_row;
+  // Stochastic rounding of the parameter (math/stochastic.h), of its 24 bits where 8 low ones are kept.
+  bool stochastic;
+  uint8_t low_width;
+  uint64_t rounding_key;
+  ElementIndex index;
 
   int64_t live_numel() const { return rows ? live_rows * row_size : numel; }
+  int64_t blocks_per_row() const { return (block_row + kBlock8 - 1) / kBlock8; }
 };
 
 struct AdamWGroup {

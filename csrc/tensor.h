@@ -9,7 +9,7 @@
 
 namespace fastft {
 
-enum class DType : uint8_t { f32, bf16, f16, f64, boolean, int64, other };
+enum class DType : uint8_t { f32, bf16, f16, f64, boolean, int64, u8, u16, int32, other };
 
 constexpr int64_t item_size(DType t) {
   switch (t) {
@@ -17,9 +17,11 @@ constexpr int64_t item_size(DType t) {
     case DType::int64:
       return 8;
     case DType::f32:
+    case DType::int32:
       return 4;
     case DType::bf16:
     case DType::f16:
+    case DType::u16:
       return 2;
     default:
       return 1;
@@ -31,7 +33,8 @@ constexpr bool is_floating(DType t) {
 }
 
 inline const char* name(DType t) {
-  constexpr const char* names[] = {"float32", "bfloat16", "float16", "float64", "bool", "int64", "another dtype"};
+  constexpr const char* names[] = {"float32", "bfloat16", "float16", "float64", "bool",
+                                   "int64",   "uint8",    "uint16",  "int32",   "another dtype"};
   return names[static_cast<int>(t)];
 }
 
@@ -43,6 +46,9 @@ inline DType dtype_of(dlpack::DataType t) {
     if (t.code == dlpack::kBfloat && t.bits == 16) return DType::bf16;
     if (t.code == dlpack::kBool && t.bits == 8) return DType::boolean;
     if (t.code == dlpack::kInt && t.bits == 64) return DType::int64;
+    if (t.code == dlpack::kInt && t.bits == 32) return DType::int32;
+    if (t.code == dlpack::kUInt && t.bits == 8) return DType::u8;
+    if (t.code == dlpack::kUInt && t.bits == 16) return DType::u16;
   }
   return DType::other;
 }
