@@ -35,11 +35,34 @@ struct LeanArrays {
   const Anchor* a;
 };
 
-// What a block of 8-bit moments becomes, before it is encoded.
+// A block of 8-bit moments: where its scales stand, and what it becomes before it is encoded.
 struct LeanBlock {
-  float scale1, scale2;  // of the codes as they were
-  WordLanes most1, most2;
+  int64_t scale;
+  WordLanes most1, most2;  // the largest absolute values, as integers (Block8::store)
   alignas(64) float m[kBlock8], root[kBlock8];
+};
+
+// The offset8() of the elements of a block in this step.
+struct LeanOffsets {
+  alignas(64) uint32_t first[kBlock8], second[kBlock8];
+
+  explicit LeanOffsets(double t) {
+    const uint32_t step = static_cast<uint32_t>(static_cast<uint64_t>(t));
+    for (uint32_t i = 0; i < kBlock8; ++i) {
+      const uint32_t dither = dither8(step, i);
+      first[i] = offset8(dither, kShift1);
+      second[i] = offset8(dither, kShift2);
+    }
+  }
+};
+
+// What adds up over the lanes of a run.
+struct LeanLanes {
+  WordLanes sum = {}, most1 = {}, most2 = {};  // Σ weight_term(), and as in LeanBlock
+  WordLanes place;                             // the weight_term() of a weight of 1
+  float scale1 = 0.0f, scale2 = 0.0f;          // of the codes as they were
+
+  explicit LeanLanes(uint32_t first) : place(4u * (kLaneNumbers + first) + 2u) {}
 };
 
 template <class Weight, typename Moment, typename Anchor>
@@ -50,11 +73,10 @@ struct Lean {
   static constexpr bool kCodes = std::is_same<Moment, uint8_t>::value,
                         kAnchored = !std::is_same<Anchor, Nothing>::value;
 
-  // Steps the lanes from i on, which are those from `lane` on of the block. sum: adds weight_term() of each, where
-  // `place` is the term of a weight of 1.
+  // Steps the lanes from i on, which are those from `lane` on of the block.
   static inline __attribute__((always_inline)) void step_lanes(const Arrays& x, int64_t i, float factor,
                                                                const AdamWScalars<float>& s, LeanBlock* block,
-                                                               int64_t lane, WordLanes& sum, WordLanes place) {
+                                                               int64_t lane, LeanLanes& lanes) {
     const lanes_of<Stored> p = load_lanes(x.p + i), g = load_lanes(x.g + i);
     lanes_of<Stored> new_p;
     SignedLanes low;
@@ -80,8 +102,8 @@ struct Lean {
       else
         pj = widen_lane<Stored>(p, j);
       if constexpr (kCodes) {
-        mj = decode_first(codes1[j], block->scale1);
-        vj = decode_second(codes2[j], block->scale2);
+        mj = decode_first(codes1[j], lanes.scale1);
+        vj = decode_second(codes2[j], lanes.scale2);
       } else {
         mj = widen_lane<Moment>(m, j);
         vj = widen_lane<Moment>(v, j);
@@ -120,11 +142,11 @@ struct Lean {
     store_lanes(new_p, x.p + i);
     if constexpr (Weight::kSplit) {
       store_lanes(new_low, x.low + i);
-      sum += new_p * place;
+      lanes.sum += new_p * lanes.place;
     }
     if constexpr (kCodes) {
-      block->most1 = size1 > block->most1 ? size1 : block->most1;
-      block->most2 = size2 > block->most2 ? size2 : block->most2;
+      lanes.most1 = size1 > lanes.most1 ? size1 : lanes.most1;
+      lanes.most2 = size2 > lanes.most2 ? size2 : lanes.most2;
       store_lanes(new_m, block->m + lane);
       store_lanes(new_v, block->root + lane);
     } else {
@@ -133,19 +155,33 @@ struct Lean {
     }
   }
 
-  // Steps n elements. What is left over after whole vectors is copied to arrays that hold one, and back.
-  static void step(const Arrays& x, int64_t n, float factor, const AdamWScalars<float>& scalars, LeanBlock* block,
-                   uint32_t first, uint32_t* sum) {
+  // Steps n elements, of a block where moments are codes. What is left over after whole vectors is copied to arrays
+  // that hold one, and back.
+  static void step(const AdamWEntry& e, const Arrays& x, int64_t n, float factor, const AdamWScalars<float>& scalars,
+                   LeanBlock* block, uint32_t first, uint32_t* sum) {
     const AdamWScalars<float> s = scalars;
-    WordLanes sums = {}, place;
-    for (int j = 0; j < kLaneCount; ++j) place[j] = weight_term(bfloat16{1}, first + j);
+    LeanLanes lanes(first);
+    if constexpr (kCodes) {
+      lanes.scale1 = e.exp_avg_scales[block->scale];
+      lanes.scale2 = e.exp_avg_sq_scales[block->scale];
+    }
     int64_t i = 0;
     for (; i + kLaneCount <= n; i += kLaneCount) {
-      step_lanes(x, i, factor, s, block, i, sums, place);
-      place += 4u * kLaneCount;
+      step_lanes(x, i, factor, s, block, i, lanes);
+      lanes.place += 4u * kLaneCount;
     }
-    for (int j = 0; j < kLaneCount; ++j) *sum += sums[j];
-    if (i == n) return;
+    if constexpr (Weight::kSplit)
+      for (int j = 0; j < kLaneCount; ++j) *sum += lanes.sum[j];
+    if (i < n) step_rest(x, i, n, factor, s, block, lanes, first, sum);
+    if constexpr (kCodes) {
+      block->most1 = lanes.most1;
+      block->most2 = lanes.most2;
+    }
+  }
+
+  static __attribute__((noinline)) void step_rest(const Arrays& x, int64_t i, int64_t n, float factor,
+                                                  const AdamWScalars<float>& s, LeanBlock* block, LeanLanes& lanes,
+                                                  uint32_t first, uint32_t* sum) {
     Stored p[kLaneCount] = {}, g[kLaneCount] = {};
     Low low[kLaneCount] = {};
     uint16_t random[kLaneCount] = {};
@@ -160,7 +196,7 @@ struct Lean {
     if constexpr (Weight::kSplit) copy(low, x.low + i);
     if constexpr (Weight::kStochastic) copy(random, x.random + i);
     if constexpr (kAnchored) copy(a, x.a + i);
-    step_lanes({p, g, low, random, m, v, a}, 0, factor, s, block, i, sums, place);
+    step_lanes({p, g, low, random, m, v, a}, 0, factor, s, block, i, lanes);
     copy(x.p + i, p);
     if constexpr (!kCodes) {
       copy(x.m + i, m);
@@ -172,28 +208,26 @@ struct Lean {
     }
   }
 
-  // Encodes the block's n elements, of which the first is element 0 of the block.
-  static void encode(const AdamWEntry& e, const Arrays& x, int64_t n, const LeanBlock& block, int64_t scale) {
+  // Encodes a block's n elements.
+  static void encode(const AdamWEntry& e, const Arrays& x, int64_t n, const LeanBlock& block,
+                     const LeanOffsets& offsets) {
     uint32_t most1 = 0, most2 = 0;
     for (int j = 0; j < kLaneCount; ++j) {
       most1 = std::max(most1, static_cast<uint32_t>(block.most1[j]));
       most2 = std::max(most2, static_cast<uint32_t>(block.most2[j]));
     }
     const Scale8 scale1 = scale8(bits_float(most1), kTop1), scale2 = scale8(bits_float(most2), kTop2);
-    e.exp_avg_scales[scale] = scale1.scale;
-    e.exp_avg_sq_scales[scale] = scale2.scale;
-    const uint32_t step = static_cast<uint32_t>(static_cast<uint64_t>(e.t));
-    WordLanes dither;
-    for (int j = 0; j < kLaneCount; ++j) dither[j] = dither8(step, j);
+    e.exp_avg_scales[block.scale] = scale1.scale;
+    e.exp_avg_sq_scales[block.scale] = scale2.scale;
     for (int64_t i = 0; i < n; i += kLaneCount) {
       const FloatLanes m = load_lanes(block.m + i), root = load_lanes(block.root + i);
+      const WordLanes first = load_lanes(offsets.first + i), second = load_lanes(offsets.second + i);
       WordLanes codes1, codes2;
 #pragma GCC ivdep
       for (int j = 0; j < kLaneCount; ++j) {
-        codes1[j] = encode_first(m[j], scale1.inverse, dither[j]);
-        codes2[j] = encode_second(root[j], scale2.inverse, dither[j]);
+        codes1[j] = encode_first_at(m[j], scale1.inverse, first[j]);
+        codes2[j] = encode_second_at(root[j], scale2.inverse, second[j]);
       }
-      dither += dither8(0, kLaneCount);
       if (i + kLaneCount <= n) {
         store_lanes(codes1, x.m + i);
         store_lanes(codes2, x.v + i);
@@ -207,33 +241,47 @@ struct Lean {
     }
   }
 
+  static Arrays arrays_at(const AdamWEntry& e, int64_t at, const uint16_t* random) {
+    return {static_cast<Stored*>(e.param) + at,
+            static_cast<const Stored*>(e.grad) + at,
+            static_cast<Low*>(e.low_bits) + (Weight::kSplit ? at : 0),
+            random,
+            static_cast<Moment*>(e.exp_avg) + at,
+            static_cast<Moment*>(e.exp_avg_sq) + at,
+            static_cast<const Anchor*>(e.anchor) + (kAnchored ? at : 0)};
+  }
+
   // Steps the elements [at, at + length) of the entry, the first of which is element `first` of its chunk, and adds the
   // weight_term() of each to *sum.
   static void run(const AdamWEntry& e, int64_t at, int64_t length, float factor, const AdamWScalars<float>& s,
                   uint32_t first, uint32_t* sum) {
     RoundingBits rounding;
-    LeanBlock block;
-    for (const int64_t stop = at + length; at < stop;) {
-      const int64_t n = kCodes ? Block8(e, at).n : Weight::kStochastic ? smaller(kBlock, stop - at) : stop - at;
-      const Arrays x = {static_cast<Stored*>(e.param) + at,
-                        static_cast<const Stored*>(e.grad) + at,
-                        static_cast<Low*>(e.low_bits) + (Weight::kSplit ? at : 0),
-                        Weight::kStochastic ? rounding.fill(e, 0, at, n) : nullptr,
-                        static_cast<Moment*>(e.exp_avg) + at,
-                        static_cast<Moment*>(e.exp_avg_sq) + at,
-                        static_cast<const Anchor*>(e.anchor) + (kAnchored ? at : 0)};
-      if constexpr (kCodes) {
-        const int64_t scale = Block8(e, at).scale;
-        block.scale1 = e.exp_avg_scales[scale];
-        block.scale2 = e.exp_avg_sq_scales[scale];
-        block.most1 = block.most2 = WordLanes{};
-        step(x, n, factor, s, &block, first, sum);
-        encode(e, x, n, block, scale);
-      } else {
-        step(x, n, factor, s, nullptr, first, sum);
+    if constexpr (kCodes) {
+      // A block is encoded once the next one has been stepped, so that neither waits for the other's last results.
+      const LeanOffsets offsets(e.t);
+      LeanBlock blocks[2];
+      Arrays last = {};
+      int64_t last_n = 0, which = 0;
+      for (const int64_t stop = at + length; at < stop; which = 1 - which) {
+        const Block8 block(e, at);
+        blocks[which].scale = block.scale;
+        const Arrays x = arrays_at(e, at, Weight::kStochastic ? rounding.fill(e, 0, at, block.n) : nullptr);
+        step(e, x, block.n, factor, s, &blocks[which], first, sum);
+        if (last_n > 0) encode(e, last, last_n, blocks[1 - which], offsets);
+        last = x;
+        last_n = block.n;
+        at += block.n;
+        first += static_cast<uint32_t>(block.n);
       }
-      at += n;
-      first += static_cast<uint32_t>(n);
+      encode(e, last, last_n, blocks[1 - which], offsets);
+    } else {
+      for (const int64_t stop = at + length; at < stop;) {
+        const int64_t n = Weight::kStochastic ? smaller(kBlock, stop - at) : stop - at;
+        const Arrays x = arrays_at(e, at, Weight::kStochastic ? rounding.fill(e, 0, at, n) : nullptr);
+        step(e, x, n, factor, s, nullptr, first, sum);
+        at += n;
+        first += static_cast<uint32_t>(n);
+      }
     }
   }
 };

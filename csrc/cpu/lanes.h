@@ -28,6 +28,14 @@ typedef float FloatLanes __attribute__((vector_size(4 * kLaneCount)));
 typedef uint32_t WordLanes __attribute__((vector_size(4 * kLaneCount)));
 typedef int32_t SignedLanes __attribute__((vector_size(4 * kLaneCount)));
 
+#if defined(__AVX512F__)
+constexpr WordLanes kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+constexpr WordLanes kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+constexpr WordLanes kLaneNumbers = {0, 1, 2, 3};
+#endif
+
 template <typename Vector, typename Stored>
 inline Vector copy_lanes(const Stored* from) {
   Vector lanes;
@@ -38,30 +46,34 @@ inline Vector copy_lanes(const Stored* from) {
 inline FloatLanes load_lanes(const float* from) {
   return copy_lanes<FloatLanes>(from);
 }
+inline WordLanes load_lanes(const uint32_t* from) {
+  return copy_lanes<WordLanes>(from);
+}
 inline void store_lanes(FloatLanes lanes, float* to) {
   memcpy(to, &lanes, sizeof lanes);
 }
 
 // Unsigned numbers of 16 and 8 bits, widened, and the lower bits of words.
 #if defined(__AVX512F__)
+constexpr __mmask16 kAllLanes = 0xffff;  // without a mask GCC 12 warns of what its own header leaves undefined
 inline WordLanes load_lanes(const uint16_t* from) {
-  return reinterpret_cast<WordLanes>(_mm512_cvtepu16_epi32(copy_lanes<__m256i>(from)));
+  return reinterpret_cast<WordLanes>(_mm512_maskz_cvtepu16_epi32(kAllLanes, copy_lanes<__m256i>(from)));
 }
 inline WordLanes load_lanes(const uint8_t* from) {
-  return reinterpret_cast<WordLanes>(_mm512_cvtepu8_epi32(copy_lanes<__m128i>(from)));
+  return reinterpret_cast<WordLanes>(_mm512_maskz_cvtepu8_epi32(kAllLanes, copy_lanes<__m128i>(from)));
 }
 inline SignedLanes load_signed_lanes(const uint16_t* from) {
-  return reinterpret_cast<SignedLanes>(_mm512_cvtepi16_epi32(copy_lanes<__m256i>(from)));
+  return reinterpret_cast<SignedLanes>(_mm512_maskz_cvtepi16_epi32(kAllLanes, copy_lanes<__m256i>(from)));
 }
 inline SignedLanes load_signed_lanes(const uint8_t* from) {
-  return reinterpret_cast<SignedLanes>(_mm512_cvtepi8_epi32(copy_lanes<__m128i>(from)));
+  return reinterpret_cast<SignedLanes>(_mm512_maskz_cvtepi8_epi32(kAllLanes, copy_lanes<__m128i>(from)));
 }
 inline void store_lanes(WordLanes lanes, uint16_t* to) {
-  const __m256i narrow = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(lanes));
+  const __m256i narrow = _mm512_maskz_cvtepi32_epi16(kAllLanes, reinterpret_cast<__m512i>(lanes));
   memcpy(to, &narrow, sizeof narrow);
 }
 inline void store_lanes(WordLanes lanes, uint8_t* to) {
-  const __m128i narrow = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(lanes));
+  const __m128i narrow = _mm512_maskz_cvtepi32_epi8(kAllLanes, reinterpret_cast<__m512i>(lanes));
   memcpy(to, &narrow, sizeof narrow);
 }
 #elif defined(__AVX2__)

@@ -16,10 +16,6 @@ namespace fastft {
 
 constexpr uint32_t kQuietNaN = 0x7fc00000u;
 
-FASTFT_HD bool is_nan_bits(uint32_t u) {
-  return (u & 0x7fffffffu) > 0x7f800000u;
-}
-
 // On plain numbers, for loops that hold each in a lane of 32 bits: weight in its lower half, low with its sign.
 FASTFT_HD float join(uint32_t weight, int32_t low, int low_width) {
   return bits_float((weight << 16) + (static_cast<uint32_t>(low) << (16 - low_width)));
@@ -34,14 +30,12 @@ FASTFT_HD float join(bfloat16 weight, uint8_t low) {
 // The bits of the master that is kept. Every NaN becomes the one whose low bits are 0; with 16 low bits any other float
 // is kept as it is.
 FASTFT_HD uint32_t master_bits(float x) {
-  const uint32_t bits = float_bits(x);
-  return is_nan_bits(bits) ? kQuietNaN : bits;
+  return x != x ? kQuietNaN : float_bits(x);
 }
 // With 8 low bits the float is first rounded to 24 bits: up where the 8 bits that go, plus `rounding` (below 256),
 // carry. That is a random number for stochastic rounding, or nearest_rounding().
 FASTFT_HD uint32_t master_bits(float x, uint32_t rounding) {
-  const uint32_t bits = float_bits(x);
-  return is_nan_bits(bits) ? kQuietNaN : (bits + rounding) & 0xffffff00u;
+  return x != x ? kQuietNaN : (float_bits(x) + rounding) & 0xffffff00u;
 }
 FASTFT_HD uint32_t nearest_rounding(float x) {
   return 0x7fu + ((float_bits(x) >> 8) & 1u);  // to even
