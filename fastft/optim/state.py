@@ -58,8 +58,11 @@ def prepare_state(
         add_low_bits(state, p, precision)
         return on_device
     check_own_state(state, p, f"{name}: state")
-    missing = [key for key in names if not isinstance(state.get(key), Tensor) and CODED.get(key, ("",))[0] not in state]
-    missing += [] if isinstance(state.get("step"), Tensor) else ["step"]
+    missing = [
+        key
+        for key in ("step", *names)
+        if not isinstance(state.get(key), Tensor) and CODED.get(key, (key,))[0] not in state.keys() - {key}
+    ]
     if missing:
         raise ValueError(f"{name}: state: expected tensors for {', '.join(missing)}, got {sorted(state)}")
     as_codes = precision.moments(p) == "8bit"
@@ -108,23 +111,24 @@ def add_low_bits(state: dict[str, Any], p: Tensor, precision: Precision) -> None
 def check_own_state(state: Mapping[str, Any], p: Tensor, where: str) -> None:
     """Raise for codes, scales or low bits that do not fit the parameter."""
 
-    def check(key: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-        tensor = state.get(key)
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{where}: {key}: expected {names} of shape {list(shape)}, got {type(tensor).__name__}")
-        if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{where}: {key}: expected {names} of shape {list(shape)}, got "
-                f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
-            )
-
     if LOW_BITS in state:
-        check(LOW_BITS, (torch.uint16, torch.uint8), tuple(p.shape))
+        check_like(state[LOW_BITS], (torch.uint16, torch.uint8), tuple(p.shape), f"{where}: {LOW_BITS}")
     if any(key in state for pair in CODED.values() for key in pair):
         for codes, scales in CODED.values():
-            check(codes, (torch.uint8,), tuple(p.shape))
-            check(scales, (torch.float32,), scales_shape(p.shape))
+            check_like(state.get(codes), (torch.uint8,), tuple(p.shape), f"{where}: {codes}")
+            check_like(state.get(scales), (torch.float32,), scales_shape(p.shape), f"{where}: {scales}")
+
+
+def check_like(tensor: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], where: str) -> None:
+    """Raise unless it is a tensor of one of the dtypes and of the shape."""
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{where}: expected {names} of shape {list(shape)}, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{where}: expected {names} of shape {list(shape)}, got {str(tensor.dtype).removeprefix('torch.')} of "
+            f"shape {list(tensor.shape)}"
+        )
 
 
 def bring_moments(state: dict[str, Any], p: Tensor, precision: Precision, where: str) -> None:
