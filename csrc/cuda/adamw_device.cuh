@@ -182,9 +182,14 @@ __device__ __forceinline__ void remember_sum(const DeviceEntry& e, uint32_t chun
 // -- stochastic rounding
 // -----------------------------------------------------------------------------------------------
 
+// Of the element at `offset`, in the whole tensor; a tensor that is whole needs no division.
+__device__ __forceinline__ uint64_t index_of(const DeviceEntry& e, int64_t offset) {
+  return static_cast<uint64_t>(offset < e.index.row ? e.index.first + offset : e.index.of(offset));
+}
+
 // The sixteen random bits of the element at `offset`.
 __device__ __forceinline__ uint32_t random_of(const DeviceEntry& e, uint32_t t, uint32_t pass, int64_t offset) {
-  const uint64_t i = static_cast<uint64_t>(e.index.of(offset));
+  const uint64_t i = index_of(e, offset);
   const PhiloxWords words = rounding_words(e.rounding_key, t, pass, i / kPerPhilox);
   const uint32_t k = static_cast<uint32_t>(i % kPerPhilox);
   // Chosen, not indexed: an array with an index lies in memory.

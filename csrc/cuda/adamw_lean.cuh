@@ -70,7 +70,7 @@ struct Weights {
     }
     if constexpr (W::kStochastic) {
       if constexpr (N == kPerPhilox)
-        random = rounding_words(e.rounding_key, shared.t, 0, static_cast<uint64_t>(e.index.of(offset)) / kPerPhilox);
+        random = rounding_words(e.rounding_key, shared.t, 0, index_of(e, offset) / kPerPhilox);
       else
         random_one = random_of(e, shared.t, 0, offset);
     }
