@@ -77,7 +77,7 @@ class Beside:
     def __post_init__(self) -> None:
         dtype, chosen = SETTINGS[self.setting]
         self.params = parameters(dtype, self.shapes)
-        self.exact = [nn.Parameter(p.detach().float()) for p in self.params]
+        self.exact = [nn.Parameter(p.detach().float().clone()) for p in self.params]
         self.extra_bits: int = chosen.get("extra_bits", 0)
         self.seed: int | None = chosen.get("rounding_seed", 0) if chosen.get("rounding") == "stochastic" else None
         anchors: list[fastft.Anchor | None] = [None, None]

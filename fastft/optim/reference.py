@@ -13,8 +13,8 @@ with anchor_mode="selective" no pull, but last of all, for the tensor as a whole
 where pull = min(1, lr·λ), or lr·λ·F / (1 + lr·λ·F) for elements with an importance F: an implicit step on
 λ/2·F·(p − a)², which divides p − a by 1 + lr·λ·F (why: csrc/math/adamw.h).
 
-Where weights or moments are kept in few bits, a step reads them by :func:`read_weight` and :func:`read_moment`, and what
-it computed is kept by :func:`write_weight` and :func:`write_moment`, which round to the bit as the kernels do.
+Where weights or moments are kept in few bits, a step reads them by :func:`read_weight` and :func:`read_moment`, and
+what it computed is kept by :func:`write_weight` and :func:`write_moment`, which round to the bit as the kernels do.
 
 Decay: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. The l2 anchor (L2-SP): Li et al. 2018,
 https://arxiv.org/abs/1802.01483. The importance (EWC): Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796.
@@ -171,8 +171,8 @@ def write_moment(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A moment as it is kept after step number ``t``, in the format that it had ``before``: the dtype, or 8 bits.
 
-    In 8 bits, what ``update_mask`` (bool, ``[rows]`` or the shape) leaves out keeps its code, and a block without a live
-    element its scale.
+    In 8 bits, what ``update_mask`` (bool, ``[rows]`` or the shape) leaves out keeps its code, and a block without a
+    live element its scale.
     """
     if isinstance(before, Tensor):
         return value.to(before.dtype)

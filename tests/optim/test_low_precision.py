@@ -1,4 +1,4 @@
-"""Weights and moments in few bits, through ``AdamW`` and ``adamw_``: what is kept, what is refused, each step's bits."""
+"""Weights and moments in few bits, through ``AdamW`` and ``adamw_``: what is kept and refused, each step's bits."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_float16_has_no_extra_bits() -> None:
     good.data = good.data.half()
     good.grad = torch.ones_like(good)
     before = photograph([good], optimizer)
-    with pytest.raises(ValueError, match="^b: extra_bits: "):
+    with pytest.raises(ValueError, match=r"^b: extra_bits: "):
         optimizer.step()
     assert_unchanged(before, photograph([good], optimizer))
 
@@ -266,7 +266,8 @@ def test_masks_freezing_and_skipped_steps(setting: str) -> None:
     assert [int(run.optimizer.state[p]["step"]) for p in run.params] == [5, 3, 5, 5]
 
 
-@pytest.mark.parametrize("setting", [name for name in SETTINGS if "8bit" not in name])
+# Projection is all or nothing: only masters near enough to the exact weights decide as these do.
+@pytest.mark.parametrize("setting", ["split16", "split16_float32_moments", "split8", "split8_stochastic"])
 def test_amsgrad_and_selective_go_with_all_but_8_bits(setting: str) -> None:
     """Against float64: selective projection starts from what the step has stored."""
     dtype, options = SETTINGS[setting]
@@ -285,9 +286,7 @@ def test_amsgrad_and_selective_go_with_all_but_8_bits(setting: str) -> None:
         runs.append(optimizer)
     assert "max_exp_avg_sq" in runs[0].state[p]
     master = master_weights(nn.ParameterDict({"p": p}), runs[0])["p"].double()
-    bits = {0: 2**-8 if dtype == BF16 else 2**-11, 8: 2**-15, 16: 2**-23}[options.get("extra_bits", 0)]
-    if dtype == torch.float32:
-        bits = 2**-23
+    bits = {8: 2**-15, 16: 2**-23}[options["extra_bits"]]
     moments = 0.03 if runs[0].state[p]["exp_avg"].dtype == BF16 else 2e-3
     distance = (master - exact).abs() / (6 * 2 * bits * exact.abs().clamp(min=2**-10) + moments * 6e-2)
     assert distance.max() < 1.0
@@ -408,9 +407,9 @@ def test_16_extra_bits_are_a_float32_run(state_dtype: Any) -> None:
 
 def drift(dtype: torch.dtype, steps: int, **options: Any) -> Tensor:
     """Displacement under gradients that keep their direction, at a learning rate far below half a bfloat16 ulp."""
-    (p,) = parameters(dtype, [(64, 64)], scale=1.0)
+    (p,) = parameters(dtype, [(64, 64)], scale=0.1)
     p.data = p.data.bfloat16().to(dtype)
-    optimizer = fastft.AdamW([p], lr=2e-5, weight_decay=0.0, **options)
+    optimizer = fastft.AdamW([p], lr=4e-6, weight_decay=0.0, **options)
     start = (p.detach().double(), normal((64, 64), seed=5))
     for step in range(steps):
         p.grad = (start[1] + normal((64, 64), seed=100 + step)).bfloat16().to(dtype)
@@ -446,12 +445,12 @@ def test_the_anchor_pulls(setting: str) -> None:
         [("p", p)], lr=1e-4, weight_decay=0.0, anchor=anchor, anchor_decay=100.0, **(options or {})
     )
     p.grad = torch.zeros_like(p)
-    before = (p.detach().float() - start.float()).norm()
+    before = p.detach().float() - start.float()
     for _ in range(200):
         optimizer.step()
-    left = float((master_weights(nn.ParameterDict({"p": p}), optimizer)["p"] - start.float()).norm() / before)
-    expected = 1.0 if setting == "nearest" else 0.99**200
-    assert left == pytest.approx(expected, rel=0.35 if setting == "stochastic" else 0.02)
+    after = master_weights(nn.ParameterDict({"p": p}), optimizer)["p"] - start.float()
+    left = float((after * before).sum() / before.square().sum())
+    assert left == pytest.approx(1.0 if setting == "nearest" else 0.99**200, rel=0.05)
 
 
 # -- stochastic rounding -----------------------------------------------------------------------------------------
@@ -558,7 +557,7 @@ def test_what_somebody_else_writes_is_noticed(setting: str, writer: str, masked:
     if masked:
         fresh.set_update_mask(other, torch.arange(40) % 5 > 0)
     fresh.state[other] = copy.deepcopy(optimizer.state[p])
-    fresh.state[other]["low_bits"][live] = 0
+    fresh.state[other]["low_bits"] = torch.where(live.view(-1, 1), torch.zeros_like(low), low)
     for run in ((p, optimizer), (other, fresh)):
         give_grads([run[0]], 3)
         run[1].step()
@@ -604,7 +603,7 @@ def test_a_copy_knows_what_was_written(how: str) -> None:
 
 
 def test_weights_that_are_not_finite_and_ends_of_the_range() -> None:
-    values = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.3e38, -1e-40, 0.0, -0.0, 1.0]).bfloat16()
+    values = torch.tensor([float("nan"), 3.3e38, -3.3e38, -1e-40, 0.0, -0.0, 1.0]).bfloat16()
     p = nn.Parameter(values.clone())
     optimizer = fastft.AdamW([p], lr=1e-3, weight_decay=0.0, extra_bits=16)
     p.grad = torch.zeros_like(p)
@@ -719,5 +718,5 @@ def test_master_weights_of_each_kind() -> None:
     assert not torch.equal(found["0.weight"], model[0].weight.float())
     assert same_bits(found["0.weight"].bfloat16(), model[0].weight)  # no tie among these
     assert torch.equal(found["2.weight"], model[2].weight.float()) and torch.equal(found["1.bias"], model[1].bias)
-    with pytest.raises(TypeError, match="^optimizer: expected a fastft.AdamW, got AdamW$"):
+    with pytest.raises(TypeError, match=r"^optimizer: expected a fastft.AdamW, got AdamW$"):
         master_weights(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
