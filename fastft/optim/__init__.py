@@ -7,6 +7,7 @@ from fastft.optim import reference
 from fastft.optim.adamw import AdamW
 from fastft.optim.anchor_schedules import AnchorDecayScheduler, RecAdamScheduler
 from fastft.optim.functional import adamw_
+from fastft.optim.in_backward import StepInBackward, step_in_backward
 from fastft.optim.layer_lr import biases_and_norms, layerwise_lr
 from fastft.optim.planning import TrainingPlan, plan_training
 from fastft.optim.schedules import RewarmLR, SlantedTriangularLR, warm_up_then_decay
@@ -17,11 +18,13 @@ __all__ = [
     "RecAdamScheduler",
     "RewarmLR",
     "SlantedTriangularLR",
+    "StepInBackward",
     "TrainingPlan",
     "adamw_",
     "biases_and_norms",
     "layerwise_lr",
     "plan_training",
     "reference",
+    "step_in_backward",
     "warm_up_then_decay",
 ]

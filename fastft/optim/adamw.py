@@ -319,14 +319,19 @@ class AdamW(torch.optim.AdamW):
             part.plan.set_grad(position, fit_grad(p.grad, p, p if stepped is None else stepped, name))
         return True
 
-    def _make_plan(self, counts_on_device: bool) -> None:
+    def _warn_before_first_step(self) -> None:
+        """Warn of options that do nothing."""
         # A scheduler may begin at 0; the value it scales is in initial_anchor_decay.
         decays = [g.get("initial_anchor_decay", g["anchor_decay"]) for g in self.param_groups]
-        if self._anchor is not None and not self.state and not any(decays):
+        if self._anchor is not None and not any(decays):
             warnings.warn(
                 "anchor: expected anchor_decay > 0 with it, got 0 in every group at the first step; nothing is pulled",
                 stacklevel=2,
             )
+
+    def _make_plan(self, counts_on_device: bool) -> None:
+        if not self.state:
+            self._warn_before_first_step()
         live: dict[int, tuple[int, Tensor, str]] = {}
         records: list[_C.AdamWRecord] = []
         for position, (group_index, p, name) in enumerate(self._parameters()):
