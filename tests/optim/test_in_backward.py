@@ -6,7 +6,6 @@ import copy
 import gc
 import os
 import pickle
-import re
 import subprocess
 import sys
 import warnings
@@ -50,11 +49,12 @@ def trained(
     loop: Callable[[nn.Module, fastft.AdamW, Any], Any] | None = None,
     dtype: torch.dtype = torch.float32,
     make: Callable[[torch.dtype], nn.Module] = lambda dtype: net(dtype=dtype),
+    groups: Callable[[nn.Module], Any] = nn.Module.named_parameters,
     **options: Any,
 ) -> dict[str, Any]:
     """The outcome of a run, plain or in the backward pass."""
     model = make(dtype)
-    optimizer = fastft.AdamW(model.named_parameters(), **{**OPTIONS, **options})
+    optimizer = fastft.AdamW(groups(model), **{**OPTIONS, **options})
     prepare(model, optimizer)
     handle = step_in_backward(optimizer) if in_backward else None
     (loop or usual_loop)(model, optimizer, handle)
@@ -81,13 +81,6 @@ def restrict(model: nn.Module, optimizer: fastft.AdamW) -> None:
     optimizer.set_update_mask(params["0.weight"], torch.arange(17) % 3 > 0)
     optimizer.set_update_mask(params["3.weight"], torch.arange(51).reshape(3, 17) % 2 == 0)
     optimizer.freeze(params["1.bias"])
-
-
-def weighted(model: nn.Module, optimizer: fastft.AdamW) -> None:
-    importance = {name: p.detach().abs() + 0.1 for name, p in model.named_parameters()}
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    optimizer._anchor = fastft.Anchor.snapshot(model).with_importance(importance)
-    restrict(model, optimizer)
 
 
 # -- the same bits -----------------------------------------------------------------------------------------
@@ -118,27 +111,31 @@ def test_a_run_has_the_bits_of_the_plain_one(dtype: torch.dtype, options: dict[s
     assert torch.equal(plain["1.bias"][0], start["1.bias"]) and not torch.equal(plain["0.bias"][0], start["0.bias"])
 
 
-def test_importances_and_groups_of_their_own_lr() -> None:
-    assert_equal_runs(weighted, anchor_decay=20.0)
+def test_importances_and_groups_of_their_own_options() -> None:
+    base = net(seed=4)
+    importance = {name: p.detach().abs() + 0.1 for name, p in base.named_parameters()}
+    anchor = fastft.Anchor.snapshot(base, exclude="1").with_importance(importance)
 
-    def loop(model: nn.Module, _: Any, handle: Any) -> None:
-        groups = [
-            {"params": [("a", model[0].weight), ("b", model[0].bias)], "lr": 0.1, "anchor_decay": 0.0},
-            {"params": [("c", model[3].weight)], "weight_decay": 0.5, "amsgrad": True},
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        return [
+            {"params": list(model[0].named_parameters(prefix="0")), "lr": 0.1, "anchor_decay": 0.0},
+            {"params": [("3.weight", model[3].weight)], "weight_decay": 0.5, "amsgrad": True, "anchor_mode": "l2"},
+            {"params": [("1.weight", model[1].weight), ("3.bias", model[3].bias)]},
         ]
-        optimizer = fastft.AdamW(groups, **OPTIONS)
-        if handle is not None:
-            handle.undo()
-            step_in_backward(optimizer)
-        usual_loop_of_a_part(model, optimizer)
 
-    def usual_loop_of_a_part(model: nn.Module, optimizer: fastft.AdamW) -> None:
-        for batch in BATCHES:
-            loss_of(model, batch).backward()
-            optimizer.step()
-            model.zero_grad()
+    assert_equal_runs(restrict_the_first, loop_over_a_part, anchor=anchor, anchor_decay=20.0, groups=groups)
 
-    assert_equal_runs(loop=loop)
+
+def restrict_the_first(model: nn.Module, optimizer: fastft.AdamW) -> None:
+    optimizer.set_update_mask(model[0].weight, torch.arange(17) % 3 > 0)
+
+
+def loop_over_a_part(model: nn.Module, optimizer: fastft.AdamW, handle: Any) -> None:
+    for batch in BATCHES:
+        loss_of(model, batch).backward()
+        assert (model[3].bias.grad is None) == (handle is not None) and model[1].bias.grad is not None
+        optimizer.step()
+        model.zero_grad()
 
 
 def test_what_is_changed_between_steps_counts_from_then_on() -> None:
@@ -215,8 +212,7 @@ def test_a_weight_used_many_times_is_stepped_once(checkpointed: bool) -> None:
 def test_reentrant_checkpointing_of_a_weight_used_twice_is_noticed() -> None:
     torch.manual_seed(3)
     model = Tied(True, reentrant=True)
-    step_in_backward(fastft.AdamW(model.named_parameters(), **OPTIONS)).accumulate()
-    optimizer = fastft.AdamW(net().parameters())
+    optimizer = fastft.AdamW(model.named_parameters(), **OPTIONS)
     step_in_backward(optimizer)
     with pytest.raises(RuntimeError, match=r"shared\.\w+: expected one gradient .* use use_reentrant=False"):
         loss_of(model, BATCHES[0]).backward()
@@ -227,13 +223,13 @@ def test_what_torch_steps_is_stepped_by_it_here_too() -> None:
         model = net()
         base = torch.linspace(-1, 1, 34).view(17, 2)
         model[0].bias = nn.Parameter(base[:, 0])  # memory with gaps
-        model.register_parameter("z", nn.Parameter(torch.complex(torch.ones(2), -torch.ones(2))))
+        model[3].register_parameter("z", nn.Parameter(torch.complex(torch.ones(2), -torch.ones(2))))
         return model
 
     def loop(model: nn.Module, optimizer: fastft.AdamW, handle: Any) -> None:
         for batch in BATCHES:
-            (loss_of(model, batch) + model.z.abs().square().sum()).backward()
-            assert handle is None or model.z.grad is None
+            (loss_of(model, batch) + model[3].z.abs().square().sum()).backward()
+            assert handle is None or model[3].z.grad is None
             optimizer.step()
             optimizer.zero_grad()
 
@@ -313,33 +309,30 @@ def test_it_lasts_as_long_as_the_optimizer_and_keeps_nothing_alive() -> None:
 def test_accumulation(last: str) -> None:
     def loop(model: nn.Module, optimizer: fastft.AdamW, handle: Any) -> None:
         for step in range(3):
+            losses = [
+                lambda batch=BATCHES[step]: loss_of(model[:3], batch),  # the last layer has no part in it
+                lambda batch=BATCHES[step + 1]: loss_of(model, batch),
+                lambda batch=BATCHES[step + 2]: model[0](batch).square().sum(),
+            ]
             if handle is None:
-                loss_of(model[:3], BATCHES[step]).backward()  # the last layer has no part in it
-                loss_of(model, BATCHES[step + 1]).backward()
-                model[0](BATCHES[step]).sum().backward()
+                for loss in losses:
+                    loss().backward()
             else:
+                before = copy.deepcopy(model.state_dict())
                 with handle.accumulate():
-                    loss_of(model[:3], BATCHES[step]).backward()
+                    losses[0]().backward()
                     with handle.accumulate():
-                        pass
-                    loss_of(model, BATCHES[step + 1]).backward()
-                    kept = model[0].weight.grad.clone()
-                    assert torch.equal(model[3].weight, trained_weight(model))
+                        losses[1]().backward()
                     if last == "inside":
-                        model[0](BATCHES[step]).sum().backward()
+                        losses[2]().backward()
+                assert_same(model.state_dict(), before)
                 if last == "outside":
-                    model[0](BATCHES[step]).sum().backward()  # the others' gradients wait for optimizer.step()
-                    assert model[0].weight.grad is None and model[3].weight.grad is not None
-                else:
-                    assert not torch.equal(model[0].weight.grad, kept)
+                    losses[2]().backward()
+                    assert model[0].weight.grad is None and not torch.equal(model[0].weight, before["0.weight"])
+                    assert model[3].weight.grad is not None  # waits for optimizer.step()
+                    assert torch.equal(model[3].weight, before["3.weight"])
             optimizer.step()
-            seen[id(model)] = model[3].weight.detach().clone()
             optimizer.zero_grad()
-
-    seen: dict[int, Tensor] = {}
-
-    def trained_weight(model: nn.Module) -> Tensor:
-        return seen.get(id(model), model[3].weight)
 
     assert_equal_runs(restrict, loop)
 
@@ -450,31 +443,27 @@ def test_a_copy_steps_plainly() -> None:
 
 def test_undo_and_with_give_the_plain_step_back() -> None:
     def loop(model: nn.Module, optimizer: fastft.AdamW, handle: Any) -> None:
-        for i, batch in enumerate(BATCHES):
-            if handle is None or i % 2:
-                usual_step(model, optimizer, batch, handle is None or i == 5)
-            else:
-                with step_in_backward(optimizer):
-                    usual_step(model, optimizer, batch, False)
-                assert model[0].weight._post_accumulate_grad_hooks == {} and not optimizer._optimizer_step_pre_hooks
-            if handle is not None and i == 4:
-                optimizer.max_grad_norm = 1e6  # allowed again
-                optimizer.max_grad_norm = None
-
-    def usual_step(model: nn.Module, optimizer: fastft.AdamW, batch: Tensor, plain: bool) -> None:
-        if not plain and not optimizer._optimizer_step_pre_hooks:
-            step_in_backward(optimizer).undo()
-        loss_of(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def prepared(model: nn.Module, optimizer: fastft.AdamW, handle: Any) -> None:
         if handle is not None:
             handle.undo()
             handle.undo()
-        loop(model, optimizer, handle)
+        for i, batch in enumerate(BATCHES):
+            if handle is not None and i % 2:
+                with step_in_backward(optimizer):
+                    step(model, optimizer, batch, True)
+                assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+                assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+                optimizer.max_grad_norm = 1e6  # no longer refused
+                optimizer.max_grad_norm = None
+            else:
+                step(model, optimizer, batch, False)
 
-    assert_equal_runs(loop=prepared)
+    def step(model: nn.Module, optimizer: fastft.AdamW, batch: Tensor, in_backward: bool) -> None:
+        loss_of(model, batch).backward()
+        assert (model[0].weight.grad is None) == in_backward
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert_equal_runs(restrict, loop)
 
 
 # -- refused -----------------------------------------------------------------------------------------------
@@ -526,7 +515,7 @@ def test_a_grad_scaler_is_refused_at_its_step() -> None:
     scaler.step(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(loss_of(model, BATCHES[0])).backward()
-    with pytest.raises(ValueError, match="got a GradScaler's.*bfloat16"):
+    with pytest.raises(ValueError, match=r"got a GradScaler's.*bfloat16"):
         scaler.step(optimizer)
     handle.undo()  # and nothing of the scaler's stays behind
     loss_of(model, BATCHES[0]).backward()
