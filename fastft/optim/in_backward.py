@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -17,8 +17,12 @@ from fastft import _C
 
 from .adamw import AdamW, check_graph_capture
 from .checks import why_not_fused
+from .masks import UpdateMask
+from .plans import warn_of_idle_anchor, warn_of_rounding
 from .tensors import local
 
+LATE = "runs_after_step_in_backward"
+"""An attribute of a step pre-hook that does what it should also when parameters have been stepped."""
 PLAIN = "use the plain step for it: without step_in_backward, or after its undo()"
 
 
@@ -63,56 +67,54 @@ def step_in_backward(optimizer: AdamW) -> StepInBackward:
     return StepInBackward(optimizer)
 
 
-in_backward: weakref.WeakSet[AdamW] = weakref.WeakSet()
-"""The optimizers that step in the backward pass."""
-
-
 class OneParameter(AdamW):
     """A parameter of an optimizer as an optimizer of its own, with a plan of its own.
 
-    The step is the optimizer's, and so is everything that it reads: what is not ``OWN`` is asked of it each time.
+    The step is the optimizer's, and so is all that it reads: what this does not have is asked of the optimizer.
     """
 
-    OWN = frozenset({"_plan_key", "_parts", "_torch_step", "state", "param_groups", "grad_norm"})
     grad_scale = None
     found_inf = None
+    _told_of_rounding = True  # these warnings are about all parameters together
 
-    def __init__(self, whole: AdamW, group: int, param: Tensor, name: str) -> None:
-        vars(self).update(_whole=weakref.ref(whole), _group=group, _param=param, _name=name, _mask=None)
-        self.state = defaultdict(dict)
+    def __init__(self, whole: AdamW, group: int, position: int, param: Tensor, name: str) -> None:
+        self._whole = weakref.ref(whole)
+        self._group = group
+        self._first_position = position
+        self._param = param
+        self._name = name
+        self._mask: UpdateMask | None = None
         self._forget_plan()
+        self._share({})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._whole(), name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.OWN:
-            vars(self)[name] = value
-        else:
-            setattr(self._whole(), name, value)
+    def _share(self, state: dict[str, Any]) -> None:
+        self.state = defaultdict(dict, {self._param: state})
 
     def _check_groups(self) -> None:
         """Done for all at the beginning of the backward pass, where messages can number them."""
 
-    def _warn_before_first_step(self) -> None:
-        """Done for all, too."""
-
     def take_step(self) -> None:
         """Step the parameter by its gradient."""
         whole, p = self._whole(), self._param
+        assert whole is not None
         self.param_groups = [{**whole.param_groups[self._group], "params": [p], "param_names": [self._name]}]
         known = whole.state.get(p)
-        if self.state.get(p) is not known:
-            self.state = defaultdict(dict) if known is None else defaultdict(dict, {p: known})
+        if known is not self.state[p]:
+            self._share({} if known is None else known)
         mask = whole._masks.get(p)
         if mask is not self._mask:
             self._forget_plan()
-            vars(self)["_mask"] = mask
+            self._mask = mask
         if p.is_cuda:
             check_graph_capture(whole)
         self._step()
-        if known is None and p in self.state:
+        if known is None:
             whole.state[p] = self.state[p]
+        if any(part.staging is not None for part in self._parts):
+            self._forget_plan()  # which has the anchor on the GPU
 
 
 class Hook:
@@ -131,14 +133,14 @@ class StepInBackward:
     def __init__(self, optimizer: AdamW) -> None:
         if not isinstance(optimizer, AdamW):
             raise TypeError(f"optimizer: expected a fastft.AdamW, got {type(optimizer).__name__}")
-        if optimizer in in_backward:
+        if optimizer._in_backward is not None:
             raise ValueError("optimizer: it steps in the backward pass already; undo() that first")
         # Not a reference: the optimizer's hooks own this, and it should go when the user lets go of it.
         self._optimizer = weakref.ref(optimizer)
         self._accumulating = 0
         self._begun = False  # whether something was stepped since the last optimizer.step()
         self._stepped: set[Tensor] = set()  # since then
-        self._looked_for_wrappers = False
+        self._begun_before = False
         self._layout: list[tuple[int, int]] = []
         self._on_parameters: list[Any] = []
         self._on_optimizer: list[Any] = []
@@ -149,7 +151,7 @@ class StepInBackward:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        in_backward.add(optimizer)
+        optimizer._in_backward = self
         self._detach_when_gone = weakref.finalize(optimizer, remove, self._on_parameters)
 
     @contextmanager
@@ -169,7 +171,7 @@ class StepInBackward:
         self._stepped.clear()
         optimizer = self._optimizer()
         if optimizer is not None:
-            in_backward.discard(optimizer)
+            optimizer._in_backward = None
 
     def __enter__(self) -> StepInBackward:
         return self
@@ -198,12 +200,11 @@ class StepInBackward:
             return
         if not self._begun:
             self._check(optimizer)
-            if not self._looked_for_wrappers:  # the model may have been wrapped after its optimizer was made
-                refuse_wrappers(optimizer)
-                self._looked_for_wrappers = True
             optimizer._check_groups()
-            if not optimizer.state:
-                optimizer._warn_before_first_step()
+            if not self._begun_before:
+                refuse_wrappers(optimizer)  # the model may have been wrapped since
+                warn_before_first_step(optimizer)
+                self._begun_before = True
             if self._layout != layout_of(optimizer):
                 self._attach(optimizer)
                 if p not in self._views:  # taken out of its group
@@ -217,18 +218,17 @@ class StepInBackward:
 
     def _attach(self, optimizer: AdamW) -> None:
         """Give each parameter its hook."""
-        parameters = list(optimizer._parameters())
         refuse_shared_memory(optimizer)
         remove(self._on_parameters)
         self._layout = layout_of(optimizer)
         self._views: dict[Tensor, OneParameter] = {}
-        for group, p, name in parameters:
+        for position, (group, p, name) in enumerate(optimizer._parameters()):
             hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
             if any(isinstance(hook, Hook) for hook in hooks.values()):
                 raise ValueError(f"{name}: another optimizer steps it in the backward pass; undo() that first")
             if not (p.is_floating_point() or p.is_complex()):
                 continue  # can have no gradient
-            view = self._views[p] = OneParameter(optimizer, group, p, name)
+            view = self._views[p] = OneParameter(optimizer, group, position, p, name)
             required = p.requires_grad
             if not required:  # it may later, when it is unfrozen
                 p.requires_grad_(True)
@@ -274,12 +274,19 @@ class StepInBackward:
             )
         if optimizer.defaults["differentiable"] or any(group["differentiable"] for group in optimizer.param_groups):
             raise ValueError(f"differentiable: expected False with step_in_backward, got True; {PLAIN}")
-        others = len(optimizer._optimizer_step_pre_hooks) - len(self._on_optimizer[:1])
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        others = [hook for hook in hooks if hook != self._before_step and not getattr(hook, LATE, False)]
         if others:
             raise ValueError(
-                f"optimizer: expected no step pre-hooks with step_in_backward, got {others}: they would run when the "
+                f"optimizer: expected no step pre-hooks with step_in_backward, got {others[0]}: it would run when the "
                 f"parameters have been stepped; use register_step_post_hook, or {PLAIN}"
             )
+
+
+def stepped_in_backward(optimizer: torch.optim.Optimizer) -> Set[Tensor]:
+    """The parameters that backward passes have stepped since the last ``optimizer.step()``."""
+    handle = getattr(optimizer, "_in_backward", None)
+    return set() if handle is None else handle._stepped
 
 
 def layout_of(optimizer: AdamW) -> list[tuple[int, int]]:
@@ -293,13 +300,27 @@ def remove(hooks: list[Any]) -> None:
         hooks.pop().remove()
 
 
-def refuse_shared_memory(optimizer: AdamW) -> None:
-    """Raise for parameters of one memory: stepping one changes the other, whose backward may still need it."""
-    fused = [
-        (p, name)
+def fused_parameters(optimizer: AdamW) -> list[tuple[int, Tensor, str]]:
+    """(group index, parameter, name) of those that take fastft's own step."""
+    return [
+        (index, p, name)
         for index, p, name in optimizer._parameters()
         if not p.is_meta and why_not_fused(p, optimizer.param_groups[index]) is None
     ]
+
+
+def warn_before_first_step(optimizer: AdamW) -> None:
+    """The warnings of the plain step about options that do nothing, before any parameter is written."""
+    if not optimizer.state:
+        warn_of_idle_anchor(optimizer)
+    stepped = [entry for entry in fused_parameters(optimizer) if entry[1].requires_grad]
+    with torch.no_grad():
+        warn_of_rounding(optimizer, [entry for entry in stepped if entry[1] not in optimizer._frozen])
+
+
+def refuse_shared_memory(optimizer: AdamW) -> None:
+    """Raise for parameters of one memory: stepping one changes the other, whose backward may still need it."""
+    fused = [(p, name) for _, p, name in fused_parameters(optimizer)]
     with torch.no_grad():
         shared = _C.overlapping([local(p) for p, _ in fused])
     if shared:

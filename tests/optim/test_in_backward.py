@@ -111,6 +111,65 @@ def test_a_run_has_the_bits_of_the_plain_one(dtype: torch.dtype, options: dict[s
     assert torch.equal(plain["1.bias"][0], start["1.bias"]) and not torch.equal(plain["0.bias"][0], start["0.bias"])
 
 
+class Wide(nn.Module):
+    """Enough elements in a tensor and a row for 8-bit moments, with a bias below that."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.first = nn.Linear(5, 80)
+        self.second = nn.Linear(80, 70)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh()) * 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"extra_bits": 16, "state_dtype": "8bit"},
+        {"extra_bits": 8, "state_dtype": torch.bfloat16},
+        {"extra_bits": 8, "rounding": "stochastic", "state_dtype": "8bit"},
+        {"rounding": "stochastic", "rounding_seed": 7},
+        {"state_dtype": "8bit", "rounding": "stochastic", "anchor_mode": "l2"},
+        {"rounding": "stochastic", "anchor_mode": "selective"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_low_bits_codes_and_random_rounding(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    def prepare(model: nn.Module, optimizer: fastft.AdamW) -> None:
+        optimizer.set_update_mask(model.second.weight, torch.arange(70) % 3 > 0)
+        optimizer.set_update_mask(model.first.weight, torch.arange(400).view(80, 5) % 7 > 1)
+
+    def loop(model: nn.Module, optimizer: fastft.AdamW, handle: Any) -> None:
+        for i, batch in enumerate(BATCHES):
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if i == 2:  # written by somebody else
+                with torch.no_grad():
+                    model.second.weight[::2] *= 1.5
+            if i == 3:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            if i == 4:
+                optimizer.set_update_mask(model.second.weight, None)
+        masters.append(fastft.optim.master_weights(model, optimizer))
+
+    masters: list[dict[str, Tensor]] = []
+    assert_equal_runs(prepare, loop, dtype=dtype, make=Wide, **{"lr": 1e-3, **options})
+    assert_same(masters[1], masters[0])
+
+
+def test_the_warning_of_lost_decay_comes_once() -> None:
+    for in_backward in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trained(in_backward, dtype=torch.bfloat16, lr=1e-6)
+        assert [w.category for w in caught] == [UserWarning] and "rounded to nearest" in str(caught[0].message)
+
+
 def test_importances_and_groups_of_their_own_options() -> None:
     base = net(seed=4)
     importance = {name: p.detach().abs() + 0.1 for name, p in base.named_parameters()}
@@ -157,7 +216,9 @@ def test_what_is_changed_between_steps_counts_from_then_on() -> None:
         for step, change in enumerate(changes):
             loss = loss_of(model, BATCHES[step % 6])
             (loss + (extra * loss.detach()).sum() if step > 5 else loss).backward()
-            assert handle is None or all(p.grad is None for p in (extra, *model.parameters()))
+            # What has just been added may have come before its hook.
+            assert handle is None or all(p.grad is None for p in model.parameters())
+            assert handle is None or step == 6 or extra.grad is None
             optimizer.step()
             optimizer.zero_grad()
             change()
@@ -166,6 +227,31 @@ def test_what_is_changed_between_steps_counts_from_then_on() -> None:
     extras: list[Tensor] = []
     assert_equal_runs(loop=loop)
     assert torch.equal(extras[0], extras[1]) and not torch.equal(extras[0], torch.linspace(-1, 1, 3))
+
+
+@pytest.mark.parametrize("state_policy", ["keep", "reset", "offload"])
+@pytest.mark.parametrize("mode", ["requires_grad", "freeze"])
+def test_gradual_unfreezing(mode: Any, state_policy: Any) -> None:
+    def loop(model: nn.Module, optimizer: fastft.AdamW, handle: Any) -> None:
+        unfreezer = fastft.unfreeze.Unfreezer(
+            model,
+            optimizer,
+            lambda progress: [0] if progress.step < 2 else [[1], [0, 1]][progress.step % 2],
+            groups={"first": ["0", "1"], "last": "3"},
+            mode=mode,
+            state_policy=state_policy,
+        )
+        for batch in BATCHES:
+            loss_of(model, batch).backward()
+            assert handle is None or all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            unfreezer.step()
+            optimizer.zero_grad()
+        unfreezer.undo()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_equal_runs(loop=loop)
 
 
 def test_frozen_by_requires_grad_when_it_began() -> None:
@@ -498,6 +584,17 @@ def test_what_needs_all_gradients_is_refused_whenever_it_comes(name: str) -> Non
     with pytest.raises(ValueError, match=said):
         optimizer.step()
     assert_same(state_of(model, optimizer), before)
+
+
+def test_rewarming_of_an_unfreezer_is_refused() -> None:
+    model = net()
+    optimizer = fastft.AdamW(model.named_parameters(), **OPTIONS)
+    groups = {"first": ["0", "1"], "last": "3"}
+    unfreezer = fastft.unfreeze.Unfreezer(model, optimizer, lambda _: ["last"], groups=groups, rewarm_steps=2)
+    with pytest.raises(ValueError, match="step pre-hooks"):
+        step_in_backward(optimizer)
+    unfreezer.undo()
+    step_in_backward(optimizer)
 
 
 def test_options_given_to_the_constructor_are_refused() -> None:
