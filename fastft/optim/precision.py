@@ -1,8 +1,8 @@
 """Whether a change is large enough to move a weight that is kept in few bits, or is lost when the sum is rounded.
 
-A weight w rounded to nearest moves with w + d only if |d| exceeds half the distance to its neighbour on that side; exactly
-half moves it only where its last bit is odd, as ties go to even. Nothing is estimated: the sum is rounded as the step
-rounds it, and compared with w. What is lost once is lost at each step, so such a weight stands still for good.
+A weight w rounded to nearest moves with w + d only if |d| exceeds half the distance to its neighbour on that side;
+exactly half moves it only where its last bit is odd, as ties go to even. Nothing is estimated: the sum is rounded as
+the step rounds it, and compared with w. What is lost once is lost at each step: such a weight stands still for good.
 
 How large changes are:
 
