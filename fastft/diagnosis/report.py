@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,8 @@ from .settings import Memory, Weights, name_of
 ROOM = 0.1
 """The part of the memory that has to be left for activations if a setting is to be recommended."""
 SHOWN_KINDS = 3
-WAYS = {
-    (False, False): "",
-    (False, True): "anchor on host",
-    (True, False): "in backward",
-    (True, True): "in backward, anchor on host",
-}
-"""{(step_in_backward, the anchor in host memory): in words}, the cheapest in time first."""
+WAYS = {(False, False): "", (False, True): "h", (True, False): "b", (True, True): "bh"}
+"""{(step_in_backward, the anchor in host memory): the mark of a setting that fits so}, the cheapest in time first."""
 
 
 @dataclass(frozen=True)
@@ -110,105 +104,138 @@ class DoctorReport(Report):
     @property
     def recommended(self) -> Recommendation | None:
         """The most exact setting that fits, if possible without a change to how it is stepped; None if none fits."""
-        plain = self.movements[0].kept.dtype
-        exact = [m for m in self.memories if m.kept.dtype == torch.float32] if plain == torch.float32 else []
+        exact = [m for m in self.memories if m.kept.dtype == torch.float32] if not self.is_narrow else []
         bits = [m for m in self.memories if m.kept.extra_bits == 16 and m.state_dtype != torch.bfloat16]
         small = [m for m in self.memories if m.state_dtype == "8bit" and m.kept.dtype != torch.float32]
-        small = sorted(small, key=lambda m: m.kept.extra_bits == 0)
-        candidates = list(dict.fromkeys([*exact, *bits, *small]))
+        candidates = dict.fromkeys([*exact, *bits, *sorted(small, key=lambda m: -m.kept.extra_bits)])
         found = [way for memory in candidates if (way := self.way(memory)) is not None]
-        return min(found, key=lambda way: list(WAYS).index((way.in_backward, way.anchor_on_host)), default=None)
+        best = min(found, key=lambda way: list(WAYS).index((way.in_backward, way.anchor_on_host)), default=None)
+        if best is None or best.memory.kept.extra_bits != 8:
+            return best
+        nearest = next(found for found in self.movements if found.kept == best.memory.kept)
+        if min(self.shares(nearest)) > 0.5:
+            return best
+        kept = replace(best.memory.kept, rounding="stochastic")
+        return replace(best, memory=replace(best.memory, kept=kept))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the dtype as it is has 16 bits."""
+        return self.movements[0].kept.dtype.itemsize == 2
+
+    @property
+    def lost(self) -> str:
+        """A clause on what cannot move; "" where all does."""
+        plain = self.movements[0]
+        found = [f"a step of lr {self.lr:g} moves {percent(plain.step)} of the weights"] if plain.step < 0.9995 else []
+        pulls = {"the decay": plain.decay, "the anchor's pull": plain.pull}
+        found += [
+            f"{what} by itself {percent(share)}" for what, share in pulls.items() if share is not None and share < 0.5
+        ]
+        return listed(found)
 
     @property
     def advice(self) -> str:
-        """A sentence: what is lost, and the call that loses nothing and fits."""
-        plain, best = self.movements[0], self.recommended
-        lost = []
-        if plain.step < 0.9995:
-            lost.append(f"{percent(1 - plain.step)} of the weights cannot move in a step of lr {self.lr:g}")
-        for what, moved in (("the decay", plain.decay), ("the anchor's pull", plain.pull)):
-            if moved is not None and moved < 0.5:
-                lost.append(f"{what} by itself moves {percent(moved)} of them")
-        dtype = name_of(plain.kept.dtype)
-        said = f"As {dtype} rounded to nearest, {listed(lost)}: " if lost and plain.kept.dtype != torch.float32 else ""
+        """A sentence: what is lost, and what to use; :attr:`code` follows it."""
+        lost = f"Rounded to nearest in {name_of(self.movements[0].kept.dtype)}, {self.lost}" * bool(self.lost)
+        lost = lost if self.is_narrow else ""
+        best = self.recommended
         if best is None:
-            least = min(self.memories, key=lambda m: m.total(in_backward=True, anchor_on_host=True))
-            needed = least.total(in_backward=True, anchor_on_host=True)
+            least = min((Recommendation(m, True, True) for m in self.memories), key=lambda way: way.total)
+            assert self.gpu_memory is not None
             return (
-                f"{said}Nothing here fits: the least, {least.kept} with {least.moments_as} moments and a step in the "
-                f"backward pass, takes {self.size(needed)} of {self.size(self.gpu_memory or 0)}, and activations come "
-                "on top; train fewer layers, or divide the model among GPUs (FSDP)."
+                f"{lost}{'; n' if lost else 'N'}othing here fits: {least.memory.kept} with {least.memory.moments_as} "
+                f"moments and a step in the backward pass takes {self.size(least.total)} of "
+                f"{self.size(self.gpu_memory)}, and activations come on top: train fewer layers or divide the model "
+                "among GPUs."
             )
-        kept = best.memory.kept.dtype
-        load = f"load the model in {name_of(kept)} and " if name_of(kept) != self.stored else ""
-        use = f"{load}use {self.call(best)}"
-        if best.in_backward:
-            use += " with fastft.optim.step_in_backward(optimizer) (no clipping)"
-        left = "" if self.gpu_memory is None else f", which leaves {self.size(self.gpu_memory - best.total)} of "
-        left += "" if self.gpu_memory is None else f"{self.size(self.gpu_memory)} for activations"
-        each = best.total / self.elements
-        return f"{said}{use if said else use.capitalize()}: {each:.1f} bytes a weight, {self.size(best.total)}{left}."
+        room = ""
+        if self.gpu_memory is not None:
+            room = f", and leaves {self.size(self.gpu_memory - best.total)} of {self.size(self.gpu_memory)} for activations"
+        nothing = "loses nothing, " if self.is_lossless(best) else ""
+        numbers = f"takes {best.total / self.elements:.1f} bytes a weight, {self.size(best.total)}"
+        return f"{lost}{'; t' if lost else 'T'}his {nothing}{numbers}{room}:"
 
-    def call(self, way: Recommendation) -> str:
-        """The optimizer, as one writes it."""
+    def is_lossless(self, way: Recommendation) -> bool:
+        """Whether weights and moments are those of a float32 run."""
+        wide = way.memory.kept.dtype == torch.float32 or way.memory.kept.extra_bits == 16
+        return wide and way.memory.moments_as == "float32"
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """The lines that make the recommended optimizer; none where nothing fits."""
+        best = self.recommended
+        if best is None:
+            return ()
+        kept = name_of(best.memory.kept.dtype)
+        lines = [f"# load the model with dtype=torch.{kept}"] if kept != self.stored else []
         options = [f"lr={self.lr:g}", f"weight_decay={self.weight_decay:g}"]
         if self.anchor_decay:
-            host = 'anchor=fastft.Anchor.snapshot(model, device="cpu")'
-            options += [host if way.anchor_on_host else 'anchor="init"', f"anchor_decay={self.anchor_decay:g}"]
-        return f"fastft.AdamW({', '.join(['model.named_parameters()', *options, *way.memory.options()])})"
+            anchor = "anchor" if best.anchor_on_host else '"init"'
+            options += [f"anchor={anchor}", f"anchor_decay={self.anchor_decay:g}"]
+        if best.anchor_on_host:
+            lines.append('anchor = fastft.Anchor.snapshot(model, device="cpu")')
+        options = ["model.named_parameters()", *options, *best.memory.options()]
+        lines.append(f"optimizer = fastft.AdamW({', '.join(options)})")
+        if best.in_backward:
+            lines.append("handle = fastft.optim.step_in_backward(optimizer)")
+        return tuple(lines)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the tables leave unsaid."""
+        """Facts that the tables leave unsaid."""
+        plain = self.movements[0]
         found = []
         if self.not_finite:
-            found.append(f"{self.not_finite:,} weights are inf or NaN: this model is damaged.")
+            found.append(f"{self.not_finite:,} weights are inf or NaN: the model is damaged.")
         if self.left_out:
-            found.append(f"{self.left_out} tensors in other dtypes (integers, quantised) are left out.")
+            found.append(f"{self.left_out:,} tensors of integers or in 8 bits and less are left out.")
         if self.trainable < self.elements:
             frozen = self.elements - self.trainable
-            found.append(f"{frozen:,} weights are frozen: they take their own bytes only, and do not count as moving.")
-        if self.movements[0].kept.dtype == torch.float32 and (self.movements[0].decay or 1.0) < 0.5:
-            found.append("The decay is too small for float32 as well: raise weight_decay, or do without.")
-        by_step, *_ = self.kinds
-        if by_step.step < 0.9995:
-            shown = [f"{kind.kind} {percent(kind.step)}" for kind in self.kinds[:SHOWN_KINDS]]
-            found.append(f"Least movable as {self.movements[0].kept}, by a step: {', '.join(shown)}.")
+            found.append(f"{frozen:,} weights are frozen: they take only their own bytes, and are not asked to move.")
+        if plain.step < 0.9995:
+            least = [f"{kind.kind} ({percent(kind.step)})" for kind in self.kinds[:SHOWN_KINDS]]
+            found.append(f"Moved least by the step: {', '.join(least)}.")
+        if self.decay_is_lost:
+            found.append("The decay is too small for float32, too: a larger weight_decay, or none, says what happens.")
+        pulls = "decay and pull" if self.anchor_decay else "the decay"
+        distance = f", and {DISTANCE:.0%} away from the anchor" if self.anchor_decay else ""
         found.append(
-            f"A step moves each weight by lr at first, later by less; {'decay and pull are' if self.anchor_decay else 'the decay is'} "
-            "by itself, as where the gradient is 0"
-            + (f", with weights {DISTANCE:.0%} away from their anchor." if self.anchor_decay else ".")
+            f"A step counts as lr, which it is at first; later it is less. For {pulls}: by itself, as where the "
+            f"gradient is 0{distance}."
         )
-        anchor = sum(m.gradients for m in self.memories[:1])
-        bfloat16 = 2 * self.trainable
+        wide, narrow = self.size(4 * self.trainable), self.size(2 * self.trainable)
         found.append(
-            f"An anchor takes {self.size(anchor)} in the weights' dtype"
-            + (
-                f" or {self.size(bfloat16)} in bfloat16"
-                if anchor != bfloat16
-                else f", {self.size(2 * bfloat16)} in float32"
-            )
-            + ', and nothing on the GPU as Anchor.snapshot(model, device="cpu"). "In backward" is with step_in_backward. '
-            "Activations are not counted."
+            f"An anchor takes {narrow} in 16 bits, {wide} in float32, and nothing on the GPU (h) with "
+            'Anchor.snapshot(model, device="cpu").'
         )
+        found.append('"In backward" (b) is with step_in_backward. Activations are not counted.')
         return tuple(found)
+
+    @property
+    def decay_is_lost(self) -> bool:
+        """Whether even float32 weights are not moved by the decay."""
+        wide = [found.decay for found in self.movements if found.kept.dtype == torch.float32]
+        return any(share is not None and share < 0.5 for share in wide)
 
     # -- faces -------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         lines = [f"{self.title}", "", *aligned(*self.movement_table()), "", *aligned(*self.memory_table()), ""]
-        return "\n".join([*lines, *(f"- {note}" for note in self.notes), "", self.advice])
+        code = ["", *(f"    {line}" for line in self.code)] if self.code else []
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes), "", self.advice, *code])
 
     def to_markdown(self) -> str:
         """Both tables, one of the kinds of tensors, and the advice."""
         kinds = [
-            [f"`{kind.kind}`", f"{kind.tensors:,}", f"{kind.elements:,}", *map(percent, self.effects(kind))]
+            [f"`{kind.kind}`", f"{kind.tensors:,}", f"{kind.elements:,}", *map(percent, self.shares(kind))]
             for kind in self.kinds
         ]
         titles = ["tensors", "how many", "weights", *self.movement_table()[0][1:]]
         sections = [
             f"# {self.title}",
             self.advice,
+            *(["\n".join(["```python", *self.code, "```"])] if self.code else []),
             "## Movement",
             "\n".join(markdown(*self.movement_table())),
             f"## By tensor, as {self.movements[0].kept}",
@@ -226,7 +253,9 @@ class DoctorReport(Report):
             entry["total"] = {
                 words or "plain": memory.total(in_backward=b, anchor_on_host=h) for (b, h), words in WAYS.items()
             }
-        return json.dumps({**found, "notes": self.notes, "advice": self.advice}, indent=1, default=str)
+        return json.dumps(
+            {**found, "notes": self.notes, "advice": self.advice, "code": self.code}, indent=1, default=str
+        )
 
     def plot(self, path: str | Path) -> None:
         """Draw the bytes of each setting as bars, and ``gpu_memory`` as a line. Needs matplotlib."""
@@ -239,9 +268,9 @@ class DoctorReport(Report):
     @property
     def title(self) -> str:
         """Of the report."""
-        return f"{self.model}: {self.elements:,} weights in {self.tensors:,} tensors, {self.stored}"
+        return f"{self.model}: {self.elements:,} weights in {self.tensors:,} tensors, stored in {self.stored}"
 
-    def effects(self, found: Movement | Kind) -> list[float]:
+    def shares(self, found: Movement | Kind) -> list[float]:
         """The shares that there are, in the order of the columns."""
         return [share for share in (found.step, found.decay, found.pull) if share is not None]
 
@@ -252,7 +281,7 @@ class DoctorReport(Report):
         titles += [f"pull of {self.lr * self.anchor_decay:g}"] if self.anchor_decay else []
         average = {"stochastic": " (on average)"}
         return titles, [
-            [f"{found.kept}{average.get(found.kept.rounding, '')}", *map(percent, self.effects(found))]
+            [f"{found.kept}{average.get(found.kept.rounding, '')}", *map(percent, self.shares(found))]
             for found in self.movements
         ]
 
@@ -260,7 +289,7 @@ class DoctorReport(Report):
         """(titles, rows), in one unit."""
         unit, divisor = self.unit
         parts = ["weights", "gradients", "moments", "low bits", *(["anchor"] if self.anchor_decay else [])]
-        titles = [f"memory in {unit}, kept as", "moments as", *parts, "total", "a weight", "in backward"]
+        titles = [f"memory in {unit}, kept as", "moments as", *parts, "total", "bytes each", "in backward"]
         if self.gpu_memory is not None:
             titles.append(f"left of {self.gpu_memory / divisor:.5g} {unit}")
         rows = []
@@ -274,19 +303,19 @@ class DoctorReport(Report):
                 m.total(),
             ]
             numbers = [f"{size / divisor:.1f}" if size else "-" for size in sizes]
-            row = [str(m.kept), m.moments_as, *numbers, f"{m.total() / m.elements:.2f} B"]
+            row = [str(m.kept), m.moments_as, *numbers, f"{m.total() / m.elements:.2f}"]
             row.append(f"{m.total(in_backward=True) / divisor:.1f}")
             rows.append(row + ([self.left(m)] if self.gpu_memory is not None else []))
         return titles, rows
 
     def left(self, memory: Memory) -> str:
-        """The last cell of a row: what is left of the GPU's memory, and with what."""
+        """The last cell of a row: what is left of the GPU's memory, and the mark of how."""
         assert self.gpu_memory is not None
         way = self.way(memory)
         if way is None:
             return "too large"
-        words = WAYS[way.in_backward, way.anchor_on_host]
-        return f"{(self.gpu_memory - way.total) / self.unit[1]:.1f}{f' ({words})' if words else ''}"
+        mark = WAYS[way.in_backward, way.anchor_on_host]
+        return f"{(self.gpu_memory - way.total) / self.unit[1]:.1f}{f' {mark}' if mark else ''}"
 
     @property
     def unit(self) -> tuple[str, float]:
@@ -304,7 +333,9 @@ def percent(share: float | None) -> str:
     """``"15.6%"``; "all" and "none" where it is exactly that."""
     if share is None:
         return "-"
-    return "all" if share == 1.0 else "none" if share == 0.0 else f"{min(max(share, 0.0005), 0.9995):.1%}"
+    if share in (0.0, 1.0):
+        return "all" if share else "none"
+    return "<0.1%" if share < 0.001 else ">99.9%" if share > 0.999 else f"{share:.1%}"
 
 
 def listed(clauses: list[str]) -> str:

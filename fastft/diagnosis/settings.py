@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-
 from torch import Tensor
 
 from fastft.optim.low_precision import Precision, Rounding, StateDtype, new_sums
