@@ -151,7 +151,8 @@ class DoctorReport(Report):
             )
         room = ""
         if self.gpu_memory is not None:
-            room = f", and leaves {self.size(self.gpu_memory - best.total)} of {self.size(self.gpu_memory)} for activations"
+            left = (self.gpu_memory - best.total) / self.unit[1]
+            room = f", and leaves {left:.1f} of {self.size(self.gpu_memory)} for activations"
         nothing = "loses nothing, " if self.is_lossless(best) else ""
         numbers = f"takes {best.total / self.elements:.1f} bytes a weight, {self.size(best.total)}"
         return f"{lost}{'; t' if lost else 'T'}his {nothing}{numbers}{room}:"
@@ -251,11 +252,11 @@ class DoctorReport(Report):
         found: dict[str, Any] = asdict(self)
         for memory, entry in zip(self.memories, found["memories"], strict=True):
             entry["total"] = {
-                words or "plain": memory.total(in_backward=b, anchor_on_host=h) for (b, h), words in WAYS.items()
+                mark or "plain": memory.total(in_backward=in_backward, anchor_on_host=on_host)
+                for (in_backward, on_host), mark in WAYS.items()
             }
-        return json.dumps(
-            {**found, "notes": self.notes, "advice": self.advice, "code": self.code}, indent=1, default=str
-        )
+        texts = {"notes": self.notes, "advice": self.advice, "code": self.code}
+        return json.dumps({**found, **texts}, indent=1, default=as_text)
 
     def plot(self, path: str | Path) -> None:
         """Draw the bytes of each setting as bars, and ``gpu_memory`` as a line. Needs matplotlib."""
@@ -341,3 +342,8 @@ def percent(share: float | None) -> str:
 def listed(clauses: list[str]) -> str:
     """``"a, b and c"``."""
     return " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 1 else clauses)
+
+
+def as_text(value: object) -> str:
+    """Of a dtype: ``"bfloat16"``."""
+    return name_of(value) if isinstance(value, torch.dtype) else str(value)

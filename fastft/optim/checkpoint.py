@@ -60,7 +60,7 @@ class Loading:
         for index, group in enumerate(loaded["param_groups"]):
             optimizer._precision.check_group(group, f"state_dict: param_groups[{index}]")
         for i, (_, p, name) in zip(saved_ids, optimizer._parameters(), strict=False):
-            self._keep(loaded["state"].get(i, {}), p, f'state_dict: state[{i!r}] of {name}')
+            self._keep(loaded["state"].get(i, {}), p, f"state_dict: state[{i!r}] of {name}")
         # With another number of parameters torch will say so, after this.
         if self.own is not None and len(saved_ids) == len(self.params):
             self._check()

@@ -138,7 +138,9 @@ def lies_in_rows(p: Tensor) -> bool:
     from torch.distributed.tensor import Replicate, Shard
 
     pieces = p.placements  # type: ignore[attr-defined]
-    return p.dim() == 1 or all(type(piece) in (Replicate, Shard) and piece in (Replicate(), Shard(0)) for piece in pieces)
+    return p.dim() == 1 or all(
+        type(piece) in (Replicate, Shard) and piece in (Replicate(), Shard(0)) for piece in pieces
+    )
 
 
 # -- stochastic rounding -----------------------------------------------------------------------------------------
@@ -293,8 +295,11 @@ def stands_still(parameters: Iterable[tuple[dict[str, Any], Tensor, bool]]) -> s
     if not still:
         return ""
     said = " and ".join(
-        f"lr * {option} = {rates[option]:.2g} moves {1 - lost[option] / sizes[option]:.0%} of the weights" for option in still
+        f"lr * {option} = {rates[option]:.2g} moves {1 - lost[option] / sizes[option]:.0%} of the weights"
+        for option in still
     )
     remedy = 'rounding="stochastic"' if torch.float16 in dtypes else 'extra_bits=16 (or 8, or rounding="stochastic")'
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    return f"{', '.join(still)}: {said}: {names} weights are rounded to nearest, and most changes are lost; pass {remedy}"
+    return (
+        f"{', '.join(still)}: {said}: {names} weights are rounded to nearest, and most changes are lost; pass {remedy}"
+    )
