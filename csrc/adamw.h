@@ -35,8 +35,9 @@ struct AdamWEntry {
 
   // Low bits beside a bfloat16 parameter (math/split.h): uint16 or uint8 with low_width 16 or 8; null with 0.
   void* low_bits;
-  // One for each chunk of live elements, as the backend cuts them: the sum of weight_term() over them, | 1, when last written;
-  // 0: not known. Where it is another now, somebody else has written the parameter, and the low bits count as 0.
+  // One for each chunk of live elements, as the backend cuts them: the sum of weight_term() over them, | 1, when last
+  // written; 0: not known. Where it is another now, somebody else has written the parameter, and the low bits count as
+  // 0.
   uint32_t* weight_sums;
   // Scales of moments in 8 bits (math/block8.h), state_dtype u8: `blocks_per_row()` for each of numel / block_row rows.
   float *exp_avg_scales, *exp_avg_sq_scales;

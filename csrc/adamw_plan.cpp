@@ -21,6 +21,11 @@ double read_scalar(const TensorView& view) {
   return view.dtype == DType::f64 ? *static_cast<const double*>(view.data) : *static_cast<const float*>(view.data);
 }
 
+// Elements of a row, in which blocks of 8-bit moments are counted; a tensor of one dimension is one row.
+int64_t block_row(const TensorView& p) {
+  return p.shape.size() > 1 && p.shape[0] > 0 ? p.numel / p.shape[0] : p.numel;
+}
+
 // group[key]; `key` is kept as a Python string between calls.
 PyObject* item(const py::dict& group, const char* name, PyObject*& key) {
   if (key == nullptr) key = PyUnicode_InternFromString(name);
@@ -104,7 +109,7 @@ void AdamWPlan::fill(Slot& slot, const AdamWRecord& record) {
   for (size_t i = 0; i < Field::count_; ++i) {
     if (record.tensors[i].is_none() && !kRecordTensors[i].needed) continue;
     // The parameter holds its own data, and the state dict holds the moments; but not their local parts.
-    const bool kept = kRecordTensors[i].keeper == Keeper::plan || (slot.wrapped && kRecordTensors[i].like_param);
+    const bool kept = kRecordTensors[i].keeper == Keeper::plan || (slot.wrapped && i != Field::step);
     const TensorRef::Hold hold = kept                  ? TensorRef::kOwned
                                  : i == Field::stepped ? TensorRef::kBorrowed
                                                        : TensorRef::kWeak;
@@ -119,6 +124,7 @@ void AdamWPlan::fill(Slot& slot, const AdamWRecord& record) {
   check_kernel_device(p.device, who);
   for (size_t i = Field::stepped + 1; i < Field::count_; ++i)
     if (slot.tensors[i]) check_tensor(slot, i, record.counts_on_device);
+  check_low_precision(slot, record);
   check(!slot[Field::importance] || slot[Field::anchor], who, ": importance: expected None without an anchor");
   const AnchorForm form = form_of(record.anchoring);
   const AnchorForm given = slot[Field::importance] ? AnchorForm::weighted
@@ -151,6 +157,40 @@ void AdamWPlan::fill(Slot& slot, const AdamWRecord& record) {
   e.anchor_dtype = dtype(Field::anchor);
   e.importance_dtype = dtype(Field::importance);
   e.anchoring = record.anchoring;
+  e.low_bits = data(Field::low_bits);
+  e.low_width = !slot[Field::low_bits] ? 0 : dtype(Field::low_bits) == DType::u16 ? 16 : 8;
+  e.weight_sums = static_cast<uint32_t*>(data(Field::weight_sums));
+  e.exp_avg_scales = static_cast<float*>(data(Field::exp_avg_scales));
+  e.exp_avg_sq_scales = static_cast<float*>(data(Field::exp_avg_sq_scales));
+  e.block_row = block_row(p);
+  e.stochastic = record.rounding_key.has_value();
+  e.rounding_key = record.rounding_key.value_or(0);
+  e.index = record.index.row > 0 ? record.index : ElementIndex{std::max<int64_t>(p.numel, 1), 0, 0};
+}
+
+// Throws ArgumentError unless what holds bits below the parameter's and the moments' precision goes together.
+void AdamWPlan::check_low_precision(const Slot& slot, const AdamWRecord& record) {
+  const std::string& who = slot.name;
+  const TensorView& p = slot[Field::stepped].view();
+  const bool codes = slot[Field::exp_avg].view().dtype == DType::u8;
+  check(bool(slot[Field::exp_avg_scales]) == codes && bool(slot[Field::exp_avg_sq_scales]) == codes, who,
+        ": exp_avg_scales: expected both moments' scales with uint8 moments, and none with others");
+  check(!codes || p.shape.size() == 1 || p.rows_contiguous(), who,
+        ": exp_avg: expected floating-point moments where rows do not lie in one piece, got uint8");
+  check(!codes || !slot[Field::rows] || p.shape.size() > 1, who, ": rows: expected None with uint8 moments of one row");
+  check(!codes || !slot[Field::max_exp_avg_sq], who, ": max_exp_avg_sq: expected None with uint8 moments");
+  check(!codes || record.anchoring != Anchoring::selective, who,
+        ": anchoring: expected floating-point moments with selective, got uint8");
+  check(bool(slot[Field::low_bits]) == bool(slot[Field::weight_sums]), who,
+        ": weight_sums: expected with low_bits, and only with them");
+  if (record.rounding_key) {
+    const bool exact = slot[Field::low_bits] && slot[Field::low_bits].view().dtype == DType::u16;
+    check(item_size(p.dtype) == 2 && !exact, who, ": rounding_key: expected None, since nothing is rounded");
+    const ElementIndex& index = record.index;
+    check(index.row == 0 || (index.row > 0 && p.numel % index.row == 0 && index.stride >= 0 && index.first >= 0), who,
+          ": index: expected (row, stride, first) of whole rows, got (", index.row, ", ", index.stride, ", ",
+          index.first, ")");
+  }
 }
 
 // Throws ArgumentError unless the slot's tensor i fits its parameter as kRecordTensors asks.
@@ -169,9 +209,30 @@ void AdamWPlan::check_tensor(const Slot& slot, size_t i, bool counts_on_device) 
     case Dtypes::floating:
       break;
     case Dtypes::moment: {
-      const bool sixteen_bit = item_size(p.dtype) == 2;
-      check(t.dtype == p.dtype || (sixteen_bit && t.dtype == DType::f32), who, ": ", rule.name, ": expected ",
-            name(p.dtype), sixteen_bit ? " or float32" : "", ", got ", name(t.dtype));
+      const bool is_double = p.dtype == DType::f64;
+      const bool takes = t.dtype == p.dtype || (!is_double && (t.dtype == DType::bf16 || t.dtype == DType::u8)) ||
+                         (item_size(p.dtype) == 2 && t.dtype == DType::f32);
+      check(takes, who, ": ", rule.name, ": expected ", is_double ? "float64" : "",
+            p.dtype == DType::f16 ? "float16, " : "", is_double ? "" : "float32, bfloat16 or uint8 codes", ", got ",
+            name(t.dtype));
+      break;
+    }
+    case Dtypes::low_bits:
+      check((t.dtype == DType::u16 || t.dtype == DType::u8) && p.dtype == DType::bf16, who, ": ", rule.name,
+            ": expected uint16 or uint8 with a bfloat16 parameter, got ", name(t.dtype), " with ", name(p.dtype));
+      break;
+    case Dtypes::scales: {
+      const int64_t row = block_row(p), count = row > 0 ? p.numel / row * ((row + kBlock8 - 1) / kBlock8) : 0;
+      check(t.dtype == DType::f32 && t.numel == count && t.contiguous() && t.device == p.device, who, ": ", rule.name,
+            ": expected ", count, " float32 in one piece on ", p.device.str(), ", got ", t.numel, " ", name(t.dtype),
+            " on ", t.device.str());
+      break;
+    }
+    case Dtypes::sums: {
+      const int64_t least = p.numel / 4096 + 1;
+      check(t.dtype == DType::int32 && t.numel >= least && t.contiguous() && t.device == p.device, who, ": ", rule.name,
+            ": expected at least ", least, " int32 in one piece on ", p.device.str(), ", got ", t.numel, " ",
+            name(t.dtype), " on ", t.device.str());
       break;
     }
     case Dtypes::as_exp_avg:
@@ -373,6 +434,7 @@ std::vector<AdamWEntry> AdamWPlan::active_entries(Device device, const std::vect
         const AdamWOptions& o = (*groups)[e.group].options;
         known = {t, adamw_bias(o.beta1, t), adamw_bias(o.beta2, t)};
       }
+      e.t = t;
       e.bias1 = known.bias1;
       e.bias2 = known.bias2;
     }

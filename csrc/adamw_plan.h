@@ -97,6 +97,7 @@ class AdamWPlan {
   void remember_state(PyObject* state);
   void fill(Slot& slot, const AdamWRecord& record);
   static void check_tensor(const Slot& slot, size_t i, bool counts_on_device);
+  static void check_low_precision(const Slot& slot, const AdamWRecord& record);
   bool gather_from(const py::list& parameter_lists);
   void hold(Slot& slot);
   bool accept_grad(Slot& slot);

@@ -1,5 +1,7 @@
 #include "adamw_record.h"
 
+#include <pybind11/stl.h>
+
 #include <iterator>
 #include <utility>
 
@@ -26,9 +28,11 @@ py::tuple tensor_names() {
 enum class ExportedAnchoring : uint8_t {};
 
 AdamWRecord make_record(py::object param, int32_t group, bool dormant, std::string name, ExportedAnchoring anchoring,
-                        bool counts_on_device, const py::kwargs& tensors) {
-  AdamWRecord record = {std::move(param), group, dormant, std::move(name), static_cast<Anchoring>(anchoring),
-                        counts_on_device};
+                        bool counts_on_device, std::optional<uint64_t> rounding_key,
+                        const std::optional<std::array<int64_t, 3>>& index, const py::kwargs& tensors) {
+  AdamWRecord record = {std::move(param), group,       dormant, std::move(name), static_cast<Anchoring>(anchoring),
+                        counts_on_device, rounding_key};
+  if (index) record.index = {(*index)[0], (*index)[1], (*index)[2]};
   for (py::object& tensor : record.tensors) tensor = py::none();
   return record.replaced(tensors);
 }
@@ -54,7 +58,8 @@ void bind_record(py::module_& module) {
 
   py::class_<AdamWRecord> record(module, "AdamWRecord");
   record.def(py::init(&make_record), py::arg("param"), py::arg("group"), py::kw_only(), py::arg("dormant") = false,
-             py::arg("name") = "", py::arg("anchoring") = ExportedAnchoring{}, py::arg("counts_on_device") = false);
+             py::arg("name") = "", py::arg("anchoring") = ExportedAnchoring{}, py::arg("counts_on_device") = false,
+             py::arg("rounding_key") = py::none(), py::arg("index") = py::none());
   record.def_readonly("param", &AdamWRecord::param);
   record.def_readonly("group", &AdamWRecord::group);
   record.def_readonly("dormant", &AdamWRecord::dormant);
@@ -62,6 +67,11 @@ void bind_record(py::module_& module) {
   record.def_property_readonly("anchoring",
                                [](const AdamWRecord& r) { return static_cast<ExportedAnchoring>(r.anchoring); });
   record.def_readonly("counts_on_device", &AdamWRecord::counts_on_device);
+  record.def_readonly("rounding_key", &AdamWRecord::rounding_key);
+  record.def_property_readonly("index", [](const AdamWRecord& r) -> py::object {
+    if (r.index.row == 0) return py::none();
+    return py::make_tuple(r.index.row, r.index.stride, r.index.first);
+  });
   record.def_property_readonly("steps", &AdamWRecord::steps);
   record.def("replaced", &AdamWRecord::replaced);
   record.def("unstepped", &AdamWRecord::unstepped);

@@ -6,9 +6,11 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "math/adamw.h"
+#include "math/stochastic.h"
 #include "tensor.h"
 
 namespace fastft {
@@ -18,12 +20,15 @@ namespace py = pybind11;
 // Which dtypes a tensor of a record may have.
 enum class Dtypes : uint8_t {
   floating,    // float32, bfloat16, float16, float64
-  moment,      // the parameter's, or float32 with a 16-bit parameter
+  moment,      // the parameter's; float32 with a 16-bit one; bfloat16 but with float64; uint8, codes, where scales are
   as_exp_avg,  // exp_avg's
   readable,    // floating; float64 with a float64 parameter only
   boolean,
-  indices,  // int64
-  count,    // float32, or float64 on the CPU
+  indices,   // int64
+  count,     // float32, or float64 on the CPU
+  low_bits,  // uint16 or uint8, with a bfloat16 parameter
+  scales,    // float32, one for each block of each row
+  sums,      // int32, at least one for each chunk
 };
 
 // Who keeps a tensor alive: the plan; or the optimizer's state, from which a user may take it at any time. (What a
@@ -37,10 +42,14 @@ enum class Keeper : uint8_t { plan, state };
   X(exp_avg_sq, true, true, Dtypes::as_exp_avg, Keeper::state)      \
   X(max_exp_avg_sq, false, true, Dtypes::as_exp_avg, Keeper::state) \
   X(step, true, false, Dtypes::count, Keeper::state)                \
+  X(low_bits, false, true, Dtypes::low_bits, Keeper::state)         \
+  X(exp_avg_scales, false, false, Dtypes::scales, Keeper::state)    \
+  X(exp_avg_sq_scales, false, false, Dtypes::scales, Keeper::state) \
   X(anchor, false, true, Dtypes::readable, Keeper::plan)            \
   X(importance, false, true, Dtypes::readable, Keeper::plan)        \
   X(update_mask, false, true, Dtypes::boolean, Keeper::plan)        \
-  X(rows, false, false, Dtypes::indices, Keeper::plan)
+  X(rows, false, false, Dtypes::indices, Keeper::plan)              \
+  X(weight_sums, false, false, Dtypes::sums, Keeper::plan)
 
 struct RecordTensor {
   const char* name;
@@ -77,6 +86,8 @@ struct AdamWRecord {
   std::string name = {};  // for messages
   Anchoring anchoring = Anchoring::none;
   bool counts_on_device = false;                       // a kernel counts the steps
+  std::optional<uint64_t> rounding_key = {};           // of stochastic rounding; to nearest without
+  ElementIndex index = {0, 0, 0};                      // where its elements lie in the whole tensor; row 0: it is whole
   std::array<py::object, Field::count_> tensors = {};  // None where there is none; all None: not stepped
 
   bool steps() const { return !tensors[Field::stepped].is_none(); }

@@ -102,6 +102,16 @@ struct TensorView {
     return true;
   }
 
+  // In row-major order, without gaps.
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (size_t d = shape.size(); d-- > 0;) {
+      if (shape[d] != 1 && strides[d] != expected && numel > 0) return false;
+      expected *= shape[d];
+    }
+    return true;
+  }
+
   // A row (an index of the first dimension) occupies consecutive items.
   bool rows_contiguous() const {
     return !shape.empty() && (shape[0] <= 1 || numel == 0 || strides[0] == numel / shape[0]);

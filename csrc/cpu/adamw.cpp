@@ -14,15 +14,28 @@ constexpr int64_t kChunk = 32768;  // elements; below this a step is not worth a
 
 struct Chunk {
   int64_t entry, begin, end;
+  uint32_t* weight_sum;  // its own of the entry's
 };
+
+// Where the chunk that begins at `begin` ends: short of a block of 8-bit moments that it would cut.
+int64_t end_of_chunk(const AdamWEntry& e, int64_t begin) {
+  const int64_t n = e.live_numel(), end = begin + kChunk;
+  if (end >= n) return n;
+  return e.state_dtype == DType::u8 ? end - end % e.block_row % kBlock8 : end;
+}
 
 std::vector<Chunk> chunks_of(const std::vector<AdamWEntry>& entries) {
   std::vector<Chunk> chunks;
   chunks.reserve(entries.size());
   for (size_t i = 0; i < entries.size(); ++i) {
-    const int64_t n = entries[i].live_numel();
-    for (int64_t begin = 0; begin < n; begin += kChunk)
-      chunks.push_back({static_cast<int64_t>(i), begin, std::min(begin + kChunk, n)});
+    const AdamWEntry& e = entries[i];
+    uint32_t* weight_sum = e.weight_sums;
+    for (int64_t begin = 0, n = e.live_numel(); begin < n;) {
+      const int64_t end = end_of_chunk(e, begin);
+      chunks.push_back({static_cast<int64_t>(i), begin, end, weight_sum});
+      if (weight_sum) ++weight_sum;
+      begin = end;
+    }
   }
   return chunks;
 }
@@ -68,7 +81,7 @@ void project(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGrou
   const AdamWKernels& k = kernels();
   for_each_chunk(moved, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
-      k.project(entries[moved[i].entry], moved[i].begin, moved[i].end, pulls[moved[i].entry]);
+      k.project(entries[moved[i].entry], moved[i].begin, moved[i].end, pulls[moved[i].entry], moved[i].weight_sum);
   });
 }
 
@@ -107,7 +120,7 @@ bool adamw(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGroup>
       const AdamWEntry& e = entries[chunks[i].entry];
       const AdamWOptions& o = groups[e.group].options;
       k.update(e, chunks[i].begin, chunks[i].end, o, adamw_grad_factor(scale, norm, control.max_grad_norm, o.maximize),
-               selective ? &sums[i] : nullptr);
+               chunks[i].weight_sum, selective ? &sums[i] : nullptr);
     }
   });
   if (selective) project(entries, groups, chunks, sums);

@@ -2,7 +2,7 @@
 // linkage, so the linker can never hand one set's code to the other.
 #include "adamw_kernels.h"
 
-#include "blocks.h"
+#include "low_precision.h"
 
 namespace fastft::cpu {
 namespace {
@@ -117,9 +117,20 @@ struct SelectiveLanes {
   }
 };
 
+// Σ weight_term() over live elements [begin, end), | 1: how a chunk's weights are known again.
+inline uint32_t chunk_sum(const AdamWEntry& e, int64_t begin, int64_t end) {
+  uint32_t sum = 0, first = 0;
+  for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
+    sum += weight_sum(e, offset, length, first);
+    first += static_cast<uint32_t>(length);
+  });
+  return sum | 1u;
+}
+
 template <typename T>
 void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
-               SelectiveLanes* lanes) {
+               bool trusted, SelectiveLanes* lanes) {
+  const bool codes = e.state_dtype == DType::u8;
   const AdamWScalars<T> scalars = adamw_scalars<T>(options, e.bias1, e.bias2, e.anchoring);
   const UpdateElements<T> elements = choose<T>(form_of(e.anchoring), options.amsgrad, e.mask != nullptr);
   const T factor = static_cast<T>(grad_factor);
@@ -130,34 +141,45 @@ void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptio
                           (e.anchor == nullptr || e.anchor_dtype == native<T>) &&
                           (e.importance == nullptr || e.importance_dtype == native<T>);
     const int64_t step = in_place && lanes == nullptr ? length : kBlock;
-    for (int64_t at = offset, stop = offset + length; at < stop; at += step) {
-      const int64_t n = smaller(step, stop - at);
+    for (int64_t at = offset, stop = offset + length, n; at < stop; at += n) {
+      n = codes ? Block8(e, at).n : smaller(step, stop - at);
       const uint8_t* mask = e.mask ? e.mask + at : nullptr;
-      T* p = load(e.param, e.dtype, at, n, p_);
+      T* p = load_weights(e, trusted, at, n, p_);
       T* g = load(e.grad, e.grad_dtype, at, n, g_);
-      T* m = load(e.exp_avg, e.state_dtype, at, n, m_);
-      T* v = load(e.exp_avg_sq, e.state_dtype, at, n, v_);
+      T *m = m_, *v = v_;
+      if constexpr (std::is_same<T, float>::value)
+        if (codes) Block8(e, at).load(e, m_, v_);
+      if (!codes) {
+        m = load(e.exp_avg, e.state_dtype, at, n, m_);
+        v = load(e.exp_avg_sq, e.state_dtype, at, n, v_);
+      }
       T* x = options.amsgrad ? load(e.max_exp_avg_sq, e.state_dtype, at, n, x_) : nullptr;
       T* a = load(e.anchor, e.anchor_dtype, at, n, a_);
       T* f = load(e.importance, e.importance_dtype, at, n, f_);
       if (lanes) lanes->add_before(p, g, a, n, mask);
       elements(p, g, m, v, x, a, f, mask, n, factor, scalars);
-      store(p, e.param, e.dtype, at, n, mask);
-      store(m, e.exp_avg, e.state_dtype, at, n, mask);
-      store(v, e.exp_avg_sq, e.state_dtype, at, n, mask);
+      store_weights(e, 0, p, at, n, mask);
+      if constexpr (std::is_same<T, float>::value)
+        if (codes) Block8(e, at).store(e, m, v, mask);
+      if (!codes) {
+        store(m, e.exp_avg, e.state_dtype, at, n, mask);
+        store(v, e.exp_avg_sq, e.state_dtype, at, n, mask);
+      }
       if (x) store(x, e.max_exp_avg_sq, e.state_dtype, at, n, mask);
-      if (lanes) lanes->add_after(load(e.param, e.dtype, at, n, p_), a, n, mask);
+      if (lanes) lanes->add_after(load_weights(e, true, at, n, p_), a, n, mask);
     }
   });
 }
 
 void update(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
-            SelectiveSums* sums) {
-  const auto update = e.dtype == DType::f64 ? update_as<double> : update_as<float>;
-  if (form_of(e.anchoring) != AnchorForm::selective) return update(e, begin, end, options, grad_factor, nullptr);
+            uint32_t* weight_sum, SelectiveSums* sums) {
+  const bool trusted = weight_sum == nullptr || *weight_sum == 0 || *weight_sum == chunk_sum(e, begin, end);
+  const bool selective = form_of(e.anchoring) == AnchorForm::selective;
   SelectiveLanes lanes;
-  update(e, begin, end, options, grad_factor, &lanes);
-  *sums = {total(lanes.uphill), total(lanes.before), total(lanes.after)};
+  const auto update = e.dtype == DType::f64 ? update_as<double> : update_as<float>;
+  update(e, begin, end, options, grad_factor, trusted, selective ? &lanes : nullptr);
+  if (selective) *sums = {total(lanes.uphill), total(lanes.before), total(lanes.after)};
+  if (weight_sum) *weight_sum = chunk_sum(e, begin, end);
 }
 
 template <typename T>
@@ -167,23 +189,24 @@ void project_as(const AdamWEntry& e, int64_t begin, int64_t end, T pull) {
     for (int64_t at = offset, stop = offset + length; at < stop; at += kBlock) {
       const int64_t n = smaller(kBlock, stop - at);
       const uint8_t* mask = e.mask ? e.mask + at : nullptr;
-      T* __restrict p = load(e.param, e.dtype, at, n, p_);
+      T* __restrict p = load_weights(e, true, at, n, p_);
       const T* __restrict a = load(e.anchor, e.anchor_dtype, at, n, a_);
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
         const T moved = selective_element(p[i], a[i], pull);
         p[i] = mask == nullptr || mask[i] ? moved : p[i];
       }
-      store(p, e.param, e.dtype, at, n, mask);
+      store_weights(e, 1, p, at, n, mask);
     }
   });
 }
 
-void project(const AdamWEntry& e, int64_t begin, int64_t end, double pull) {
+void project(const AdamWEntry& e, int64_t begin, int64_t end, double pull, uint32_t* weight_sum) {
   if (e.dtype == DType::f64)
     project_as<double>(e, begin, end, pull);
   else
     project_as<float>(e, begin, end, static_cast<float>(pull));
+  if (weight_sum) *weight_sum = chunk_sum(e, begin, end);
 }
 
 template <typename T>

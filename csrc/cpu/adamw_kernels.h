@@ -9,12 +9,13 @@ struct AdamWKernels {
   const char* instruction_set;
   // Σ grad² over live elements [begin, end) of the entry, in double.
   double (*sum_of_squares)(const AdamWEntry& entry, int64_t begin, int64_t end);
-  // The step over live elements [begin, end); grad_factor carries unscaling, clipping and the sign. Where the entry is
-  // anchored selectively, their sums too.
+  // The step over live elements [begin, end), which are a chunk; grad_factor carries unscaling, clipping and the sign.
+  // weight_sum: null, or where the chunk's sum stands (AdamWEntry::weight_sums). sums: where the entry is anchored
+  // selectively, those of the chunk.
   void (*update)(const AdamWEntry& entry, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
-                 SelectiveSums* sums);
+                 uint32_t* weight_sum, SelectiveSums* sums);
   // Moves live elements [begin, end) to the anchor.
-  void (*project)(const AdamWEntry& entry, int64_t begin, int64_t end, double pull);
+  void (*project)(const AdamWEntry& entry, int64_t begin, int64_t end, double pull, uint32_t* weight_sum);
 };
 
 extern const AdamWKernels adamw_baseline;

@@ -1,6 +1,7 @@
 // Moments in 8 bits: blocks of up to 256 consecutive elements of a row, each with one float, its scale.
 //
-// A code is a small floating-point number x ∈ [0, 1): the bits of x + 2^-16, of which the leading mantissa bits are kept,
+// A code is a small floating-point number x ∈ [0, 1): the bits of x + 2^-16, of which the leading mantissa bits are
+// kept,
 //
 //   code = (bits(x + c) − bits(c) + dither) >> shift        c = 2^-16, where x = value · inverse scale
 //   x    = float(bits(c) + (code << shift)) − c
@@ -15,8 +16,8 @@
 // threshold of rounding moves with the step count by the golden ratio (a Weyl sequence): over the steps each value is
 // rounded up as often as it lies nearer to the upper code. It depends on (step, element of the block) alone.
 //
-// Block-wise scales: Dettmers et al. 2022 (https://arxiv.org/abs/2110.02861). The root of v, and a second moment that is
-// never 0: Li et al. 2023 (https://arxiv.org/abs/2309.01507).
+// Block-wise scales: Dettmers et al. 2022 (https://arxiv.org/abs/2110.02861). The root of v, and a second moment that
+// is never 0: Li et al. 2023 (https://arxiv.org/abs/2309.01507).
 #pragma once
 
 #include <stdint.h>
@@ -25,7 +26,7 @@
 
 namespace fastft {
 
-constexpr int kBlock8 = 256;                // elements of a block, at most; the last one of a row may be shorter
+constexpr int kBlock8 = 256;                  // elements of a block, at most; the last one of a row may be shorter
 constexpr uint32_t kFloorBits = 0x37800000u;  // of c
 constexpr float kFloor = 1.52587890625e-05f;  // c
 constexpr int kShift1 = 20, kShift2 = 19;     // mantissa bits that are dropped, for the first and the second moment

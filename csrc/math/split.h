@@ -3,9 +3,9 @@
 //
 //   master bits = (weight bits << 16) + low << (16 − kBits)         low: signed, of kBits bits
 //
-// With 16 low bits that is every float: nothing is lost. With 8, the masters are the floats whose last 8 bits are 0. The
-// weight is the master rounded to nearest, and away from zero where it lies exactly between two: rounding to even would
-// need one more code for every second weight.
+// With 16 low bits that is every float: nothing is lost. With 8, the masters are the floats whose last 8 bits are 0.
+// The weight is the master rounded to nearest, and away from zero where it lies exactly between two: rounding to even
+// would need one more code for every second weight.
 #pragma once
 
 #include <stdint.h>
@@ -49,8 +49,8 @@ FASTFT_HD void split(float x, uint32_t rounding, bfloat16* weight, uint8_t* low)
   *low = static_cast<uint8_t>(u >> 8);
 }
 
-// What element i of a chunk adds to the chunk's sum, by which a later step sees whether the weights are still those that
-// it wrote; even, so that sum | 1 is never 0.
+// What element i of a chunk adds to the chunk's sum, by which a later step sees whether the weights are still those
+// that it wrote; even, so that sum | 1 is never 0.
 FASTFT_HD uint32_t weight_term(bfloat16 weight, uint32_t i) {
   return weight.bits * (4u * i + 2u);
 }

@@ -2,8 +2,8 @@
 // so that steps far below a weight's last bit add up in expectation.
 //
 // The randomness is a function of (key, step, element): Philox with the key of the tensor and the counter
-// {2·step + pass, i/8}, of which element i, counted in the whole tensor, takes the i%8-th sixteen bits. So a step has the
-// same result on every device, with any number of threads, and however the tensor is cut into shards.
+// {2·step + pass, i/8}, of which element i, counted in the whole tensor, takes the i%8-th sixteen bits. So a step has
+// the same result on every device, with any number of threads, and however the tensor is cut into shards.
 #pragma once
 
 #include <stdint.h>
@@ -15,8 +15,8 @@ namespace fastft {
 
 constexpr int64_t kPerPhilox = 8;  // elements served by one call
 
-// Where an element of a shard lies in the whole tensor. A shard is rows of `row` consecutive elements, which lie `stride`
-// apart in the whole; a tensor that is whole is one row.
+// Where an element of a shard lies in the whole tensor. A shard is rows of `row` consecutive elements, which lie
+// `stride` apart in the whole; a tensor that is whole is one row.
 struct ElementIndex {
   int64_t row, stride, first;
 
