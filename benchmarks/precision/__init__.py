@@ -1,1 +1,1 @@
-"""The precision benchmark: what 16-bit weights learn, how far an anchor pulls them, bytes and time. README.md says how."""
+"""The precision benchmark: what 16-bit weights learn, how far an anchor pulls them, bytes, time. README.md says how."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from .settings import RESULTS
 
 SECTIONS = ("stall", "pull", "training", "memory", "speed")
 MOMENTS = ("float32", "bfloat16", "8bit")
+CAPTIONS = {
+    "stall": "Cosine between the way of the weights and that of float32",
+    "training": "Final loss above that of float32",
+    "memory": "Bytes per parameter",
+    "speed": "Time of a step relative to float32",
+}
 MISSING = "Not measured yet."
 FLOAT32 = "float32"
 STALL_GOALS = {"bfloat16, extra_bits=16": 0.999, "bfloat16, extra_bits=8": 0.99, "bfloat16, stochastic": 0.99}
@@ -31,6 +38,9 @@ Result = dict[str, Any]
 
 class PrecisionResults:
     """What has been measured, as sections of a page."""
+
+    names = SECTIONS
+    """Of the sections, and of their markers in the page."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
         self.results: dict[str, Any] = {}
@@ -50,7 +60,11 @@ class PrecisionResults:
             "memory": memory_section,
             "speed": speed_section,
         }[name]
-        return write(self.results[name]) if name in self.results else MISSING
+        if name not in self.results:
+            return MISSING
+        plot = f"precision-{name}.png"
+        image = f"![{CAPTIONS[name]}](_generated/{plot})"
+        return "\n\n".join([write(self.results[name]), *([image] if plot in self.plots() else [])])
 
     def plots(self) -> dict[str, Callable[[Path], None]]:
         """{file name: how it is drawn}, of what there are results for."""
@@ -144,13 +158,13 @@ def pull_section(result: Result) -> str:
         if name not in (FLOAT32, "bfloat16"):
             off = max(abs(found[name, pull]["along"] - found[FLOAT32, pull]["along"]) for pull in pulls)
             inside = [pull for pull in pulls if low <= found[name, pull]["along"] <= high]
-            said = f"{name}: between {low:g} and {high:g} at {len(inside)} of {len(pulls)} rates, at most {off:.4f} off float32's"
-            goals.append(said)
+            held = f"between {low:g} and {high:g} at {len(inside)} of {len(pulls)} rates"
+            goals.append(f"{name}: {held}, at most {off:.4f} off float32's")
     about = (
-        f"The distance to the anchor that is left after lr·λ·steps = {problem['total']:g} of pull alone, gradients being "
-        f"0, as a share of the {100 * problem['distance']:g} % of each weight at the start; along the way to the anchor, "
-        "in which random parts cancel, and in brackets as a length, where that differs. Of the float32 that weights and "
-        f"low bits stand for; {problem['elements']:,} weights."
+        f"The distance to the anchor that is left after lr·λ·steps = {problem['total']:g} of pull alone, gradients "
+        f"being 0, as a share of the {100 * problem['distance']:g} % of each weight at the start; along the way to the "
+        "anchor, in which random parts cancel, and in brackets as a length, where that differs. Of the float32 that "
+        f"weights and low bits stand for; {problem['elements']:,} weights."
     )
     titles = ["weights", *(f"lr·λ = {100 * pull:g} %" for pull in pulls)]
     return "\n\n".join(["\n".join(markdown(titles, rows)), wrapped(f"{about} {where(result)}."), bullets(goals)])
@@ -212,17 +226,17 @@ def training_section(records: list[Result]) -> str:
         if key[1] == "8bit":
             above = training.above(key)
             mean = statistics.fmean(above)
-            said = f"{key[0]}, 8bit moments: within the spread of the seeds ({mean:+.3f} % against {training.spread:.2f} %)"
-            goals.append(goal(said, abs(mean) <= training.spread))
+            said = f"within the spread of the seeds ({mean:+.3f} % against {training.spread:.2f} %)"
+            goals.append(goal(f"{key[0]}, 8bit moments: {said}", abs(mean) <= training.spread))
     example, before = training.example, training.before
     settings = example["settings"]
     about = (
-        f"A Llama of {example['parameters'] / 1e6:.1f}M parameters, pre-trained on WordNet's definitions and examples, "
-        f"rounded to bfloat16, then {settings['steps']} steps on movie reviews with lr {settings['lr']:g}, weight decay "
-        "and clipping; the loss in nats a token, on reviews held out"
+        f"A Llama of {example['parameters'] / 1e6:.1f}M parameters, pre-trained on WordNet's definitions and "
+        f"examples, rounded to bfloat16, then {settings['steps']} steps on movie reviews with lr {settings['lr']:g}, "
+        "weight decay and clipping; the loss in nats a token, on reviews held out"
         + (f" ({before['loss']:.3f} before)" if before else "")
-        + ', computed in float32 from the float32 that weights and low bits stand for. "Above float32": against float32 '
-        "weights, forward and gradients with the same batches, the mean over seeds. "
+        + ', computed in float32 from the float32 that weights and low bits stand for. "Above float32": against '
+        "float32 weights, forward and gradients with the same batches, the mean over seeds. "
         '"Float32 beside a bfloat16 model": the classical master weights. Between seeds float32\'s loss differs by '
         f"{training.spread:.2f} %."
     )
@@ -353,15 +367,11 @@ def plot_speed(result: Result, path: Path) -> None:
 
 
 def wrapped(text: str) -> str:
-    import textwrap
-
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def bullets(lines: list[str]) -> str:
     """A list, its lines as long as the documentation's may be."""
-    import textwrap
-
     filled = (textwrap.fill(line, 118, break_long_words=False, break_on_hyphens=False) for line in lines)
     return "\n".join("- " + text.replace("\n", "\n  ") for text in filled)
 

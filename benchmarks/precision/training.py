@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastft
 from fastft.optim import master_weights, warm_up_then_decay
 
 from ..retention.records import append, claim, load
@@ -168,7 +167,7 @@ def before(corpus: Corpus, base: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def measure(quick: bool, folder: Path, seconds: float = float("inf"), settings: str | None = None) -> None:
-    """Run what is missing in ``folder``, for about that long at most; ``settings``: only those with this in their name."""
+    """Run what is missing in ``folder``, for about that long; ``settings``: only those with this in their name."""
     path = folder / f"{NAME}.jsonl"
     end = time.monotonic() + seconds
     corpus = Corpus(QUICK if quick else SMALL)
@@ -186,7 +185,5 @@ def measure(quick: bool, folder: Path, seconds: float = float("inf"), settings: 
                 continue
             record = run(plan, corpus, base)
             append(path, record)
-            print(
-                f"{title}: {record['loss']:.4f}, as it is {record['loss_of_model']:.4f}, {record['wall_seconds']:.0f} s",
-                flush=True,
-            )
+            figures = [f"{record['loss']:.4f}", f"as it is {record['loss_of_model']:.4f}"]
+            print(f"{title}: {', '.join(figures)}, {record['wall_seconds']:.0f} s", flush=True)
