@@ -29,6 +29,8 @@ class AdamWRecord:
     name: str
     anchoring: Anchoring
     counts_on_device: bool
+    rounding_key: int | None  # of stochastic rounding; None: to nearest
+    index: tuple[int, int, int] | None  # (row, stride, first) of a shard in the whole tensor; None: it is whole
     steps: bool
     def __init__(
         self,
@@ -39,6 +41,8 @@ class AdamWRecord:
         name: str = "",
         anchoring: Anchoring = ...,
         counts_on_device: bool = False,
+        rounding_key: int | None = None,
+        index: tuple[int, int, int] | None = None,
         **tensors: torch.Tensor | None,
     ) -> None: ...
     def replaced(self, **tensors: torch.Tensor | None) -> AdamWRecord: ...

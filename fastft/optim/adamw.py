@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from fastft import _C
 from fastft._core import disable_dynamo
 from fastft.anchor import Anchor
 
 from . import checkpoint
 from .anchoring import ANCHOR_MODES, AnchorMode, check_anchor_options, check_pull
-from .checks import check_max_grad_norm, check_scalar, refuse_unusable, why_not_fused
-from .entries import Part, parts_of, record_of
+from .checks import check_max_grad_norm, check_scalar
+from .entries import Part
+from .low_precision import Precision, Rounding, StateDtype, WeightSums
 from .masks import UpdateMask
-from .state import moment_dtype, prepare_state
+from .plans import plans_of
+from .state import after_pickle, for_pickle
 from .step import take_step
 from .tensors import fit_grad, local, torch_device
 from .torch_step import TorchStep
 
-STATE_DTYPES = (None, torch.float32)
 # torch's warning about steps captured without capturable=True; newer ones renamed it.
 check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
     torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
@@ -35,10 +35,12 @@ OWN_ATTRIBUTES = (
     "_anchors_new_params",
     "_max_grad_norm",
     "_skip_nonfinite",
-    "_state_dtype",
+    "_precision",
     "_anchor_defaults",
     "_masks",
     "_frozen",
+    "_weight_sums",
+    "_told_of_rounding",
     "_skipped",
     "grad_norm",
 )
@@ -94,14 +96,32 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: clip to this global 2-norm over all groups and devices, or None. What is frozen or
             masked does not count.
         skip_nonfinite: leave everything as it is in a step whose gradients' norm is inf or NaN.
-        state_dtype: ``torch.float32`` keeps the moments of 16-bit parameters in float32; None in the
-            parameter's dtype, as torch does.
+        state_dtype: of the moments: None, the parameter's dtype, as in torch; ``torch.float32``; ``torch.bfloat16``; or
+            ``"8bit"``: codes of 8 bits with a float32 scale for each block of up to 256 elements of a row, as Dettmers
+            et al. 2021 (https://arxiv.org/abs/2110.02861) have them. Moments of less than 4096 elements, of rows
+            (``p[i]``; a tensor of one dimension is one row) below 64, not contiguous, or sharded with one dimension,
+            are float32 instead. float64 parameters have float64 moments always. With ``"8bit"``, amsgrad and
+            ``"selective"`` raise a ``ValueError``.
+        extra_bits: 8 or 16 low bits kept beside each bfloat16 parameter, which steps are added to, so that those far
+            below the weight's last bit are not lost (cf. Zamirai et al. 2020, https://arxiv.org/abs/2010.06192). With
+            16, weight and bits together are exactly a float32 weight; with 8, one of 24 bits. What somebody else
+            writes into the parameter between steps is noticed, and its bits start at 0. float32 and float64 parameters
+            have none; float16 ones raise a ``ValueError``. :func:`fastft.optim.master_weights` gives the float32.
+        rounding: of 16-bit parameters, with 8 extra bits of the 24: ``"nearest"``, or ``"stochastic"``: up or down at
+            random, right on average, by ``rounding_seed``, the step number and the place of the element in the whole
+            tensor alone: the same on every device and for any sharding. With ``extra_bits=16`` nothing is rounded, and
+            ``"stochastic"`` raises a ``ValueError``.
+        rounding_seed: any integer.
+
+    These four hold for all groups. Where 16-bit weights are rounded to nearest without extra bits, and decay or the
+    decoupled anchor's pull are lost in that, the first step warns.
 
     After a step with clipping or skipping, :attr:`grad_norm` and :attr:`skipped_steps` hold its outcome, without
     having waited for the GPU.
 
     Raises:
-        ValueError: for an option out of range, and for an anchor that holds none of the parameters.
+        ValueError: for an option out of range, for those that do not go together or that a parameter cannot have, and
+            for an anchor that holds none of the parameters.
 
     Decoupled weight decay: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
@@ -109,6 +129,8 @@ class AdamW(torch.optim.AdamW):
     # On the class: an instance attribute would not survive copy.deepcopy.
     _step_supports_amp_scaling = True
 
+    _in_backward: Any = None  # the handle of step_in_backward: only gradients that are still there were not used
+    _first_position = 0  # of its parameters; other than 0 where it stands for one of another optimizer's
     _plan_key: Any
     _parts: list[Part]
     _torch_step: TorchStep
@@ -135,7 +157,10 @@ class AdamW(torch.optim.AdamW):
         anchor_mode: AnchorMode = "decoupled",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        extra_bits: Literal[0, 8, 16] = 0,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         if not (anchor is None or anchor == "init" or isinstance(anchor, Anchor)):
             raise ValueError(
@@ -143,16 +168,16 @@ class AdamW(torch.optim.AdamW):
                 "fastft.Anchor.snapshot(model) makes one"
             )
         check_max_grad_norm(max_grad_norm)
-        if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"state_dtype: expected None or torch.float32, got {state_dtype!r}")
         self._anchor = Anchor() if anchor == "init" else anchor
         self._anchors_new_params = anchor == "init"
         self._max_grad_norm = max_grad_norm
         self._skip_nonfinite = bool(skip_nonfinite)
-        self._state_dtype = state_dtype
+        self._precision = Precision(state_dtype, extra_bits, rounding, rounding_seed)
         self._anchor_defaults = {"anchor_decay": anchor_decay, "anchor_mode": anchor_mode}
         self._masks: dict[Tensor, UpdateMask] = {}
         self._frozen: set[Tensor] = set()
+        self._weight_sums = WeightSums()
+        self._told_of_rounding = False
         self._skipped: Tensor | None = None
         self.grad_norm = None
         self._forget_plan()
@@ -193,7 +218,8 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        if self._in_backward is None or any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            self._step()
         return loss
 
     @property
@@ -225,7 +251,8 @@ class AdamW(torch.optim.AdamW):
     def __repr__(self) -> str:
         anchor = None if self._anchor is None else f"{len(self._anchor)} parameters"
         own = f"anchor: {anchor}, max_grad_norm: {self._max_grad_norm}, skip_nonfinite: {self._skip_nonfinite}"
-        return f"{super().__repr__().rstrip().removesuffix(')').rstrip()}\nAll groups\n    {own}\n)"
+        groups = super().__repr__().rstrip().removesuffix(")").rstrip()
+        return f"{groups}\nAll groups\n    {own}\n    {self._precision}\n)"
 
     @disable_dynamo
     def _step(self) -> None:
@@ -263,6 +290,7 @@ class AdamW(torch.optim.AdamW):
         for index, group in enumerate(self.param_groups):
             decay, lr = group["anchor_decay"], group["lr"]
             where = f"param_groups[{index}]"
+            self._precision.check_group(group, where)
             if isinstance(lr, Tensor) and lr.numel() != 1:
                 raise ValueError(
                     f"{where}: lr: expected a number or a tensor of one element, got shape {list(lr.shape)}"
@@ -294,7 +322,7 @@ class AdamW(torch.optim.AdamW):
         self._forget_plan()
         before = set(self.state)
         try:
-            self._make_plan(counts_on_device)
+            self._parts, self._torch_step = plans_of(self, counts_on_device)
             if not all(self._gather_part(part) for part in self._parts):
                 raise RuntimeError("the parameters, their gradients or their state changed during the step")
         except BaseException:
@@ -318,72 +346,6 @@ class AdamW(torch.optim.AdamW):
                 return False
             part.plan.set_grad(position, fit_grad(p.grad, p, p if stepped is None else stepped, name))
         return True
-
-    def _make_plan(self, counts_on_device: bool) -> None:
-        # A scheduler may begin at 0; the value it scales is in initial_anchor_decay.
-        decays = [g.get("initial_anchor_decay", g["anchor_decay"]) for g in self.param_groups]
-        if self._anchor is not None and not self.state and not any(decays):
-            warnings.warn(
-                "anchor: expected anchor_decay > 0 with it, got 0 in every group at the first step; nothing is pulled",
-                stacklevel=2,
-            )
-        live: dict[int, tuple[int, Tensor, str]] = {}
-        records: list[_C.AdamWRecord] = []
-        for position, (group_index, p, name) in enumerate(self._parameters()):
-            has_state = bool(self.state.get(p))
-            frozen = p in self._frozen
-            dormant = p.grad is None and not has_state and not frozen
-            records.append(_C.AdamWRecord(p, group_index, dormant=dormant))
-            if frozen or dormant:
-                continue
-            refuse_unusable(p, name)
-            reason = why_not_fused(p, self.param_groups[group_index])
-            if reason:
-                self._leave_to_torch(group_index, p, name, reason)
-            else:
-                live[position] = (group_index, p, name)
-        shared = _C.overlapping([local(p) for _, p, _ in live.values()])
-        for position in [list(live)[i] for i in shared]:
-            self._leave_to_torch(*live.pop(position), "memory that it shares with another parameter")
-        for position, (group_index, p, name) in live.items():
-            records[position] = self._record(group_index, p, name, counts_on_device)
-        self._parts = list(parts_of(records))
-        self._torch_step.prepare(self)
-
-    def _record(self, group_index: int, p: Tensor, name: str, counts_on_device: bool) -> _C.AdamWRecord:
-        """The core's record of a parameter; makes its state ready."""
-        group = self.param_groups[group_index]
-        state = self.state[p]
-        on_device = prepare_state(state, p, group, name, moment_dtype(p, self._state_dtype), counts_on_device)
-        anchor = importance = None
-        if group["anchor_decay"] != 0.0 and self._anchor is not None:
-            anchor = self._anchor.tensor_for(p, name)
-            importance = self._anchor.importance_for(p, name) if anchor is not None else None
-        return record_of(
-            p,
-            group_index,
-            name,
-            exp_avg=state["exp_avg"],
-            exp_avg_sq=state["exp_avg_sq"],
-            max_exp_avg_sq=state["max_exp_avg_sq"] if group["amsgrad"] else None,
-            step=state["step"],
-            counts_on_device=on_device,
-            anchor=anchor,
-            importance=importance,
-            anchor_mode=group["anchor_mode"],
-            mask=self._masks.get(p),
-        )
-
-    def _leave_to_torch(self, group_index: int, p: Tensor, name: str, reason: str) -> None:
-        group = self.param_groups[group_index]
-        options = {
-            "max_grad_norm": self._max_grad_norm is not None,
-            "skip_nonfinite": self._skip_nonfinite,
-            "anchor_decay": group["anchor_decay"] != 0.0 and self._anchor_name(p, name) is not None,
-            "an update mask": p in self._masks,
-            "state_dtype": moment_dtype(p, self._state_dtype) != p.dtype,
-        }
-        self._torch_step.add(group_index, p, name, reason, [option for option, on in options.items() if on])
 
     def _first_device(self) -> torch.device:
         devices = [device for part in self._parts for device in part.plan.devices()]
@@ -423,6 +385,7 @@ class AdamW(torch.optim.AdamW):
             self._masks.pop(known, None)
         else:
             self._masks[known] = UpdateMask(mask, known, self._name_of(known))
+        self._weight_sums.forget(known)  # they are those of the elements that were live
         self._forget_plan()
 
     def update_mask(self, param: Tensor) -> Tensor | None:
@@ -457,7 +420,7 @@ class AdamW(torch.optim.AdamW):
         return {
             "max_grad_norm": self._max_grad_norm,
             "skip_nonfinite": self._skip_nonfinite,
-            "state_dtype": self._state_dtype,
+            **dataclasses.asdict(self._precision),
             "anchor": "init" if self._anchors_new_params else self._anchor,
         }
 
@@ -481,7 +444,16 @@ class AdamW(torch.optim.AdamW):
                     f"anchor_decay: expected 0 without an anchor, got {options['anchor_decay']}; "
                     'pass anchor="init" or a fastft.Anchor'
                 )
+            where = f"param_groups[{len(self.param_groups)}]"
+            self._precision.check_group({**self.defaults, **param_group, **options}, where)
         super().add_param_group(param_group)
+        try:
+            for index, p, name in self._parameters():
+                if index == len(self.param_groups) - 1:
+                    self._precision.check_parameter(p, name)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         for key, value in options.items():
             self.param_groups[-1].setdefault(key, value)
         if self._anchors_new_params and self._anchor is not None:
@@ -516,13 +488,15 @@ class AdamW(torch.optim.AdamW):
     # -- copies and checkpoints ----------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in OWN_ATTRIBUTES}}
+        kept = super().__getstate__()
+        return {**kept, "state": for_pickle(kept["state"]), **{key: self.__dict__[key] for key in OWN_ATTRIBUTES}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by load_state_dict, with the new state and groups: torch's know no anchor_decay.
         before = self.__dict__.get("param_groups", [])
         self._forget_plan()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        after_pickle(self.state)
         for index, group in enumerate(self.param_groups):
             known = before[index] if index < len(before) else self._anchor_defaults
             for key in self._anchor_defaults:
@@ -553,8 +527,10 @@ class AdamW(torch.optim.AdamW):
 
         One of torch's leaves the anchor, the masks, the frozen set and the anchor's options as they are. An
         anchor that came from a file is read from there again, after its content has been verified; if the file
-        was moved, give the optimizer an ``Anchor.from_safetensors`` of its new place first. Moments keep the dtype
-        that this optimizer's ``state_dtype`` asks for. On an error nothing has changed.
+        was moved, give the optimizer an ``Anchor.from_safetensors`` of its new place first. Moments and low bits are
+        brought into the formats that this optimizer's ``state_dtype`` and ``extra_bits`` ask for, from any other; low
+        bits that were not saved start at 0, and those that are not kept here are dropped with a warning. On an error
+        nothing has changed.
         """
 
         def check_own_state(_: Any, loaded: dict[str, Any]) -> None:

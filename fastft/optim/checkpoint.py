@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,17 @@ from torch import Tensor
 from fastft.anchor import Anchor
 
 from .masks import UpdateMask, check_mask
-from .state import MOMENTS, moment_dtype
+from .state import (
+    CODED,
+    LOW_BITS,
+    MOMENTS,
+    OWN_KEYS,
+    add_low_bits,
+    bring_moments,
+    check_moment,
+    check_own_state,
+)
+from .tensors import like
 
 if TYPE_CHECKING:
     from .adamw import AdamW
@@ -43,20 +53,35 @@ class Loading:
         self.optimizer = optimizer
         self.params = [p for _, p, _ in optimizer._parameters()]
         self.own = loaded.get(KEY)
-        # torch casts moments to the parameter's dtype, so those of 16-bit parameters are taken from the original.
+        # torch casts all state to the parameter's dtype, so what is kept in others is taken from the original.
         saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        self.moments: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        for i, p in zip(saved_ids, self.params, strict=False):
-            if moment_dtype(p, optimizer._state_dtype) != p.dtype:
-                for key in MOMENTS:
-                    value = loaded["state"].get(i, {}).get(key)
-                    if isinstance(value, Tensor):
-                        self.moments[p][key] = value
+        self.kept: dict[Tensor, dict[str, Tensor]] = {}
+        self.drops_low_bits = False
+        for index, group in enumerate(loaded["param_groups"]):
+            optimizer._precision.check_group(group, f"state_dict: param_groups[{index}]")
+        for i, (_, p, name) in zip(saved_ids, optimizer._parameters(), strict=False):
+            self._keep(loaded["state"].get(i, {}), p, f"state_dict: state[{i!r}] of {name}")
         # With another number of parameters torch will say so, after this.
         if self.own is not None and len(saved_ids) == len(self.params):
             self._check()
         else:
             self.own = None
+
+    def _keep(self, saved: dict[str, Any], p: Tensor, where: str) -> None:
+        """Remember a parameter's tensors as they were saved, where torch would not keep them so."""
+        precision = self.optimizer._precision
+        kept, low = precision.moments(p), precision.low_dtype(p)
+        tensors = {key: saved[key] for key in (*MOMENTS, *OWN_KEYS) if isinstance(saved.get(key), Tensor)}
+        own = any(key in saved for key in OWN_KEYS)
+        if not tensors or (kept == p.dtype and low is None and not own):
+            return
+        check_own_state(saved, p, where)
+        if kept == "8bit":
+            for key in CODED:
+                if key in tensors:
+                    check_moment(saved, p, key, where)
+        self.drops_low_bits |= LOW_BITS in tensors and low is None
+        self.kept[p] = tensors
 
     def _check(self) -> None:
         assert self.own is not None
@@ -82,9 +107,21 @@ class Loading:
     def apply(self) -> None:
         """Called once torch's part is in place."""
         optimizer = self.optimizer
-        for p, moments in self.moments.items():
-            for key, value in moments.items():
-                optimizer.state[p][key] = value.to(p.device, torch.float32, copy=True)
+        precision = optimizer._precision
+        optimizer._weight_sums.clear()
+        for p, tensors in self.kept.items():
+            state = optimizer.state[p]
+            for key in (*MOMENTS, *OWN_KEYS):
+                state.pop(key, None)
+            state.update({key: like(tensor, p).to(p.device, copy=True) for key, tensor in tensors.items()})
+            bring_moments(state, p, precision, "state_dict")
+            add_low_bits(state, p, precision)
+        if self.drops_low_bits:
+            warnings.warn(
+                "state_dict: has low bits of weights, and this optimizer keeps none (extra_bits=0, or weights that are "
+                "not bfloat16): they are dropped. To keep them, save fastft.optim.master_weights(model, optimizer)",
+                stacklevel=2,
+            )
         if self.own is not None:
             optimizer._anchor = self.anchor
             optimizer._masks = self.masks

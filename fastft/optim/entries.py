@@ -12,6 +12,7 @@ from torch import Tensor
 from fastft import _C
 
 from .anchoring import anchoring_of
+from .low_precision import element_index
 from .masks import UpdateMask
 from .staging import PART_BYTES, Staging, staging_for
 from .tensors import DeviceKey, laid_out_like, like, local, process_groups_of, torch_device
@@ -27,6 +28,10 @@ def record_of(
     max_exp_avg_sq: Tensor | None,
     step: Tensor,
     counts_on_device: bool,
+    scales: tuple[Tensor, Tensor] | None = None,
+    low_bits: Tensor | None = None,
+    weight_sums: Tensor | None = None,
+    rounding_key: int | None = None,
     anchor: Tensor | None = None,
     importance: Tensor | None = None,
     anchor_mode: str = "decoupled",
@@ -36,15 +41,18 @@ def record_of(
 
     Args:
         param: dense; its state (``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` with amsgrad) in its memory order.
+            With ``scales`` (of exp_avg and of exp_avg_sq, float32) these are uint8 codes.
         group: the index of its group.
         name: for messages.
         step: one number; on the parameter's device if ``counts_on_device``, else on the CPU.
+        low_bits: uint16 or uint8, in its memory order, with ``weight_sums``, those of ``WeightSums`` for it.
+        rounding_key: its key for stochastic rounding; None: to nearest.
         anchor, importance: of its shape, any floating dtype, beside it or in host memory; None where it is free.
         anchor_mode: of its group.
         mask: the rows or elements to step; None: all.
 
     Raises:
-        ValueError: where the mode cannot be had, and from the plan for tensors that do not fit.
+        ValueError: where the mode or stochastic rounding cannot be had, and from the plan for tensors that do not fit.
     """
     anchoring = anchoring_of(param, anchor, importance, anchor_mode, name)
     stepped = local(param)
@@ -64,6 +72,12 @@ def record_of(
         exp_avg_sq=local(exp_avg_sq),
         max_exp_avg_sq=None if max_exp_avg_sq is None else local(max_exp_avg_sq),
         step=step,
+        low_bits=None if low_bits is None else local(low_bits),
+        weight_sums=weight_sums,
+        exp_avg_scales=None if scales is None else local(scales[0]),
+        exp_avg_sq_scales=None if scales is None else local(scales[1]),
+        rounding_key=rounding_key,
+        index=None if rounding_key is None else element_index(param, name),
         anchor=placed(anchor),
         importance=placed(importance),
         update_mask=update_mask,

@@ -1,39 +1,47 @@
-"""The state of a parameter: its moments and step count, made and brought to where the step reads them."""
+"""The state of a parameter: made, checked, and brought to the formats and the place in which the step reads it.
+
+Keys of ``optimizer.state[p]``: ``step``; the moments ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
+``max_exp_avg_sq``; in 8 bits, in place of a moment, its ``_codes`` (uint8, like p) and ``_scales`` (float32, of
+``formats.scales_shape``); ``low_bits`` beside a bfloat16 parameter (uint16 or uint8, like p).
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .tensors import is_dtensor, laid_out_like, runs_kernels
+from .formats import FORMATS, decode8, encode8, resized, scales_shape
+from .low_precision import Precision
+from .tensors import is_dtensor, laid_out_like, like, local, runs_kernels
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-
-def moment_dtype(p: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of its moments, for an optimizer with this ``state_dtype``."""
-    wide = state_dtype is not None and p.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if wide else p.dtype
+LOW_BITS = "low_bits"
+CODED = {key: (f"{key}_codes", f"{key}_scales") for key in FORMATS}
+"""The keys of a moment's codes and scales, by the moment's own."""
+OWN_KEYS = (LOW_BITS, *(key for pair in CODED.values() for key in pair))
+"""Those that torch's AdamW does not know."""
 
 
 def prepare_state(
-    state: dict[str, Any], p: Tensor, group: dict[str, Any], name: str, dtype: torch.dtype, counts_on_device: bool
+    state: dict[str, Any], p: Tensor, group: dict[str, Any], name: str, precision: Precision, counts_on_device: bool
 ) -> bool:
-    """Make the state if there is none, and bring it into the parameter's memory order.
+    """Make the state if there is none, and bring it into the parameter's memory order and the optimizer's formats.
 
     Args:
         state: ``optimizer.state[p]``, filled in place.
         group: the parameter's group, whose flags say what is kept, and where.
         name: of the parameter, for messages.
-        dtype: of new moments.
+        precision: the formats. Moments that are kept as floating-point numbers keep the dtype that they have.
         counts_on_device: whether a kernel has to know whether the step is skipped, and so has to count.
 
     Returns whether the step count lies on the device, where a kernel counts.
 
     Raises:
-        ValueError: for a state that lacks a tensor, or whose ``step`` is not one number.
+        ValueError: for a state that lacks a tensor or has one that does not fit, or whose ``step`` is not one number.
     """
     names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
     kernels = runs_kernels(p.device)
@@ -47,13 +55,24 @@ def prepare_state(
             else torch.zeros((), dtype=default, device="cpu")
         )
         for key in names:
-            state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state.update(new_moment(p, key, precision))
+        add_low_bits(state, p, precision)
         return on_device
-    missing = [key for key in ("step", *names) if not isinstance(state.get(key), Tensor)]
+    check_own_state(state, p, f"{name}: state")
+    missing = [
+        key
+        for key in ("step", *names)
+        if not isinstance(state.get(key), Tensor) and CODED.get(key, (key,))[0] not in state.keys() - {key}
+    ]
     if missing:
         raise ValueError(f"{name}: state: expected tensors for {', '.join(missing)}, got {sorted(state)}")
-    for key in names:
-        if not is_dtensor(p) and state[key].shape == p.shape:
+    as_codes = precision.moments(p) == "8bit"
+    if any((CODED[key][0] in state) != as_codes for key in CODED):
+        bring_moments(state, p, precision, f"{name}: state")
+    if precision.low_dtype(p) is not None:
+        add_low_bits(state, p, precision)
+    for key in (*names, LOW_BITS, *(codes for codes, _ in CODED.values())):
+        if key in state and not is_dtensor(p) and state[key].shape == p.shape:
             state[key] = laid_out_like(state[key], p)
     step = state["step"]
     if step.numel() != 1:
@@ -63,3 +82,137 @@ def prepare_state(
     if step.device != device or step.dtype not in (torch.float32, torch.float64)[: 1 if on_device else 2]:
         state["step"] = step.to(device, torch.float32)
     return on_device
+
+
+def new_moment(p: Tensor, key: str, precision: Precision) -> dict[str, Tensor]:
+    """The entries of a moment that is 0."""
+    kept = precision.moments(p)
+    if kept != "8bit":
+        return {key: torch.zeros_like(p, dtype=kept, memory_format=torch.preserve_format)}
+    codes, scales = CODED[key]
+    stepped = local(p)
+    zeros = torch.zeros(scales_shape(stepped.shape), dtype=torch.float32, device=stepped.device)
+    return {
+        codes: torch.zeros_like(p, dtype=torch.uint8, memory_format=torch.preserve_format),
+        scales: spread_like(zeros, p, scales_shape(p.shape)),
+    }
+
+
+def add_low_bits(state: dict[str, Any], p: Tensor, precision: Precision) -> None:
+    """Low bits in the width that the optimizer keeps: those that are there, or 0; without any, none."""
+    dtype, known = precision.low_dtype(p), state.get(LOW_BITS)
+    if dtype is None:
+        state.pop(LOW_BITS, None)
+    elif known is None:
+        state[LOW_BITS] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    elif known.dtype != dtype:
+        state[LOW_BITS] = spread_like(resized(local(known), dtype), p, p.shape)
+
+
+def check_own_state(state: Mapping[str, Any], p: Tensor, where: str) -> None:
+    """Raise for codes, scales or low bits that do not fit the parameter."""
+
+    if LOW_BITS in state:
+        check_like(state[LOW_BITS], (torch.uint16, torch.uint8), tuple(p.shape), f"{where}: {LOW_BITS}")
+    if any(key in state for pair in CODED.values() for key in pair):
+        for codes, scales in CODED.values():
+            check_like(state.get(codes), (torch.uint8,), tuple(p.shape), f"{where}: {codes}")
+            check_like(state.get(scales), (torch.float32,), scales_shape(p.shape), f"{where}: {scales}")
+
+
+def check_like(tensor: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], where: str) -> None:
+    """Raise unless it is a tensor of one of the dtypes and of the shape."""
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{where}: expected {names} of shape {list(shape)}, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{where}: expected {names} of shape {list(shape)}, got {str(tensor.dtype).removeprefix('torch.')} of "
+            f"shape {list(tensor.shape)}"
+        )
+
+
+def bring_moments(state: dict[str, Any], p: Tensor, precision: Precision, where: str) -> None:
+    """Moments in the optimizer's format, in place: codes to numbers or numbers to codes, and numbers in its dtype."""
+    kept = precision.moments(p)
+    for key in MOMENTS:
+        codes, scales = CODED.get(key, ("", ""))
+        if kept == "8bit" and key in state and codes:
+            check_moment(state, p, key, where)
+            values = local(like(state[key], p)).to(p.device).contiguous()
+            found = encode8(values, FORMATS[key])
+            state[codes] = spread_like(found[0], p, p.shape)
+            state[scales] = spread_like(found[1], p, scales_shape(p.shape))
+            del state[key]
+        elif kept != "8bit" and codes in state:
+            value = decode8(local(like(state[codes], p)), local(like(state[scales], p)), FORMATS[key])
+            state[key] = spread_like(value.to(p.device, kept), p, p.shape)
+            del state[codes], state[scales]
+        elif kept != "8bit" and key in state:
+            state[key] = state[key].to(p.device, kept)
+
+
+def check_moment(state: Mapping[str, Any], p: Tensor, key: str, where: str) -> None:
+    """Raise unless a moment can be brought into 8 bits."""
+    if state[key].shape != p.shape:
+        raise ValueError(f"{where}: {key}: expected shape {list(p.shape)}, got {list(state[key].shape)}")
+
+
+def spread_like(part: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """This process's part of a tensor of ``shape`` as a DTensor placed as ``p`` is; beside a plain ``p``, itself."""
+    if not is_dtensor(p):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    whole = torch.empty(shape, device="meta")
+    if tuple(shape) == tuple(p.shape):
+        whole = torch.empty_strided(tuple(p.shape), p.stride(), device="meta")
+    return DTensor.from_local(
+        part,
+        p.device_mesh,  # type: ignore[attr-defined]
+        p.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
+def for_pickle(state: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
+    """A state whose uint16 tensors are given as int16: ``pickle`` cannot bring back those of torch."""
+    found: dict[Tensor, Any] = defaultdict(dict)
+    for p, kept in state.items():
+        found[p] = {**kept, LOW_BITS: as_int16(kept[LOW_BITS])} if LOW_BITS in kept else kept
+    return found
+
+
+def as_int16(low: Tensor) -> Tensor:
+    """The same memory, if it is a plain uint16 tensor."""
+    return low.view(torch.int16) if low.dtype == torch.uint16 and not is_dtensor(low) else low
+
+
+def after_pickle(state: Mapping[Tensor, Any]) -> None:
+    """The inverse of :func:`for_pickle`, in place."""
+    for kept in state.values():
+        low = kept.get(LOW_BITS)
+        if isinstance(low, Tensor) and low.dtype == torch.int16:
+            kept[LOW_BITS] = low.view(torch.uint16)
+
+
+def moments_of(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, Tensor]:
+    """(exp_avg, exp_avg_sq) of a parameter that has been stepped, as floating-point tensors; float32 out of 8 bits.
+
+    Args:
+        optimizer: ``fastft.AdamW``, or torch's ``Adam`` or ``AdamW``.
+        p: one of its parameters.
+    """
+    state = optimizer.state[p]
+    return moment_of(state, p, "exp_avg"), moment_of(state, p, "exp_avg_sq")
+
+
+def moment_of(state: Mapping[str, Any], p: Tensor, key: str) -> Tensor:
+    """A moment of ``p`` out of its ``state``, decoded if it is kept in 8 bits."""
+    if key in state:
+        found: Tensor = state[key]
+        return found
+    codes, scales = (local(state[name]) for name in CODED[key])
+    return spread_like(decode8(codes, scales, FORMATS[key]), p, p.shape)

@@ -56,7 +56,15 @@ def test_skipping_may_be_changed_between_steps() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("max_grad_norm", 1.0), ("skip_nonfinite", True), ("state_dtype", torch.float32), ("anchor", "init")],
+    [
+        ("max_grad_norm", 1.0),
+        ("skip_nonfinite", True),
+        ("state_dtype", torch.float32),
+        ("extra_bits", 8),
+        ("rounding", "stochastic"),
+        ("rounding_seed", 3),
+        ("anchor", "init"),
+    ],
 )
 def test_in_a_group_they_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"param_groups\[0\]: {key} is for all groups; pass it to AdamW"):
@@ -71,7 +79,12 @@ def test_they_are_shown() -> None:
     optimizer = fastft.AdamW([parameter()], anchor="init", anchor_decay=3.0, max_grad_norm=0.5, skip_nonfinite=True)
     shown = repr(optimizer)
     assert shown.startswith("AdamW (\nParameter Group 0\n") and "    anchor_decay: 3.0\n" in shown
-    assert shown.endswith("All groups\n    anchor: 1 parameters, max_grad_norm: 0.5, skip_nonfinite: True\n)")
+    assert shown.endswith(
+        "All groups\n    anchor: 1 parameters, max_grad_norm: 0.5, skip_nonfinite: True\n"
+        "    state_dtype: None, extra_bits: 0, rounding: nearest\n)"
+    )
+    optimizer = fastft.AdamW([parameter()], state_dtype="8bit", extra_bits=8, rounding="stochastic", rounding_seed=7)
+    assert repr(optimizer).endswith("    state_dtype: 8bit, extra_bits: 8, rounding: stochastic, rounding_seed: 7\n)")
     assert "anchor: None, max_grad_norm: None" in repr(fastft.AdamW([parameter()]))
 
 

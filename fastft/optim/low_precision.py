@@ -1,0 +1,305 @@
+"""In how many bits a parameter and its state are kept: ``state_dtype``, ``extra_bits``, ``rounding``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .precision import DISTANCE, cannot_move
+from .tensors import is_dtensor, local
+
+StateDtype = torch.dtype | Literal["8bit"] | None
+Rounding = Literal["nearest", "stochastic"]
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, "8bit")
+ROUNDINGS = ("nearest", "stochastic")
+LOW_DTYPES = {0: None, 8: torch.uint8, 16: torch.uint16}
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+SMALLEST, SHORTEST_ROW = 4096, 64  # elements of a tensor, and of a row, from which on moments are kept in 8 bits
+SUMS_EVERY = 4096  # elements, at least, that one of `weight_sums` stands for
+MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The options of an optimizer, checked.
+
+    Raises:
+        ValueError: for one out of range, or two that do not go together.
+    """
+
+    state_dtype: StateDtype = None
+    extra_bits: int = 0
+    rounding: Rounding = "nearest"
+    rounding_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not any(self.state_dtype is known or self.state_dtype == known for known in STATE_DTYPES):
+            raise ValueError(
+                f'state_dtype: expected None, torch.float32, torch.bfloat16 or "8bit", got {self.state_dtype!r}'
+            )
+        if isinstance(self.extra_bits, bool) or self.extra_bits not in LOW_DTYPES:
+            raise ValueError(f"extra_bits: expected 0, 8 or 16, got {self.extra_bits!r}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f'rounding: expected "nearest" or "stochastic", got {self.rounding!r}')
+        if isinstance(self.rounding_seed, bool) or not isinstance(self.rounding_seed, int):
+            raise ValueError(f"rounding_seed: expected an integer, got {self.rounding_seed!r}")
+        if self.rounding == "stochastic" and self.extra_bits == 16:
+            raise ValueError(
+                'rounding: expected "nearest" with extra_bits=16, with which nothing is rounded, got "stochastic"'
+            )
+
+    def __str__(self) -> str:
+        seed = f", rounding_seed: {self.rounding_seed}" if self.rounding == "stochastic" else ""
+        return f"state_dtype: {self.state_dtype}, extra_bits: {self.extra_bits}, rounding: {self.rounding}{seed}"
+
+    # -- what is kept for a parameter --------------------------------------------------------------------------
+
+    def moments(self, p: Tensor) -> torch.dtype | Literal["8bit"]:
+        """How the moments of ``p`` are kept.
+
+        Raises:
+            ValueError: for a DTensor whose processes would hold parts of rows, with 8-bit moments.
+        """
+        if self.state_dtype is None or p.dtype not in (torch.float32, *SIXTEEN_BIT):
+            return p.dtype
+        if isinstance(self.state_dtype, torch.dtype):
+            wide = self.state_dtype == torch.float32 and p.dtype == torch.float32
+            return p.dtype if wide else self.state_dtype
+        return "8bit" if takes_codes(p) else torch.float32
+
+    def low_dtype(self, p: Tensor) -> torch.dtype | None:
+        """The dtype of the low bits beside ``p``; None: there are none."""
+        return LOW_DTYPES[self.extra_bits] if p.dtype == torch.bfloat16 else None
+
+    def key(self, p: Tensor, position: int) -> int | None:
+        """The key by which ``p`` is rounded stochastically; None: to nearest."""
+        stochastic = self.rounding == "stochastic" and p.dtype in SIXTEEN_BIT
+        return rounding_key(self.rounding_seed, position) if stochastic else None
+
+    def beyond_torch(self, p: Tensor) -> dict[str, bool]:
+        """Which of the options change the step of ``p``, so that torch's own cannot take it."""
+        return {
+            "state_dtype": self.moments(p) != p.dtype,
+            "extra_bits": self.low_dtype(p) is not None,
+            "rounding": self.key(p, 0) is not None,
+        }
+
+    # -- checks ------------------------------------------------------------------------------------------------
+
+    def check_parameter(self, p: Tensor, name: str) -> None:
+        """Raise for a parameter that an option can do nothing for."""
+        if self.extra_bits and p.dtype == torch.float16:
+            raise ValueError(
+                f"{name}: extra_bits: expected bfloat16 parameters (or float32, which need none), got torch.float16; "
+                'rounding="stochastic" takes float16'
+            )
+        if self.state_dtype == "8bit" and is_dtensor(p) and has_codes_shape(p) and not lies_in_rows(p):
+            raise ValueError(
+                f'{name}: state_dtype: expected, with "8bit", a DTensor of which each process holds whole rows '
+                f"(Shard(0) or Replicate()), got one placed {list(p.placements)}; "  # type: ignore[attr-defined]
+                "torch.bfloat16 and torch.float32 take it"
+            )
+
+    def check_group(self, group: dict[str, Any], where: str) -> None:
+        """Raise for options of a group that 8-bit moments do not go with."""
+        if self.state_dtype != "8bit":
+            return
+        if group.get("amsgrad"):
+            raise ValueError(f'{where}: amsgrad: expected False with state_dtype="8bit", got True')
+        if group.get("anchor_mode") == "selective":
+            raise ValueError(
+                f'{where}: anchor_mode: expected "decoupled" or "l2" with state_dtype="8bit", got "selective"'
+            )
+
+
+# -- 8-bit moments -----------------------------------------------------------------------------------------------
+
+
+def has_codes_shape(p: Tensor) -> bool:
+    """Whether a tensor and its rows are large enough for 8-bit moments, and lie in the order of their indices."""
+    row = p.shape[1:].numel() if p.dim() > 1 else p.numel()
+    return p.dim() > 0 and p.numel() >= SMALLEST and row >= SHORTEST_ROW and local(p).is_contiguous()
+
+
+def takes_codes(p: Tensor) -> bool:
+    """Whether its moments are kept in 8 bits, with ``state_dtype="8bit"``; else in float32."""
+    if not has_codes_shape(p):
+        return False
+    return not is_dtensor(p) or p.dim() > 1 or not any(piece.is_shard() for piece in p.placements)  # type: ignore[attr-defined]
+
+
+def lies_in_rows(p: Tensor) -> bool:
+    """Whether each process of a DTensor holds whole rows. One of a single dimension is kept in float32 and may pass."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    pieces = p.placements  # type: ignore[attr-defined]
+    return p.dim() == 1 or all(
+        type(piece) in (Replicate, Shard) and piece in (Replicate(), Shard(0)) for piece in pieces
+    )
+
+
+# -- stochastic rounding -----------------------------------------------------------------------------------------
+
+
+def mixed(x: int) -> int:
+    """The output function of SplitMix64 (Steele et al. 2014, doi 10.1145/2660193.2660195)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK64
+    return x ^ (x >> 31)
+
+
+def rounding_key(seed: int, position: int) -> int:
+    """The key of the parameter at a position, counted through all groups: 64 bits."""
+    step = 0x9E3779B97F4A7C15
+    return mixed((mixed((seed + step) & MASK64) + (position + 1) * step) & MASK64)
+
+
+def element_index(p: Tensor, name: str) -> tuple[int, int, int] | None:
+    """Where what this process holds of ``p`` lies in the whole: (row, stride, first) of csrc/math/stochastic.h.
+
+    None for a tensor that is whole.
+
+    Raises:
+        ValueError: for a DTensor cut in a way that these three numbers cannot say.
+    """
+    if not is_dtensor(p):
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, pieces = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    refused = ValueError(
+        f'{name}: rounding: "stochastic" cannot number the elements of a DTensor placed {list(pieces)} on a mesh of '
+        f"shape {tuple(mesh.shape)}; extra_bits=16 takes it"
+    )
+    sizes, offsets = list(p.shape), [0] * p.dim()
+    for i, piece in enumerate(pieces):
+        if mesh.size(i) == 1 or type(piece) is Replicate:
+            continue
+        if type(piece) is not Shard:
+            raise refused
+        d = piece.dim
+        chunk = -(-sizes[d] // mesh.size(i))
+        start = min(sizes[d], chunk * mesh.get_local_rank(i))
+        offsets[d] += start
+        sizes[d] = min(chunk, sizes[d] - start)
+    stepped = local(p)
+    if stepped.numel() == 0:
+        return None
+    if list(stepped.shape) != sizes:
+        raise refused
+    strides = p.stride()
+    order = sorted((d for d in range(p.dim()) if p.shape[d] > 1), key=lambda d: -strides[d])
+    expected = 1
+    for d in reversed(order):
+        if sizes[d] > 1 and stepped.stride(d) != expected:
+            raise refused
+        expected *= sizes[d]
+    # The innermost dimension that is cut ends a row. Outside of it, only the outermost that is left may be cut: then
+    # rows lie one stride apart.
+    cut = [place for place, d in enumerate(order) if sizes[d] != p.shape[d]]
+    inner = cut[-1] if cut else 0
+    outer = [d for d in order[:inner] if sizes[d] > 1]
+    if any(sizes[d] != p.shape[d] for d in outer[1:]):
+        raise refused
+    within = order[inner:]
+    first = sum(offsets[d] * strides[d] for d in order)
+    return math.prod(sizes[d] for d in within), math.prod(p.shape[d] for d in within), first
+
+
+# -- what is remembered of the weights as they were written -----------------------------------------------------
+
+
+class WeightSums:
+    """The sums by which a step sees that somebody else has written a parameter: of an optimizer, not saved.
+
+    They hold for the elements that are live and for the memory order that the parameter has; with others they start
+    anew, and the low bits are trusted for one step.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Tensor, tuple[Any, Tensor]] = {}
+
+    def of(self, p: Tensor) -> Tensor:
+        """Those of ``p``, for the core to read and write: int32, zeros where nothing is known."""
+        sums = self.known(p)
+        if sums is None:
+            sums = new_sums(local(p))
+            self._known[p] = (layout(p), sums)
+        return sums
+
+    def known(self, p: Tensor) -> Tensor | None:
+        """Those of ``p`` as it lies now; None where there are none."""
+        known = self._known.get(p)
+        return None if known is None or known[0] != layout(p) else known[1]
+
+    def forget(self, p: Tensor) -> None:
+        """Let the next step trust the low bits of ``p``: whoever wrote it wrote them too."""
+        if p in self._known:
+            self._known[p][1].zero_()
+
+    def clear(self) -> None:
+        """As :meth:`forget`, for all; plans made before hold sums of their own."""
+        self._known.clear()
+
+
+def new_sums(stepped: Tensor) -> Tensor:
+    """Sums of which none is known, for a plain tensor."""
+    return torch.zeros(stepped.numel() // SUMS_EVERY + 2, dtype=torch.int32, device=stepped.device)
+
+
+def layout(p: Tensor) -> tuple[Any, ...]:
+    """Where and in which memory order it lies."""
+    stepped = local(p)
+    return stepped.device, tuple(stepped.shape), stepped.stride()
+
+
+# -- a warning ---------------------------------------------------------------------------------------------------
+
+
+def stands_still(parameters: Iterable[tuple[dict[str, Any], Tensor, bool]]) -> str | None:
+    """The warning that decay or anchor move no typical weight, since it is rounded to nearest; "" if they do.
+
+    None where there is neither of them, or no number for lr without waiting for a GPU.
+
+    Args:
+        parameters: (group, 16-bit parameter, whether it is anchored), for those that keep no low bits.
+    """
+    lost = {"anchor_decay": 0.0, "weight_decay": 0.0}
+    sizes = dict.fromkeys(lost, 0)
+    rates = dict.fromkeys(lost, 0.0)
+    dtypes = set()
+    for group, p, anchored in parameters:
+        lr = group.get("initial_lr", group["lr"])  # a warm-up begins at 0
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            continue
+        stepped = local(p)
+        if stepped.is_cuda and torch.cuda.is_current_stream_capturing():
+            continue
+        for option, distance in (("anchor_decay", DISTANCE), ("weight_decay", 1.0)):
+            if option == "anchor_decay" and not (anchored and group["anchor_mode"] == "decoupled"):
+                continue
+            rate = float(lr) * float(group.get(f"initial_{option}", group[option]))
+            if rate > 0.0 and stepped.numel():
+                lost[option] += stepped.numel() * cannot_move(stepped, rate, distance=distance)
+                sizes[option] += stepped.numel()
+                rates[option] = max(rates[option], rate)
+                dtypes.add(p.dtype)
+    if not dtypes:
+        return None
+    still = [option for option in lost if lost[option] > 0.5 * sizes[option]]
+    if not still:
+        return ""
+    said = " and ".join(
+        f"lr * {option} = {rates[option]:.2g} moves {1 - lost[option] / sizes[option]:.0%} of the weights"
+        for option in still
+    )
+    remedy = 'rounding="stochastic"' if torch.float16 in dtypes else 'extra_bits=16 (or 8, or rounding="stochastic")'
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return (
+        f"{', '.join(still)}: {said}: {names} weights are rounded to nearest, and most changes are lost; pass {remedy}"
+    )

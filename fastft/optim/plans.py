@@ -1,0 +1,145 @@
+"""From an optimizer's parameters, options and state to the plans that step them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastft import _C
+
+from .checks import refuse_unusable, why_not_fused
+from .entries import Part, parts_of, record_of
+from .low_precision import SIXTEEN_BIT, stands_still
+from .state import CODED, LOW_BITS, prepare_state
+from .tensors import local
+from .torch_step import TorchStep
+
+if TYPE_CHECKING:
+    from .adamw import AdamW
+
+
+def plans_of(optimizer: AdamW, counts_on_device: bool) -> tuple[list[Part], TorchStep]:
+    """The parts that together step everything that has a gradient or state, and what is left to torch.
+
+    Makes the state ready; writes no parameter.
+
+    Args:
+        optimizer: whose parameters, options, anchor, masks and frozen set are read.
+        counts_on_device: whether a kernel has to know whether the step is skipped, and so has to count.
+
+    Raises:
+        ValueError: for parameters that cannot be stepped with the options that concern them.
+    """
+    if not optimizer.state:
+        warn_of_idle_anchor(optimizer)
+    live: dict[int, tuple[int, Tensor, str]] = {}
+    records: list[_C.AdamWRecord] = []
+    torch_step = TorchStep()
+    for position, (group_index, p, name) in enumerate(optimizer._parameters()):
+        has_state = bool(optimizer.state.get(p))
+        frozen = p in optimizer._frozen
+        dormant = p.grad is None and not has_state and not frozen
+        records.append(_C.AdamWRecord(p, group_index, dormant=dormant))
+        if frozen or dormant:
+            continue
+        refuse_unusable(p, name)
+        reason = why_not_fused(p, optimizer.param_groups[group_index])
+        if reason:
+            leave_to_torch(torch_step, optimizer, group_index, p, name, reason)
+        else:
+            live[position] = (group_index, p, name)
+    shared = _C.overlapping([local(p) for _, p, _ in live.values()])
+    for position in [list(live)[i] for i in shared]:
+        leave_to_torch(torch_step, optimizer, *live.pop(position), "memory that it shares with another parameter")
+    warn_of_rounding(optimizer, list(live.values()))
+    for position, (group_index, p, name) in live.items():
+        records[position] = record_at(
+            optimizer, optimizer._first_position + position, group_index, p, name, counts_on_device
+        )
+    parts = list(parts_of(records))
+    torch_step.prepare(optimizer)
+    return parts, torch_step
+
+
+def record_at(
+    optimizer: AdamW, position: int, group_index: int, p: Tensor, name: str, counts_on_device: bool
+) -> _C.AdamWRecord:
+    """The core's record of the parameter at a position, counted through all groups; makes its state ready."""
+    group, precision = optimizer.param_groups[group_index], optimizer._precision
+    precision.check_parameter(p, name)
+    state = optimizer.state[p]
+    on_device = prepare_state(state, p, group, name, precision, counts_on_device)
+    anchor = importance = None
+    if group["anchor_decay"] != 0.0 and optimizer._anchor is not None:
+        anchor = optimizer._anchor.tensor_for(p, name)
+        importance = optimizer._anchor.importance_for(p, name) if anchor is not None else None
+    first, second = (CODED[key] if CODED[key][0] in state else (key, "") for key in ("exp_avg", "exp_avg_sq"))
+    has_low_bits = precision.low_dtype(p) is not None
+    return record_of(
+        p,
+        group_index,
+        name,
+        exp_avg=state[first[0]],
+        exp_avg_sq=state[second[0]],
+        max_exp_avg_sq=state["max_exp_avg_sq"] if group["amsgrad"] else None,
+        scales=(state[first[1]], state[second[1]]) if first[1] else None,
+        step=state["step"],
+        counts_on_device=on_device,
+        low_bits=state[LOW_BITS] if has_low_bits else None,
+        weight_sums=optimizer._weight_sums.of(p) if has_low_bits else None,
+        rounding_key=precision.key(p, position),
+        anchor=anchor,
+        importance=importance,
+        anchor_mode=group["anchor_mode"],
+        mask=optimizer._masks.get(p),
+    )
+
+
+def leave_to_torch(
+    torch_step: TorchStep, optimizer: AdamW, group_index: int, p: Tensor, name: str, reason: str
+) -> None:
+    """Give a parameter to torch's step; raises ``ValueError`` where an option concerns it that torch lacks."""
+    group = optimizer.param_groups[group_index]
+    options = {
+        "max_grad_norm": optimizer._max_grad_norm is not None,
+        "skip_nonfinite": optimizer._skip_nonfinite,
+        "anchor_decay": group["anchor_decay"] != 0.0 and optimizer._anchor_name(p, name) is not None,
+        "an update mask": p in optimizer._masks,
+        **optimizer._precision.beyond_torch(p),
+    }
+    torch_step.add(group_index, p, name, reason, [option for option, on in options.items() if on])
+
+
+def warn_of_idle_anchor(optimizer: AdamW) -> None:
+    """Say, before the first step, that there is an anchor but nothing that pulls."""
+    # A scheduler may begin at 0; the value it scales is in initial_anchor_decay.
+    decays = [g.get("initial_anchor_decay", g["anchor_decay"]) for g in optimizer.param_groups]
+    if optimizer._anchor is not None and not any(decays):
+        warnings.warn(
+            "anchor: expected anchor_decay > 0 with it, got 0 in every group at the first step; nothing is pulled",
+            stacklevel=2,
+        )
+
+
+def warn_of_rounding(optimizer: AdamW, live: list[tuple[int, Tensor, str]]) -> None:
+    """Say, once, that decay or anchor do nothing to 16-bit weights that are rounded to nearest.
+
+    Args:
+        optimizer: whose groups are read.
+        live: (group index, parameter, name) of what is stepped.
+    """
+    precision = optimizer._precision
+    if optimizer._told_of_rounding or precision.extra_bits or precision.rounding != "nearest":
+        return
+    anchor = optimizer._anchor
+    explicit = anchor is not None and not anchor.weighted
+    message = stands_still(
+        (optimizer.param_groups[i], p, explicit and optimizer._anchor_name(p, name) is not None)
+        for i, p, name in live
+        if p.dtype in SIXTEEN_BIT
+    )
+    optimizer._told_of_rounding = message is not None
+    if message:
+        warnings.warn(message, stacklevel=2)
