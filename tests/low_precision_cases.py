@@ -1,8 +1,8 @@
 """Parameters whose weights or moments are kept in few bits, stepped by the core itself, and an oracle for them.
 
 The oracle is the core's own step over plain float32 tensors, between the formulas of ``csrc/math/split.h``,
-``stochastic.h`` and ``block8.h`` written anew in torch: what they read as float32 before the step, and what they keep of
-it after. So every bit is known.
+``stochastic.h`` and ``block8.h`` written anew in torch: what they read as float32 before the step, and what they keep
+of it after. So every bit is known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from fastft import _C
 
 CPU = (1, 0)
 BLOCK = 256
-WEIGHTS = ("float32", "bfloat16", "float16", "split8", "split16", "stochastic", "stochastic-float16", "stochastic-split8")
+WEIGHTS = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "split8",
+    "split16",
+    "stochastic",
+    "stochastic-float16",
+    "stochastic-split8",
+)
 MOMENTS = ("float32", "bfloat16", "8bit")
 FLOOR = 2.0**-16
 GROUP = {
@@ -77,7 +86,7 @@ def half_rounded(x: Tensor, random: Tensor) -> Tensor:
     bits = torch.where(magnitude < 2.0**-14, 16, 13)
     down = quotient.floor()
     threshold = random >> (16 - bits)
-    up = (quotient - down) * 2.0**bits.double() + threshold.double() >= 2.0**bits.double()
+    up = (quotient - down) * 2.0 ** bits.double() + threshold.double() >= 2.0 ** bits.double()
     return ((down + up) * ulp * x.sign()).to(torch.float16)
 
 
