@@ -297,6 +297,7 @@ def test_two_weights_that_change_places_are_seen(weights: str) -> None:
 def test_selective_projection(weights: str, moments: str, mask: str) -> None:
     """After a step whose gradient led uphill, what was stepped is moved and kept once more, with bits of its own."""
     case = made(weights, moments, (40, 300), anchoring="selective", mask=mask)
+    assert case.anchor is not None
     case.group["anchor_decay"] = 0.7
     case.state["exp_avg"].copy_((case.anchor.float() - case.p.float()) * 0.5)  # momentum leads away, grad back
     grad = ((case.p.float() - case.anchor.float()) * 0.01).to(case.p.dtype)
