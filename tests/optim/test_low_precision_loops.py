@@ -321,7 +321,11 @@ def test_selective_projection(weights: str, moments: str, mask: str) -> None:
     ratio = float((far - near) / far)
     assert ratio > 0.0
     pull = torch.tensor(min(1.0, 0.7 * ratio), dtype=torch.float32)
-    moved = (-(pull.double()) * (stepped.master - case.anchor.float()).double() + after).float()
+    delta = (stepped.master - case.anchor.float()).double()
+    step = -pull.double() * delta
+    if _C.cpu_instruction_set() == "baseline":  # which has no fused multiply-add
+        step = step.float().double()
+    moved = (step + after).float()
     case.step(grad)
     places = torch.arange(case.p.numel()).view(case.p.shape)
     random = random_bits(case.key, case.taken, places, second_pass=True) if case.stochastic else None
