@@ -149,8 +149,8 @@ def in_blocks(values: Tensor, fill: float = 0) -> Tensor:
 
 
 def out_of_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of :func:`in_blocks`."""
-    return blocks.flatten(1)[:, : row_of(shape)].reshape(shape)
+    """The inverse of :func:`in_blocks`; contiguous."""
+    return blocks.flatten(1)[:, : row_of(shape)].reshape(shape).contiguous()
 
 
 def dither(step: int | None, device: torch.device | None = None) -> Tensor:
