@@ -1,4 +1,4 @@
-"""What of a parameter is kept in how many bits: ``state_dtype``, ``extra_bits`` and ``rounding``, and what they allow."""
+"""In how many bits a parameter and its state are kept: ``state_dtype``, ``extra_bits``, ``rounding``."""
 
 from __future__ import annotations
 
@@ -134,11 +134,13 @@ def takes_codes(p: Tensor) -> bool:
 
 
 def lies_in_rows(p: Tensor) -> bool:
-    """Whether the processes of a DTensor each hold whole rows of it, or all; one of one dimension is kept in float32."""
+    """Whether each process of a DTensor holds whole rows. One of a single dimension is kept in float32 and may pass."""
     from torch.distributed.tensor import Replicate, Shard
 
     pieces = p.placements  # type: ignore[attr-defined]
-    return p.dim() == 1 or all(type(piece) in (Replicate, Shard) and piece in (Replicate(), Shard(0)) for piece in pieces)
+    return p.dim() == 1 or all(
+        type(piece) in (Replicate, Shard) and piece in (Replicate(), Shard(0)) for piece in pieces
+    )
 
 
 # -- stochastic rounding -----------------------------------------------------------------------------------------
@@ -293,8 +295,11 @@ def stands_still(parameters: Iterable[tuple[dict[str, Any], Tensor, bool]]) -> s
     if not still:
         return ""
     said = " and ".join(
-        f"lr * {option} = {rates[option]:.2g} moves {1 - lost[option] / sizes[option]:.0%} of the weights" for option in still
+        f"lr * {option} = {rates[option]:.2g} moves {1 - lost[option] / sizes[option]:.0%} of the weights"
+        for option in still
     )
     remedy = 'rounding="stochastic"' if torch.float16 in dtypes else 'extra_bits=16 (or 8, or rounding="stochastic")'
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    return f"{', '.join(still)}: {said}: {names} weights are rounded to nearest, and most changes are lost; pass {remedy}"
+    return (
+        f"{', '.join(still)}: {said}: {names} weights are rounded to nearest, and most changes are lost; pass {remedy}"
+    )

@@ -57,9 +57,7 @@ def plans_of(optimizer: AdamW, counts_on_device: bool) -> tuple[list[Part], Torc
             live[position] = (group_index, p, name)
     shared = _C.overlapping([local(p) for _, p, _ in live.values()])
     for position in [list(live)[i] for i in shared]:
-        leave_to_torch(
-            torch_step, optimizer, *live.pop(position), "memory that it shares with another parameter"
-        )
+        leave_to_torch(torch_step, optimizer, *live.pop(position), "memory that it shares with another parameter")
     warn_of_rounding(optimizer, list(live.values()))
     for position, (group_index, p, name) in live.items():
         records[position] = record_at(optimizer, position, group_index, p, name, counts_on_device)
