@@ -1,4 +1,4 @@
-"""What of a parameter is kept in how many bits: ``state_dtype``, ``extra_bits`` and ``rounding``, and what they allow."""
+"""In how many bits a parameter and its state are kept: ``state_dtype``, ``extra_bits``, ``rounding``."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def takes_codes(p: Tensor) -> bool:
 
 
 def lies_in_rows(p: Tensor) -> bool:
-    """Whether the processes of a DTensor each hold whole rows of it, or all; one of one dimension is kept in float32."""
+    """Whether each process of a DTensor holds whole rows. One of a single dimension is kept in float32 and may pass."""
     from torch.distributed.tensor import Replicate, Shard
 
     pieces = p.placements  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ Keys of ``optimizer.state[p]``: ``step``; the moments ``exp_avg``, ``exp_avg_sq`
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,8 +59,11 @@ def prepare_state(
         add_low_bits(state, p, precision)
         return on_device
     check_own_state(state, p, f"{name}: state")
-    missing = [key for key in names if not isinstance(state.get(key), Tensor) and CODED.get(key, ("",))[0] not in state]
-    missing += [] if isinstance(state.get("step"), Tensor) else ["step"]
+    missing = [
+        key
+        for key in ("step", *names)
+        if not isinstance(state.get(key), Tensor) and CODED.get(key, (key,))[0] not in state.keys() - {key}
+    ]
     if missing:
         raise ValueError(f"{name}: state: expected tensors for {', '.join(missing)}, got {sorted(state)}")
     as_codes = precision.moments(p) == "8bit"
@@ -108,23 +112,24 @@ def add_low_bits(state: dict[str, Any], p: Tensor, precision: Precision) -> None
 def check_own_state(state: Mapping[str, Any], p: Tensor, where: str) -> None:
     """Raise for codes, scales or low bits that do not fit the parameter."""
 
-    def check(key: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-        tensor = state.get(key)
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{where}: {key}: expected {names} of shape {list(shape)}, got {type(tensor).__name__}")
-        if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{where}: {key}: expected {names} of shape {list(shape)}, got "
-                f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
-            )
-
     if LOW_BITS in state:
-        check(LOW_BITS, (torch.uint16, torch.uint8), tuple(p.shape))
+        check_like(state[LOW_BITS], (torch.uint16, torch.uint8), tuple(p.shape), f"{where}: {LOW_BITS}")
     if any(key in state for pair in CODED.values() for key in pair):
         for codes, scales in CODED.values():
-            check(codes, (torch.uint8,), tuple(p.shape))
-            check(scales, (torch.float32,), scales_shape(p.shape))
+            check_like(state.get(codes), (torch.uint8,), tuple(p.shape), f"{where}: {codes}")
+            check_like(state.get(scales), (torch.float32,), scales_shape(p.shape), f"{where}: {scales}")
+
+
+def check_like(tensor: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], where: str) -> None:
+    """Raise unless it is a tensor of one of the dtypes and of the shape."""
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{where}: expected {names} of shape {list(shape)}, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{where}: expected {names} of shape {list(shape)}, got {str(tensor.dtype).removeprefix('torch.')} of "
+            f"shape {list(tensor.shape)}"
+        )
 
 
 def bring_moments(state: dict[str, Any], p: Tensor, precision: Precision, where: str) -> None:
@@ -170,6 +175,27 @@ def spread_like(part: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
         shape=whole.shape,
         stride=whole.stride(),
     )
+
+
+def for_pickle(state: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
+    """A state whose uint16 tensors are given as int16: ``pickle`` cannot bring back those of torch."""
+    found: dict[Tensor, Any] = defaultdict(dict)
+    for p, kept in state.items():
+        found[p] = {**kept, LOW_BITS: as_int16(kept[LOW_BITS])} if LOW_BITS in kept else kept
+    return found
+
+
+def as_int16(low: Tensor) -> Tensor:
+    """The same memory, if it is a plain uint16 tensor."""
+    return low.view(torch.int16) if low.dtype == torch.uint16 and not is_dtensor(low) else low
+
+
+def after_pickle(state: Mapping[Tensor, Any]) -> None:
+    """The inverse of :func:`for_pickle`, in place."""
+    for kept in state.values():
+        low = kept.get(LOW_BITS)
+        if isinstance(low, Tensor) and low.dtype == torch.int16:
+            kept[LOW_BITS] = low.view(torch.uint16)
 
 
 def moments_of(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastft.checks import check_fraction
 from fastft.names import NameIndex, closest
 from fastft.optim import AdamW
+from fastft.optim.state import LOW_BITS, moments_of
 from fastft.optim.tensors import is_dtensor
 
 
@@ -90,7 +91,8 @@ class MoFO:
 
     An update mask could not do this: it leaves moments as they are, and has to be known before the step. So this is
     a pass of its own: during a step a copy of the filtered parameters is held, and each is searched for its
-    largest momenta. It keeps nothing between steps; after resuming from a checkpoint, attach it again.
+    largest momenta; low bits (``extra_bits``) are taken back with their weights. It keeps nothing between steps; after
+    resuming from a checkpoint, attach it again.
 
     Args:
         optimizer: ``fastft.AdamW``, or torch's ``Adam`` or ``AdamW``.
@@ -119,7 +121,7 @@ class MoFO:
         for p in self._filtered(optimizer):
             if is_dtensor(p):
                 raise ValueError(f"optimizer: expected parameters that are whole, got a DTensor of {list(p.shape)}")
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._before: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._remember),
             optimizer.register_step_post_hook(self._filter),
@@ -145,15 +147,25 @@ class MoFO:
     def _remember(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # A closure may bring gradients only during the step; frozen parameters without any will not move.
         self._before = [
-            (p, p.detach().clone()) for p in self._filtered(optimizer) if p.requires_grad or p.grad is not None
+            (p, p.detach().clone(), low if low is None else low.clone())
+            for p in self._filtered(optimizer)
+            if p.requires_grad or p.grad is not None
+            for low in [optimizer.state.get(p, {}).get(LOW_BITS)]
         ]
 
     @torch.no_grad()
     def _filter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         try:
-            for p, before in self._before:
-                if state := optimizer.state.get(p):  # otherwise it was not stepped
-                    p.copy_(torch.where(highest(state["exp_avg"].abs(), self.fraction), p, before))
+            for p, before, low in self._before:
+                state = optimizer.state.get(p)
+                if not state:  # it was not stepped
+                    continue
+                moved = highest(moments_of(optimizer, p)[0].abs(), self.fraction)
+                p.copy_(torch.where(moved, p, before))
+                if LOW_BITS in state and isinstance(optimizer, AdamW):
+                    bits = state[LOW_BITS]
+                    bits.copy_(torch.where(moved, bits, torch.zeros_like(bits) if low is None else low))
+                    optimizer._weight_sums.forget(p)  # written here, and rightly
         finally:
             self._before = []
 

@@ -289,8 +289,22 @@ CONSTRUCTION: list[tuple[dict[str, Any], str]] = [
         for bad in (-1.0, NAN, -INF)
     ],
     *[
-        ({"state_dtype": bad}, f"^state_dtype: expected None or torch.float32, got {bad!r}$")
-        for bad in (torch.float64, torch.bfloat16, "float32")
+        ({"state_dtype": bad}, f'^state_dtype: expected None, torch.float32, torch.bfloat16 or "8bit", got {bad!r}$')
+        for bad in (torch.float64, torch.float16, "float32", 8)
+    ],
+    *[({"extra_bits": bad}, f"^extra_bits: expected 0, 8 or 16, got {bad!r}$") for bad in (4, -8, True, "8", None)],
+    *[
+        ({"rounding": bad}, f'^rounding: expected "nearest" or "stochastic", got {bad!r}$')
+        for bad in (None, "up", True)
+    ],
+    *[
+        ({"rounding_seed": bad, "rounding": "stochastic"}, f"^rounding_seed: expected an integer, got {bad!r}$")
+        for bad in (None, 1.0, True)
+    ],
+    ({"rounding": "stochastic", "extra_bits": 16}, '^rounding: expected "nearest" with extra_bits=16, .*"stochastic"$'),
+    *[
+        ({"state_dtype": "8bit", key: value}, rf'^param_groups\[0\]: {key}: expected .* with state_dtype="8bit", got ')
+        for key, value in (("amsgrad", True), ("anchor_mode", "selective"))
     ],
     *[
         ({"anchor": bad}, rf'^anchor: expected None, "init" or a fastft.Anchor, got {type(bad).__name__}; ')
@@ -566,11 +580,11 @@ STATE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "dtype": (
         lambda s: s.update(exp_avg=torch.zeros(3, 2).double()),
-        "^bad: exp_avg: expected float32, got float64$",
+        "^bad: exp_avg: expected float32, bfloat16 or uint8 codes, got float64$",
     ),
     "whole_numbers": (
         lambda s: s.update(exp_avg=torch.zeros(3, 2).long()),
-        "^bad: exp_avg: expected float32, got int64$",
+        "^bad: exp_avg: expected float32, bfloat16 or uint8 codes, got int64$",
     ),
     "two_dtypes": (
         lambda s: s.update(max_exp_avg_sq=torch.zeros(3, 2).half()),

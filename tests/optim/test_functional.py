@@ -436,7 +436,11 @@ SPOILED: dict[str, tuple[str, Callable[[Tensor], Any], str]] = {
         lambda m: torch.zeros(3, 4).t(),
         r"^params\[1\]: exp_avg: expected the parameter's shape \[4, 3\] in the parameter's memory order",
     ),
-    "mean_dtype": ("exp_avgs", lambda m: m.half(), r"^params\[1\]: exp_avg: expected float32, got float16$"),
+    "mean_dtype": (
+        "exp_avgs",
+        lambda m: m.half(),
+        r"^params\[1\]: exp_avg: expected float32, bfloat16 or uint8 codes, got float16$",
+    ),
     "second_dtype": (
         "exp_avg_sqs",
         lambda v: v.double(),

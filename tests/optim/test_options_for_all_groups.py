@@ -83,12 +83,8 @@ def test_they_are_shown() -> None:
         "All groups\n    anchor: 1 parameters, max_grad_norm: 0.5, skip_nonfinite: True\n"
         "    state_dtype: None, extra_bits: 0, rounding: nearest\n)"
     )
-    optimizer = fastft.AdamW(
-        [parameter()], state_dtype="8bit", extra_bits=8, rounding="stochastic", rounding_seed=7
-    )
-    assert repr(optimizer).endswith(
-        "    state_dtype: 8bit, extra_bits: 8, rounding: stochastic, rounding_seed: 7\n)"
-    )
+    optimizer = fastft.AdamW([parameter()], state_dtype="8bit", extra_bits=8, rounding="stochastic", rounding_seed=7)
+    assert repr(optimizer).endswith("    state_dtype: 8bit, extra_bits: 8, rounding: stochastic, rounding_seed: 7\n)")
     assert "anchor: None, max_grad_norm: None" in repr(fastft.AdamW([parameter()]))
 
 

@@ -47,6 +47,9 @@ def test_the_signature_is_torchs_then_keywords_of_our_own() -> None:
         ("max_grad_norm", inspect.Parameter.KEYWORD_ONLY, None),
         ("skip_nonfinite", inspect.Parameter.KEYWORD_ONLY, False),
         ("state_dtype", inspect.Parameter.KEYWORD_ONLY, None),
+        ("extra_bits", inspect.Parameter.KEYWORD_ONLY, 0),
+        ("rounding", inspect.Parameter.KEYWORD_ONLY, "nearest"),
+        ("rounding_seed", inspect.Parameter.KEYWORD_ONLY, 0),
     ]
 
 
@@ -104,7 +107,10 @@ def test_repr_is_torchs_with_more_lines() -> None:
     theirs = repr(twins.theirs).replace("foreach: False", "foreach: None")
     ours = repr(twins.ours)
     assert ours.count("    anchor_decay: 0.0\n    anchor_mode: decoupled\n") == 2
-    own = "All groups\n    anchor: None, max_grad_norm: None, skip_nonfinite: False\n"
+    own = (
+        "All groups\n    anchor: None, max_grad_norm: None, skip_nonfinite: False\n"
+        "    state_dtype: None, extra_bits: 0, rounding: nearest\n"
+    )
     assert ours.replace("    anchor_decay: 0.0\n    anchor_mode: decoupled\n", "").replace(own, "") == theirs
 
 
