@@ -212,7 +212,7 @@ def encode8(
 def decode8(codes: Tensor, scales: Tensor, kind: Format8) -> Tensor:
     """The moment that ``codes`` and ``scales`` stand for: float32, of the shape of the codes."""
     blocks = in_blocks(codes)
-    scale = scales.reshape(*blocks.shape[:2], 1)
+    scale = scales.to(codes.device).reshape(*blocks.shape[:2], 1)
     if kind.second:
         root = value8(blocks, kind) * scale
         return out_of_blocks(root * root, codes.shape)
