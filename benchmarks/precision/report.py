@@ -63,8 +63,8 @@ class PrecisionResults:
         if name not in self.results:
             return MISSING
         plot = f"precision-{name}.png"
-        image = f"![{CAPTIONS[name]}](_generated/{plot})"
-        return "\n\n".join([write(self.results[name]), *([image] if plot in self.plots() else [])])
+        images = [f"![{CAPTIONS[name]}](_generated/{plot})"] if plot in self.plots() else []
+        return "\n\n".join([write(self.results[name]), *images])
 
     def plots(self) -> dict[str, Callable[[Path], None]]:
         """{file name: how it is drawn}, of what there are results for."""

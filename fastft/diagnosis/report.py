@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,7 @@ class DoctorReport(Report):
         return "\n\n".join(sections) + "\n"
 
     def to_json(self) -> str:
-        """All numbers: shares from 0 to 1, and bytes."""
+        """All numbers: shares from 0 to 1, and bytes. Totals: ``b``, in backward; ``h``, the anchor on the host."""
         found: dict[str, Any] = asdict(self)
         for memory, entry in zip(self.memories, found["memories"], strict=True):
             entry["total"] = {
@@ -263,6 +264,9 @@ class DoctorReport(Report):
         from .plots import plot_memory
 
         plot_memory(self, Path(path))
+
+    def _has_plot(self) -> bool:
+        return find_spec("matplotlib") is not None
 
     # -- tables ------------------------------------------------------------------------------------------------
 

@@ -149,8 +149,8 @@ def in_blocks(values: Tensor, fill: float = 0) -> Tensor:
 
 
 def out_of_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of :func:`in_blocks`."""
-    return blocks.flatten(1)[:, : row_of(shape)].reshape(shape)
+    """The inverse of :func:`in_blocks`; contiguous."""
+    return blocks.flatten(1)[:, : row_of(shape)].reshape(shape).contiguous()
 
 
 def dither(step: int | None, device: torch.device | None = None) -> Tensor:
@@ -212,7 +212,7 @@ def encode8(
 def decode8(codes: Tensor, scales: Tensor, kind: Format8) -> Tensor:
     """The moment that ``codes`` and ``scales`` stand for: float32, of the shape of the codes."""
     blocks = in_blocks(codes)
-    scale = scales.reshape(*blocks.shape[:2], 1)
+    scale = scales.to(codes.device).reshape(*blocks.shape[:2], 1)
     if kind.second:
         root = value8(blocks, kind) * scale
         return out_of_blocks(root * root, codes.shape)

@@ -29,7 +29,7 @@ OWN_KEYS = (LOW_BITS, *(key for pair in CODED.values() for key in pair))
 def prepare_state(
     state: dict[str, Any], p: Tensor, group: dict[str, Any], name: str, precision: Precision, counts_on_device: bool
 ) -> bool:
-    """Make the state if there is none, and bring it into the parameter's memory order and the optimizer's formats.
+    """Make the state if there is none (or low bits alone), and bring it into the parameter's memory order and the optimizer's formats.
 
     Args:
         state: ``optimizer.state[p]``, filled in place.
@@ -46,7 +46,8 @@ def prepare_state(
     names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
     kernels = runs_kernels(p.device)
     on_device = bool(kernels and (group["capturable"] or group["fused"] or counts_on_device))
-    if not state:
+    if not state.keys() - {LOW_BITS}:
+        check_own_state(state, p, f"{name}: state")
         default = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         beside = group["capturable"] or group["fused"] or on_device
         state["step"] = (
