@@ -149,8 +149,8 @@ def in_blocks(values: Tensor, fill: float = 0) -> Tensor:
 
 
 def out_of_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of :func:`in_blocks`."""
-    return blocks.flatten(1)[:, : row_of(shape)].reshape(shape)
+    """The inverse of :func:`in_blocks`; contiguous."""
+    return blocks.flatten(1)[:, : row_of(shape)].reshape(shape).contiguous()
 
 
 def dither(step: int | None, device: torch.device | None = None) -> Tensor:
@@ -189,7 +189,8 @@ def encode8(
         before: codes and scales to start from, with ``live``.
     """
     values = moment.detach().float()
-    values = in_blocks(values.sqrt() if kind.second else values)
+    # torch.sqrt of float32 is not rounded right everywhere.
+    values = in_blocks(values.double().sqrt().float() if kind.second else values)
     alive = torch.ones_like(values, dtype=torch.bool) if live is None else in_blocks(live)
     most = torch.where(alive, values.abs(), 0.0).amax(-1, keepdim=True)
     top = torch.tensor(kind.top, dtype=torch.float32, device=values.device)

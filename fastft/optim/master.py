@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ def still_valid(optimizer: AdamW, p: Tensor, low: Tensor) -> Tensor:
 def full_precision_state(optimizer: AdamW) -> dict[str, Any]:
     """The optimizer's state dict with its moments in float32, as ``torch.optim.AdamW`` over float32 weights loads it.
 
+    Its state is a copy: another optimizer that loads it goes on by itself.
     8-bit and 16-bit moments are widened, and low bits left out: they belong to the weights, which
     :func:`master_weights` gives in float32. Moments of float64 and complex parameters stay. A ``fastft.AdamW`` loads it
     too, with its anchor, masks and counters. The other way, ``load_state_dict`` takes any of these state dicts.
@@ -106,10 +108,10 @@ def full_precision_state(optimizer: AdamW) -> dict[str, Any]:
         saved = packed["state"].get(i)
         if not saved:
             continue
-        wide = {key: value for key, value in saved.items() if key not in OWN_KEYS}
+        wide = {key: copy.deepcopy(value) for key, value in saved.items() if key not in (*MOMENTS, *OWN_KEYS)}
         for key in MOMENTS:
             if key in saved or CODED.get(key, ("",))[0] in saved:
                 moment = moment_of(saved, p, key)
-                wide[key] = moment.float() if moment.dtype in SIXTEEN_BIT else moment
+                wide[key] = moment.float() if moment.dtype in SIXTEEN_BIT else moment.clone()
         packed["state"][i] = wide
     return packed
