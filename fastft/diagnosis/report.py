@@ -207,7 +207,7 @@ class DoctorReport(Report):
             f"gradient is 0{distance}."
         )
         found.append(
-            "Second moments in bfloat16 grow but do not shrink: β₂ = 0.999 takes less off them than half their last bit."
+            "Second moments in bfloat16 grow but do not shrink: β₂ = 0.999 takes off less than half their last bit."
         )
         wide, narrow = self.size(4 * self.trainable), self.size(2 * self.trainable)
         found.append(
