@@ -397,6 +397,21 @@ def test_advice_says_what_is_lost(folder: Path) -> None:
     assert not any("too small for float32, too" in note for note in fastft.doctor(folder, weight_decay=1.0).notes)
 
 
+def test_second_moments_in_bfloat16_do_not_shrink_as_the_note_says(folder: Path) -> None:
+    shrunk = {}
+    for state_dtype in (torch.bfloat16, torch.float32):
+        p = nn.Parameter(weights()["rows.weight"])
+        optimizer = fastft.AdamW([p], extra_bits=16, state_dtype=state_dtype)
+        seen = []
+        for grad in (p.detach() * 5, torch.zeros_like(p)):
+            p.grad = grad.clone()
+            optimizer.step()
+            seen.append(optimizer.state[p]["exp_avg_sq"].clone())
+        shrunk[state_dtype] = (seen[1] < seen[0]).double().mean().item()
+    assert shrunk[torch.bfloat16] == 0.0 < 0.99 < shrunk[torch.float32]
+    assert any(note.startswith("Second moments in bfloat16 grow") for note in fastft.doctor(folder).notes)
+
+
 # -- faces -------------------------------------------------------------------------------------------------------------
 
 

@@ -206,6 +206,9 @@ class DoctorReport(Report):
             f"A step counts as lr, which it is at first; later it is less. For {pulls}: by itself, as where the "
             f"gradient is 0{distance}."
         )
+        found.append(
+            "Second moments in bfloat16 grow but do not shrink: β₂ = 0.999 takes off less than half their last bit."
+        )
         wide, narrow = self.size(4 * self.trainable), self.size(2 * self.trainable)
         found.append(
             f"An anchor takes {narrow} in 16 bits, {wide} in float32, and nothing on the GPU (h) with "
