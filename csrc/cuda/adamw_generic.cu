@@ -347,6 +347,7 @@ __global__ void __launch_bounds__(kThreads, 3) selective_project(const __grid_co
     const Tile at = tile(shared, number);
 #pragma unroll 1
     for (uint32_t k = 0; k < kLanes; ++k) {
+      asm volatile("" ::: "memory");  // as in step_tile
       int64_t offset;
       if (!at.find(shared, k, &offset)) continue;
       const T a = read_one<T>(e.anchor, e.anchor_dtype, offset);

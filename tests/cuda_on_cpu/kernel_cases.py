@@ -163,24 +163,33 @@ def every_option(
 
 def host_counted(device: str) -> dict[str, Callable[[], Outcome]]:
     """Cases whose bias corrections the host works out, on any device: there the same bits too."""
-    return {
-        f"{short(dtype)}-{short(state)}-{mode}{'-weighted' * weighted}": lambda d=dtype, s=state, m=mode, w=weighted: (  # type: ignore[misc]
-            every_option(
-                d,
-                s,
-                anchor_mode=m,
-                maximize=m == "l2",
-                scaler=False,
-                importance_dtype=torch.bfloat16 if w else None,
-                device=device,
+    return (
+        {
+            f"{short(dtype)}-{short(state)}-{mode}{'-weighted' * weighted}": lambda d=dtype, s=state, m=mode, w=weighted: (  # type: ignore[misc]
+                every_option(
+                    d,
+                    s,
+                    anchor_mode=m,
+                    maximize=m == "l2",
+                    scaler=False,
+                    importance_dtype=torch.bfloat16 if w else None,
+                    device=device,
+                )
             )
-        )
-        for (dtype, state), mode, weighted in itertools.product(COMBINATIONS, ("decoupled", "l2"), (False, True))
-    } | {
-        f"{short(dtype)}-{short(state)}-selective": lambda d=dtype, s=state: projected(d, s, device=device)  # type: ignore[misc]
-        for dtype, state in COMBINATIONS
-        if dtype != torch.float64
-    }
+            for (dtype, state), mode, weighted in itertools.product(COMBINATIONS, ("decoupled", "l2"), (False, True))
+        }
+        | {
+            f"{short(dtype)}-{short(state)}-selective": lambda d=dtype, s=state: projected(d, s, device=device)  # type: ignore[misc]
+            for dtype, state in COMBINATIONS
+            if dtype != torch.float64
+        }
+        | {
+            f"few-bits-{format_name(*form)}-{mode}": lambda f=form, m=mode: few_bits(  # type: ignore[misc]
+                *f, anchor_mode=m, anchor_dtype=torch.float16 if m == "l2" else None, device=device
+            )
+            for form, mode in itertools.product(FORMATS, ("decoupled", "l2"))
+        }
+    )
 
 
 def as_grad(p: Tensor, grad: Tensor) -> Tensor:
@@ -279,7 +288,7 @@ def few_bits(
     capturable: bool = False,
     device: str = "cpu",
 ) -> Outcome:
-    """Some steps that are small beside the weights, with an anchor, decay, masks, a skipped step, and foreign writes."""
+    """Some steps that are small beside the weights, with an anchor, decay, masks, a skip and foreign writes."""
     random = Random(20)
     params = blocky_parameters(random, dtype, device)
     named = [(f"p{i}", p) for i, p in enumerate(params)]
@@ -309,7 +318,9 @@ def few_bits(
             optimizer.set_update_mask(p, random.mask(p.shape[0]))
         elif i % 3 == 2:
             mask = random.mask(*p.shape)
-            mask.view(-1)[: p.numel() // 2] &= random.mask(p.numel() // 2, live=0.004)  # blocks with one element, or none
+            mask.view(-1)[: p.numel() // 2] &= random.mask(
+                p.numel() // 2, live=0.004
+            )  # blocks with one element, or none
             optimizer.set_update_mask(p, mask)
     draw = random.sixty_fourths if clip else random.values
     for step in range(5):
