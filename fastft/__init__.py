@@ -9,7 +9,8 @@ from fastft import retention as retention
 from fastft import unfreeze as unfreeze
 from fastft._core import __version__
 from fastft.anchor import Anchor
+from fastft.diagnosis import DoctorReport, doctor
 from fastft.optim import AdamW
 from fastft.recipes import Recipe, recipe
 
-__all__ = ["AdamW", "Anchor", "Recipe", "__version__", "recipe"]
+__all__ = ["AdamW", "Anchor", "DoctorReport", "Recipe", "__version__", "doctor", "recipe"]

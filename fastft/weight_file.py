@@ -18,7 +18,7 @@ FILE_DTYPES = ("F32", "BF16", "F16", "F64")
 class WeightFile:
     """safetensors on disk, one file or shards with an index: headers and a content hash, tensors on demand."""
 
-    def __init__(self, path: Path, shards: dict[Path, list[str]]) -> None:
+    def __init__(self, path: Path, shards: dict[Path, list[str]], *, checksum: bool = True) -> None:
         self.path = path
         self.headers: dict[str, tuple[str, list[int]]] = {}  # name → (dtype, shape)
         self.shard_of: dict[str, Path] = {}
@@ -29,14 +29,17 @@ class WeightFile:
                     view = opened.get_slice(name)
                     self.headers[name] = (view.get_dtype(), list(view.get_shape()))
                     self.shard_of[name] = shard
-            with open(shard, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        self.sha256 = digest.hexdigest()
+            if checksum:
+                with open(shard, "rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+        self.sha256 = digest.hexdigest() if checksum else ""
 
     @classmethod
-    def open(cls, path: str | Path) -> WeightFile:
+    def open(cls, path: str | Path, *, checksum: bool = True) -> WeightFile:
         """From a file, an index, or a folder that holds one of them by their usual names.
+
+        Without ``checksum`` only the headers are read, and ``sha256`` is empty.
 
         Raises:
             ValueError: no such file, or an index that is damaged or lists missing shards.
@@ -54,7 +57,7 @@ class WeightFile:
             )
         path = path.absolute()
         if path.suffix != ".json":
-            return cls(path, {path: []})
+            return cls(path, {path: []}, checksum=checksum)
         weight_map = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f'{path}: expected an index with a "weight_map"')
@@ -66,7 +69,7 @@ class WeightFile:
         absent = [str(shard) for shard in shards if not shard.exists()]
         if absent:
             raise ValueError(f"{path}: shards are missing: {', '.join(absent)}")
-        return cls(path, shards)
+        return cls(path, shards, checksum=checksum)
 
     def read(self, name: str) -> Tensor:
         """One tensor, in the file's dtype, on the CPU."""

@@ -28,7 +28,7 @@ ORDER = [
     {"anchor"},
     {"optim", "nn"},
     {"data", "unfreeze", "retention"},
-    {"recipes"},
+    {"recipes", "diagnosis"},
     {"__init__"},  # of fastft itself: it imports all of the above
     {"integrations"},
     {"problems"},

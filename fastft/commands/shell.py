@@ -12,7 +12,7 @@ from typing import NoReturn, Protocol
 import fastft
 from fastft.errors import UserError
 
-from . import bench, data_report, demo, finetune, info
+from . import bench, data_report, demo, doctor, finetune, info
 from .failure import Failure
 
 __all__ = ["main"]
@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "finetune": finetune,
     "demo": demo,
     "data-report": data_report,
+    "doctor": doctor,
     "bench": bench,
     "info": info,
 }

@@ -20,6 +20,7 @@ from .entries import Part
 from .low_precision import Precision, Rounding, StateDtype, WeightSums
 from .masks import UpdateMask
 from .plans import plans_of
+from .state import after_pickle, for_pickle
 from .step import take_step
 from .tensors import fit_grad, local, torch_device
 from .torch_step import TorchStep
@@ -128,6 +129,8 @@ class AdamW(torch.optim.AdamW):
     # On the class: an instance attribute would not survive copy.deepcopy.
     _step_supports_amp_scaling = True
 
+    _in_backward: Any = None  # the handle of step_in_backward: only gradients that are still there were not used
+    _first_position = 0  # of its parameters; other than 0 where it stands for one of another optimizer's
     _plan_key: Any
     _parts: list[Part]
     _torch_step: TorchStep
@@ -215,7 +218,8 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        if self._in_backward is None or any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            self._step()
         return loss
 
     @property
@@ -484,13 +488,15 @@ class AdamW(torch.optim.AdamW):
     # -- copies and checkpoints ----------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in OWN_ATTRIBUTES}}
+        kept = super().__getstate__()
+        return {**kept, "state": for_pickle(kept["state"]), **{key: self.__dict__[key] for key in OWN_ATTRIBUTES}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by load_state_dict, with the new state and groups: torch's know no anchor_decay.
         before = self.__dict__.get("param_groups", [])
         self._forget_plan()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        after_pickle(self.state)
         for index, group in enumerate(self.param_groups):
             known = before[index] if index < len(before) else self._anchor_defaults
             for key in self._anchor_defaults:

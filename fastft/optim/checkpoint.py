@@ -118,8 +118,8 @@ class Loading:
             add_low_bits(state, p, precision)
         if self.drops_low_bits:
             warnings.warn(
-                "state_dict: expected no low bits, since this optimizer keeps none (extra_bits=0, or weights that are not "
-                "bfloat16), got some: they are dropped. fastft.optim.master_weights gives the float32 weights before",
+                "state_dict: has low bits of weights, and this optimizer keeps none (extra_bits=0, or weights that are "
+                "not bfloat16): they are dropped. To keep them, save fastft.optim.master_weights(model, optimizer)",
                 stacklevel=2,
             )
         if self.own is not None:

@@ -189,7 +189,8 @@ def encode8(
         before: codes and scales to start from, with ``live``.
     """
     values = moment.detach().float()
-    values = in_blocks(values.sqrt() if kind.second else values)
+    # torch.sqrt of float32 is not rounded right everywhere.
+    values = in_blocks(values.double().sqrt().float() if kind.second else values)
     alive = torch.ones_like(values, dtype=torch.bool) if live is None else in_blocks(live)
     most = torch.where(alive, values.abs(), 0.0).amax(-1, keepdim=True)
     top = torch.tensor(kind.top, dtype=torch.float32, device=values.device)

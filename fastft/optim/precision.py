@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .formats import join, split
+
 DISTANCE = 0.02
 """Assumed distance to the anchor, relative to the weight, where it is not known: as after a usual fine-tuning."""
 SAMPLE = 4096
@@ -51,8 +53,7 @@ def rounded(x: Tensor, dtype: torch.dtype, extra_bits: int = 0) -> Tensor:
     if dtype == torch.float32 or extra_bits == 16:
         return x
     if extra_bits == 8:
-        bits = x.view(torch.int32)
-        return ((bits + 0x7F + ((bits >> 8) & 1)) & -0x100).view(torch.float32)
+        return join(*split(x, 8))
     return x.to(dtype).float()
 
 

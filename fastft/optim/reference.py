@@ -13,6 +13,9 @@ with anchor_mode="selective" no pull, but last of all, for the tensor as a whole
 where pull = min(1, lr·λ), or lr·λ·F / (1 + lr·λ·F) for elements with an importance F: an implicit step on
 λ/2·F·(p − a)², which divides p − a by 1 + lr·λ·F (why: csrc/math/adamw.h).
 
+Where weights or moments are kept in few bits, a step reads them by :func:`read_weight` and :func:`read_moment`, and
+what it computed is kept by :func:`write_weight` and :func:`write_moment`, which round to the bit as the kernels do.
+
 Decay: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. The l2 anchor (L2-SP): Li et al. 2018,
 https://arxiv.org/abs/1802.01483. The importance (EWC): Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796.
 Selective projection (SPD): Tian et al. 2024, https://arxiv.org/abs/2411.01713. amsgrad: Reddi et al. 2018,
@@ -26,6 +29,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .formats import FORMATS, decode8, encode8, join, narrow_stochastic, rounding_bits, split
 
 
 def adamw(
@@ -119,3 +124,59 @@ def grad_norm(
 def clip_factor(norm: float, max_grad_norm: float | None) -> float:
     """The factor that clips gradients: min(1, max_grad_norm / (norm + 1e-6)), as in torch."""
     return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+
+
+# -- what is kept in few bits ------------------------------------------------------------------------------------
+
+
+def read_weight(weight: Tensor, low_bits: Tensor | None = None) -> Tensor:
+    """The weight in float64, with its low bits (uint8 or uint16, of its shape) if it has some."""
+    return (weight if low_bits is None else join(weight, low_bits)).double()
+
+
+def write_weight(
+    value: Tensor, dtype: torch.dtype, extra_bits: int = 0, random: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(weight, low bits or None) of a float64 ``value``.
+
+    Args:
+        value: rounded to float32 first, but for float64 weights.
+        dtype: of the weight.
+        extra_bits: 0, 8 or 16, beside bfloat16.
+        random: int64, the 16 bits of each element by :func:`random_bits`; None: to nearest.
+    """
+    if extra_bits:
+        return split(value.float(), extra_bits, None if random is None else random & 0xFF)
+    if random is not None and dtype in (torch.bfloat16, torch.float16):
+        return narrow_stochastic(value.float(), random, dtype), None
+    return (value if dtype == torch.float64 else value.float()).to(dtype), None
+
+
+def random_bits(key: int, t: int, shape: Sequence[int]) -> Tensor:
+    """The random bits of step number ``t`` of a whole contiguous tensor, whose ``key`` is of 64 bits: int64."""
+    return rounding_bits(key, t, torch.arange(math.prod(shape))).view(tuple(shape))
+
+
+def read_moment(kept: Tensor | tuple[Tensor, Tensor], key: str) -> Tensor:
+    """A moment in float64; of (codes, scales), ``key`` says which: ``"exp_avg"`` or ``"exp_avg_sq"``."""
+    return (kept if isinstance(kept, Tensor) else decode8(*kept, FORMATS[key])).double()
+
+
+def write_moment(
+    value: Tensor,
+    key: str,
+    t: int,
+    before: Tensor | tuple[Tensor, Tensor],
+    update_mask: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A moment as it is kept after step number ``t``, in the format that it had ``before``: the dtype, or 8 bits.
+
+    In 8 bits, what ``update_mask`` (bool, ``[rows]`` or the shape) leaves out keeps its code, and a block without a
+    live element its scale.
+    """
+    if isinstance(before, Tensor):
+        return value.to(before.dtype)
+    live = None
+    if update_mask is not None:
+        live = update_mask.view(update_mask.shape + (1,) * (value.dim() - update_mask.dim())).expand(value.shape)
+    return encode8(value, FORMATS[key], t, live=live, before=before)

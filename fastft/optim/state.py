@@ -7,6 +7,7 @@ Keys of ``optimizer.state[p]``: ``step``; the moments ``exp_avg``, ``exp_avg_sq`
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -174,6 +175,27 @@ def spread_like(part: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
         shape=whole.shape,
         stride=whole.stride(),
     )
+
+
+def for_pickle(state: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
+    """A state whose uint16 tensors are given as int16: ``pickle`` cannot bring back those of torch."""
+    found: dict[Tensor, Any] = defaultdict(dict)
+    for p, kept in state.items():
+        found[p] = {**kept, LOW_BITS: as_int16(kept[LOW_BITS])} if LOW_BITS in kept else kept
+    return found
+
+
+def as_int16(low: Tensor) -> Tensor:
+    """The same memory, if it is a plain uint16 tensor."""
+    return low.view(torch.int16) if low.dtype == torch.uint16 and not is_dtensor(low) else low
+
+
+def after_pickle(state: Mapping[Tensor, Any]) -> None:
+    """The inverse of :func:`for_pickle`, in place."""
+    for kept in state.values():
+        low = kept.get(LOW_BITS)
+        if isinstance(low, Tensor) and low.dtype == torch.int16:
+            kept[LOW_BITS] = low.view(torch.uint16)
 
 
 def moments_of(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, Tensor]:

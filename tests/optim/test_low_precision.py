@@ -1,0 +1,722 @@
+"""Weights and moments in few bits, through ``AdamW`` and ``adamw_``: what is kept and refused, each step's bits."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from low_precision_runs import (
+    BF16,
+    HAVE_LOW_BITS,
+    SETTINGS,
+    SHAPES,
+    Beside,
+    assert_same_run,
+    give_grads,
+    named,
+    parameters,
+)
+from optim_cases import Layout, assert_unchanged, half_of, normal, parameter, photograph, same_bits, threads
+from torch import Tensor, nn
+
+import fastft
+from fastft.optim import adamw_, master_weights
+from fastft.optim.formats import join
+from fastft.optim.low_precision import Precision, rounding_key
+from fastft.retention import MoFO, interpolate_
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On shared cores threads wait for one another more than they work."""
+    with threads(1):
+        yield
+
+
+EACH = pytest.mark.parametrize("setting", SETTINGS)
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize(
+    ("layout", "scales"),
+    [
+        (Layout((64, 64)), (64, 1)),
+        (Layout((63, 65)), None),  # 4095 elements
+        (Layout((65, 63)), None),  # rows of 63
+        (Layout((3, 5, 300)), (3, 6)),
+        (Layout((4096,)), (16,)),
+        (Layout((4097,)), (17,)),
+        (Layout((4095,)), None),
+        (Layout((128, 64), (1, 0)), None),
+        (Layout((16, 8, 6, 6), (0, 2, 3, 1)), None),
+        (Layout(()), None),
+        (Layout((0, 300)), None),
+    ],
+    ids=lambda value: str(value.shape) if isinstance(value, Layout) else "",
+)
+def test_8_bits_are_for_tensors_large_enough(
+    dtype: torch.dtype, layout: Layout, scales: tuple[int, ...] | None
+) -> None:
+    p = parameter(layout, dtype, seed=1)
+    p.grad = torch.ones_like(p)
+    optimizer = fastft.AdamW([p], state_dtype="8bit", weight_decay=0.0)
+    optimizer.step()
+    state = optimizer.state[p]
+    if scales is None:
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+        assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+        return
+    assert set(state) == {
+        "step",
+        *(f"{key}_{part}" for key in ("exp_avg", "exp_avg_sq") for part in ("codes", "scales")),
+    }
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert state[f"{key}_codes"].dtype == torch.uint8 and state[f"{key}_codes"].shape == p.shape
+        assert state[f"{key}_scales"].dtype == torch.float32 and state[f"{key}_scales"].shape == scales
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, BF16, "8bit"], ids=str)
+@pytest.mark.parametrize("extra_bits", [0, 8, 16])
+def test_what_is_kept_of_each_dtype(state_dtype: Any, extra_bits: int) -> None:
+    params = [nn.Parameter(normal((64, 64), dtype, seed=1)) for dtype in (torch.float32, BF16, torch.float64)]
+    optimizer = fastft.AdamW(
+        params, state_dtype=state_dtype, extra_bits=extra_bits, rounding="stochastic" if extra_bits < 16 else "nearest"
+    )
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p in params:
+        state = optimizer.state[p]
+        low = {8: torch.uint8, 16: torch.uint16}.get(extra_bits) if p.dtype == BF16 else None
+        assert (state["low_bits"].dtype if "low_bits" in state else None) == low
+        wanted = p.dtype if state_dtype is None or p.dtype == torch.float64 else state_dtype
+        found = {"8bit" if "exp_avg_codes" in state else state["exp_avg"].dtype}
+        assert found == {wanted}
+
+
+def test_low_bits_lie_as_the_parameter_does() -> None:
+    p = parameter(Layout((6, 8, 5, 5), (0, 2, 3, 1)), BF16, seed=1)
+    p.grad = torch.ones_like(p)
+    optimizer = fastft.AdamW([p], extra_bits=16, weight_decay=0.1)
+    optimizer.step()
+    assert optimizer.state[p]["low_bits"].stride() == p.stride()
+    # Written without low bits since: the memory order may change at any time.
+    p.data = p.data.contiguous()
+    before = master_weights(nn.ParameterDict({"p": p}), optimizer)["p"]
+    optimizer.step()
+    assert optimizer.state[p]["low_bits"].stride() == p.stride()
+    after = master_weights(nn.ParameterDict({"p": p}), optimizer)["p"]
+    torch.testing.assert_close(after, before, rtol=0.0, atol=2e-3)
+    assert not torch.equal(after, p.float())
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_float16_has_no_extra_bits() -> None:
+    p = nn.Parameter(normal((3, 4), torch.float16, seed=1))
+    said = r"^a: extra_bits: expected bfloat16 parameters \(.*\), got torch.float16; "
+    with pytest.raises(ValueError, match=said):
+        fastft.AdamW([("a", p)], extra_bits=8)
+    good = nn.Parameter(normal((3, 4), BF16, seed=1))
+    optimizer = fastft.AdamW([("b", good)], extra_bits=16)
+    with pytest.raises(ValueError, match=said):
+        optimizer.add_param_group({"params": [("a", p)]})
+    assert len(optimizer.param_groups) == 1
+    good.data = good.data.half()
+    good.grad = torch.ones_like(good)
+    before = photograph([good], optimizer)
+    with pytest.raises(ValueError, match=r"^b: extra_bits: "):
+        optimizer.step()
+    assert_unchanged(before, photograph([good], optimizer))
+
+
+@pytest.mark.parametrize(("key", "value"), [("amsgrad", True), ("anchor_mode", "selective")])
+def test_8_bits_refuse_amsgrad_and_selective_whenever_they_come(key: str, value: Any) -> None:
+    params = parameters(BF16)
+    optimizer = fastft.AdamW(named(params), state_dtype="8bit", anchor="init", anchor_decay=1.0)
+    give_grads(params, 0)
+    optimizer.step()
+    with pytest.raises(ValueError, match=rf'^param_groups\[1\]: {key}: expected .* with state_dtype="8bit", got'):
+        optimizer.add_param_group({"params": [("more", nn.Parameter(torch.zeros(3)))], key: value})
+    assert len(optimizer.param_groups) == 1
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][key] = value
+    before = photograph(params, optimizer)
+    with pytest.raises(ValueError, match=rf"^state_dict: param_groups\[0\]: {key}: "):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0][key] != value
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=rf"^param_groups\[0\]: {key}: "):
+        optimizer.step()
+    assert_unchanged(before, photograph(params, optimizer))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("state_dtype", "8bit"), ("state_dtype", torch.float32), ("extra_bits", 8), ("rounding", "stochastic")],
+)
+def test_torchs_own_step_is_refused_what_it_cannot_do(option: str, value: Any) -> None:
+    p = nn.Parameter(normal((128, 130), BF16, seed=1)[:, :64])  # with gaps
+    p.grad = torch.ones_like(p)
+    optimizer = fastft.AdamW([("a", p)], **{option: value})
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match=f"^a: has gaps in its memory, .* does not support {option}$"):
+        optimizer.step()
+    assert torch.equal(p, before) and not optimizer.state
+    complex_one = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    complex_one.grad = torch.ones_like(complex_one)
+    fastft.AdamW([complex_one], **{option: value}).step()  # which the option does not concern
+    assert not torch.equal(complex_one, torch.ones(3))
+
+
+STATE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no_scales": (lambda s: s.pop("exp_avg_scales"), "exp_avg_scales: expected float32 of shape [40, 1], got NoneType"),
+    "scales_shape": (
+        lambda s: s.update(exp_avg_sq_scales=torch.zeros(40)),
+        "exp_avg_sq_scales: expected float32 of shape [40, 1], got float32 of shape [40]",
+    ),
+    "codes_dtype": (
+        lambda s: s.update(exp_avg_codes=s["exp_avg_codes"].float()),
+        "exp_avg_codes: expected uint8 of shape [40, 128], got float32 of shape [40, 128]",
+    ),
+    "one_in_numbers": (
+        lambda s: (s.pop("exp_avg_codes"), s.pop("exp_avg_scales"), s.update(exp_avg=torch.zeros(40, 128))),
+        "exp_avg_codes: expected uint8 of shape [40, 128], got NoneType",
+    ),
+    "low_bits_dtype": (
+        lambda s: s.update(low_bits=s["low_bits"].int()),
+        "low_bits: expected uint16 or uint8 of shape [40, 128], got int32 of shape [40, 128]",
+    ),
+    "low_bits_shape": (
+        lambda s: s.update(low_bits=s["low_bits"][1:]),
+        "low_bits: expected uint16 or uint8 of shape [40, 128], got uint16 of shape [39, 128]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STATE)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_wrong_state(kind: str, loaded: bool) -> None:
+    params = parameters(BF16)
+    optimizer = fastft.AdamW(named(params), state_dtype="8bit", extra_bits=16)
+    give_grads(params, 0)
+    optimizer.step()
+    spoil, said = STATE[kind]
+    with pytest.raises(ValueError) as error:
+        if loaded:
+            saved = copy.deepcopy(optimizer.state_dict())
+            spoil(saved["state"][0])
+            before = photograph(params, optimizer)
+            optimizer.load_state_dict(saved)
+        else:
+            spoil(optimizer.state[params[0]])
+            before = photograph(params, optimizer)
+            optimizer.step()
+    assert str(error.value).endswith(said) and "p0" in str(error.value)
+    assert_unchanged(before, photograph(params, optimizer))
+
+
+# -- each step's bits --------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "free": {"anchored": False},
+    "decoupled": {},
+    "l2": {"options": {"anchor_mode": "l2"}},
+    "decoupled_weighted": {"weighted": True, "options": {"anchor_decay": 100.0}},
+    "l2_weighted": {"weighted": True, "options": {"anchor_mode": "l2"}},
+    "clipped": {"options": {"max_grad_norm": 0.05}},
+    "maximize": {"options": {"maximize": True, "lr": torch.tensor(5e-3)}},
+}
+
+
+@EACH
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_in_few_bits_is_the_float32_step_rounded(setting: str, variant: str) -> None:
+    run = Beside(setting, **VARIANTS[variant])
+    for step in range(3):
+        run.step(step)
+
+
+@EACH
+def test_masks_freezing_and_skipped_steps(setting: str) -> None:
+    run = Beside(setting, options={"max_grad_norm": 0.05, "skip_nonfinite": True})
+    run.step(0)
+    run.set_mask(0, torch.arange(40) % 3 > 0)
+    run.set_mask(2, half_of((13, 5, 70), seed=3))
+    run.freeze(1)
+    run.step(1)
+    run.step(2, grad_scale=4.0, found_inf=1.0)
+    run.step(3, grad_scale=4.0, found_inf=0.0)
+    run.unfreeze(1)
+    run.set_mask(0, half_of((40, 128), seed=4))
+    run.set_mask(2, torch.arange(13) != 5)
+    run.step(4)
+    run.set_mask(0, None)
+    run.step(5)
+    assert int(run.optimizer.skipped_steps) == 1
+    assert [int(run.optimizer.state[p]["step"]) for p in run.params] == [5, 3, 5, 5]
+
+
+# Projection is all or nothing: only masters near enough to the exact weights decide as these do.
+@pytest.mark.parametrize("setting", ["split16", "split16_float32_moments", "split8", "split8_stochastic"])
+def test_amsgrad_and_selective_go_with_all_but_8_bits(setting: str) -> None:
+    """Against float64: selective projection starts from what the step has stored."""
+    dtype, options = SETTINGS[setting]
+    (p,), (exact,) = parameters(dtype, [(40, 128)]), parameters(dtype, [(40, 128)])
+    exact.data = exact.data.double()
+    anchor = normal((40, 128), seed=3, scale=0.1)
+    shared = {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.1, "anchor_mode": "selective", "anchor_decay": 0.9}
+    runs = []
+    for tensor, extra in ((p, options), (exact, {})):
+        optimizer = fastft.AdamW(
+            [("p", tensor)], anchor=fastft.Anchor.snapshot([("p", anchor.to(tensor.dtype))]), **shared, **extra
+        )  # type: ignore[arg-type]
+        for step in range(6):
+            give_grads([tensor], step)
+            optimizer.step()
+        runs.append(optimizer)
+    assert "max_exp_avg_sq" in runs[0].state[p]
+    master = master_weights(nn.ParameterDict({"p": p}), runs[0])["p"].double()
+    bits = {8: 2**-15, 16: 2**-23}[options["extra_bits"]]
+    moments = 0.03 if runs[0].state[p]["exp_avg"].dtype == BF16 else 2e-3
+    distance = (master - exact).abs() / (6 * 2 * bits * exact.abs().clamp(min=2**-10) + moments * 6e-2)
+    assert distance.max() < 1.0
+    assert not torch.equal(master, parameters(dtype, [(40, 128)])[0])
+
+
+@EACH
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_function_does_what_the_optimizer_does(setting: str, masked: bool) -> None:
+    dtype, options = SETTINGS[setting]
+    shared: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "anchor_decay": 3.0, "max_grad_norm": 0.05}
+    ours, theirs = parameters(dtype), parameters(dtype)
+    anchors = [normal(p.shape, seed=30 + i, scale=0.1) for i, p in enumerate(ours)]
+    optimizer = fastft.AdamW(named(ours), anchor=fastft.Anchor.snapshot(named(anchors)), **shared, **options)
+    masks: list[Tensor | None] = [half_of(p.shape[:1], seed=i) if masked else None for i, p in enumerate(ours)]
+    for p, mask in zip(ours, masks, strict=True):
+        optimizer.set_update_mask(p, mask)
+    give_grads(ours, 0)
+    optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):  # a state that is not 0
+        q.data.copy_(p.data)
+    states = copy.deepcopy([optimizer.state[p] for p in ours])
+
+    def each(*keys: str) -> list[Any]:
+        return [next((state[key] for key in keys if key in state), None) for state in states]
+
+    rounding = {key: options[key] for key in ("rounding", "rounding_seed") if key in options}
+    for step in (1, 2):
+        for params in (ours, theirs):
+            give_grads(params, step)
+        optimizer.step()
+        norm = adamw_(
+            theirs,
+            [p.grad for p in theirs],
+            each("exp_avg", "exp_avg_codes"),
+            each("exp_avg_sq", "exp_avg_sq_codes"),
+            each("step"),
+            exp_avg_scales=each("exp_avg_scales"),
+            exp_avg_sq_scales=each("exp_avg_sq_scales"),
+            low_bits=each("low_bits"),
+            anchors=anchors,
+            update_masks=masks,
+            **shared,
+            **rounding,
+        )
+        assert torch.equal(norm, optimizer.grad_norm)  # type: ignore[arg-type]
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            assert same_bits(p, q), f"p{i}"
+            for key, value in optimizer.state[p].items():
+                assert same_bits(value, states[i][key]), f"p{i}: {key}"
+
+
+def test_the_function_refuses_what_does_not_fit() -> None:
+    def call(p: Tensor, moments: torch.dtype = torch.float32, **options: Any) -> None:
+        zeros = [torch.zeros_like(p, dtype=moments) for _ in range(2)]
+        before = p.clone()
+        try:
+            adamw_([p], [torch.ones_like(p)], [zeros[0]], [zeros[1]], [torch.zeros(())], lr=0.1, **options)
+        finally:
+            assert torch.equal(p, before)
+
+    p, low = torch.ones(3, 300, dtype=BF16), torch.zeros(3, 300, dtype=torch.uint16)
+    scales = {"exp_avg_scales": [torch.zeros(3, 2)], "exp_avg_sq_scales": [torch.zeros(3, 2)]}
+    for said, arguments in {
+        r"low_bits\[0\]: expected None with a torch.float32": {"p": p.float(), "low_bits": [low]},
+        r"low_bits\[0\]: expected uint8 with rounding=": {"p": p, "low_bits": [low], "rounding": "stochastic"},
+        r"low_bits: expected 1 entries, one for each of params, got 2": {"p": p, "low_bits": [low, low]},
+        r"params\[0\]: low_bits: expected the parameter's shape": {"p": p, "low_bits": [low[1:]]},
+        r"params\[0\]: low_bits: expected uint16 or uint8": {"p": p, "low_bits": [low.int()]},
+        r"exp_avg_scales\[0\]: expected a tensor with uint8 moments": {"p": p, "moments": torch.uint8},
+        r"exp_avg_scales\[0\]: .*, got Tensor with torch.float32": {"p": p, **scales},
+        r"exp_avg_sq_scales\[0\]: expected float32 of shape \[3, 2\], got float32 of shape \[6\]": {
+            "p": p,
+            "moments": torch.uint8,
+            **scales,
+            "exp_avg_sq_scales": [torch.zeros(6)],
+        },
+        r"rounding: expected ": {"p": p, "rounding": "up"},
+    }.items():
+        with pytest.raises(ValueError, match=f"^{said}"):
+            call(**arguments)  # type: ignore[arg-type]
+
+
+# -- against a master in float32 ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, "8bit"], ids=str)
+def test_16_extra_bits_are_a_float32_run(state_dtype: Any) -> None:
+    """Whose gradients are bfloat16, bit for bit, with anchor, decay, clipping and a mask."""
+    ours = parameters(BF16)
+    theirs = [nn.Parameter(p.detach().float()) for p in ours]
+    anchor = fastft.Anchor.snapshot([(name, normal(p.shape, seed=70, scale=0.1)) for name, p in named(ours)])
+    optimizers = []
+    for params, extra in ((ours, {"extra_bits": 16}), (theirs, {})):
+        optimizer = fastft.AdamW(
+            named(params),
+            lr=1e-3,
+            weight_decay=0.1,
+            anchor=copy.deepcopy(anchor),
+            anchor_decay=30.0,
+            max_grad_norm=0.05,
+            state_dtype=state_dtype,
+            **extra,  # type: ignore[arg-type]
+        )
+        optimizer.set_update_mask(params[2], half_of(params[2].shape, seed=1))
+        optimizers.append(optimizer)
+    for step in range(20):
+        give_grads(ours, step)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.float()  # type: ignore[union-attr]
+        for optimizer in optimizers:
+            optimizer.step()
+    found = master_weights(nn.ParameterDict(dict(named(ours))), optimizers[0])
+    for (name, value), q in zip(found.items(), theirs, strict=True):
+        assert value.dtype == torch.float32 and same_bits(value, q), name
+    assert all((p.detach() - q).abs().max() > 0 for p, q in zip(ours, theirs, strict=True))
+
+
+def drift(dtype: torch.dtype, steps: int, **options: Any) -> Tensor:
+    """Displacement under gradients that keep their direction, at a learning rate far below half a bfloat16 ulp."""
+    (p,) = parameters(dtype, [(64, 64)], scale=0.1)
+    p.data = p.data.bfloat16().to(dtype)
+    optimizer = fastft.AdamW([p], lr=4e-6, weight_decay=0.0, **options)
+    start = (p.detach().double(), normal((64, 64), seed=5))
+    for step in range(steps):
+        p.grad = (start[1] + normal((64, 64), seed=100 + step)).bfloat16().to(dtype)
+        optimizer.step()
+    return master_weights(nn.ParameterDict({"p": p}), optimizer)["p"].double() - start[0]
+
+
+def test_small_steps_add_up() -> None:
+    exact = drift(torch.float32, 150)
+
+    def cosine(**options: Any) -> float:
+        return torch.nn.functional.cosine_similarity(
+            drift(BF16, 150, **options).flatten(), exact.flatten(), dim=0
+        ).item()
+
+    assert cosine(extra_bits=16, state_dtype=torch.float32) > 0.9999
+    assert cosine(extra_bits=16) > 0.99
+    assert cosine(extra_bits=8, state_dtype="8bit") > 0.97
+    assert cosine(state_dtype=torch.float32) < 0.5  # to nearest: most weights stand still
+    stochastic = drift(BF16, 150, rounding="stochastic", state_dtype=torch.float32)
+    assert abs(float((stochastic * exact).sum() / exact.square().sum()) - 1.0) < 0.05
+
+
+@pytest.mark.parametrize("setting", ["split16", "split8", "8bit_split8_stochastic", "stochastic", "nearest"])
+@pytest.mark.filterwarnings("ignore:anchor_decay")
+def test_the_anchor_pulls(setting: str) -> None:
+    """Gradient 0, weights 2 % from the anchor, lr · anchor_decay 1 %: e⁻² of the distance is left after 200 steps."""
+    options = {"nearest": {}}.get(setting) if setting == "nearest" else SETTINGS[setting][1]
+    start = normal((64, 64), BF16, seed=1)
+    p = nn.Parameter((start.float() * 1.02).bfloat16())
+    anchor = fastft.Anchor.snapshot([("p", start)])
+    optimizer = fastft.AdamW(
+        [("p", p)], lr=1e-4, weight_decay=0.0, anchor=anchor, anchor_decay=100.0, **(options or {})
+    )
+    p.grad = torch.zeros_like(p)
+    before = p.detach().float() - start.float()
+    for _ in range(200):
+        optimizer.step()
+    after = master_weights(nn.ParameterDict({"p": p}), optimizer)["p"] - start.float()
+    left = float((after * before).sum() / before.square().sum())
+    assert left == pytest.approx(1.0 if setting == "nearest" else 0.99**200, rel=0.05)
+
+
+# -- stochastic rounding -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("extra_bits", [0, 8])
+def test_stochastic_rounding_is_right_on_average(dtype: torch.dtype, extra_bits: int) -> None:
+    if dtype == torch.float16 and extra_bits:
+        pytest.skip("float16 has no extra bits")
+    # One value everywhere, so that the mean is over elements and steps; decay moves it by a part of its last bit.
+    p = nn.Parameter(torch.full((128, 128), 1.5, dtype=dtype))
+    p.grad = torch.zeros_like(p)
+    rate = 2.0**-22 if extra_bits else 2.0**-13 if dtype == torch.float16 else 2.0**-12
+    optimizer = fastft.AdamW([p], lr=1.0, weight_decay=rate, rounding="stochastic", extra_bits=extra_bits)  # type: ignore[arg-type]
+    for _ in range(16):
+        optimizer.step()
+    moved = 1.5 - master_weights(nn.ParameterDict({"p": p}), optimizer)["p"].double()
+    expected = 1.5 * (1 - (1 - rate) ** 16)
+    deviation = float(moved.std()) / 128
+    assert deviation > 0 and abs(float(moved.mean()) - expected) < 4 * deviation
+
+
+def test_stochastic_rounding_depends_on_seed_position_and_step_alone() -> None:
+    def run(seed: int, shapes: Any = SHAPES, steps: int = 2) -> list[Tensor]:
+        params = parameters(BF16, shapes)
+        optimizer = fastft.AdamW(params, lr=1e-4, rounding="stochastic", rounding_seed=seed)
+        for step in range(steps):
+            give_grads(params, step)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    first, again, other = run(1), run(1), run(2)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
+    # Two parameters with the same values and gradients are rounded apart.
+    pair = [nn.Parameter(torch.full((64, 64), 1.5, dtype=BF16)) for _ in range(2)]
+    optimizer = fastft.AdamW(pair, lr=1.0, weight_decay=2.0**-10, rounding="stochastic")
+    for p in pair:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert not torch.equal(*pair)
+
+
+def test_rounding_keys() -> None:
+    assert len({rounding_key(seed, position) for seed in range(40) for position in range(40)}) == 1600
+    assert all(0 <= rounding_key(seed, 3) < 2**64 for seed in (-1, 0, 2**64 - 1, 2**70))
+    assert Precision(rounding="stochastic").key(torch.ones(2), 0) is None  # float32 is not rounded
+
+
+# -- written by somebody else -----------------------------------------------------------------------------------
+
+
+def through_a_model(p: nn.Parameter, values: Tensor) -> None:
+    nn.ParameterDict({"p": p}).load_state_dict({"p": values})
+
+
+def interpolated(p: nn.Parameter, values: Tensor) -> None:
+    interpolate_(nn.ParameterDict({"p": p}), fastft.Anchor.snapshot([("p", values)]), 0.5)
+
+
+@torch.no_grad()
+def copied(p: nn.Parameter, values: Tensor) -> None:
+    p.copy_(values)
+
+
+WRITERS: dict[str, Callable[[nn.Parameter, Tensor], Any]] = {
+    "copy_": copied,
+    "data.copy_": lambda p, values: p.data.copy_(values),
+    "data.mul_": lambda p, values: p.data.mul_(1.25),
+    "a_row_of_data": lambda p, values: p.data[7].copy_(values[7]),
+    "one_element": lambda p, values: p.data[3, 5].add_(1.0),
+    "new_data": lambda p, values: setattr(p, "data", values.clone()),
+    "load_state_dict": through_a_model,
+    "interpolate_": interpolated,
+    "swapped_rows": lambda p, values: p.data.copy_(p.data.flip(0).clone()),
+}
+
+
+@pytest.mark.parametrize("setting", HAVE_LOW_BITS)
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_somebody_else_writes_is_noticed(setting: str, writer: str, masked: bool) -> None:
+    dtype, options = SETTINGS[setting]
+    (p,) = parameters(dtype, [(40, 128)])
+    model = nn.ParameterDict({"p": p})
+    optimizer = fastft.AdamW([p], lr=1e-2, weight_decay=0.1, **options)
+    if masked:
+        optimizer.set_update_mask(p, torch.arange(40) % 5 > 0)
+    for step in range(3):
+        give_grads([p], step)
+        optimizer.step()
+    unwritten = master_weights(model, optimizer)["p"]
+    assert (unwritten != p.float()).float().mean() > 0.5
+    WRITERS[writer](p, normal((40, 128), BF16, seed=77))
+    live = torch.arange(40) % 5 > 0 if masked else torch.ones(40, dtype=torch.bool)
+    low = optimizer.state[p]["low_bits"].clone()
+    found = master_weights(model, optimizer)["p"]
+    assert torch.equal(found[live], p.detach().float()[live])
+    assert same_bits(optimizer.state[p]["low_bits"], low)  # asking changes nothing
+    # The next step is one whose low bits are 0.
+    other = nn.Parameter(p.detach().clone())
+    fresh = fastft.AdamW([other], lr=1e-2, weight_decay=0.1, **options)
+    if masked:
+        fresh.set_update_mask(other, torch.arange(40) % 5 > 0)
+    fresh.state[other] = copy.deepcopy(optimizer.state[p])
+    fresh.state[other]["low_bits"] = torch.where(live.view(-1, 1), torch.zeros_like(low), low)
+    for run in ((p, optimizer), (other, fresh)):
+        give_grads([run[0]], 3)
+        run[1].step()
+    assert_same_run(([p], optimizer), ([other], fresh))
+
+
+def test_what_is_not_written_keeps_its_bits() -> None:
+    """Chunks that nobody wrote, copies, and parameters that were frozen meanwhile."""
+    p = nn.Parameter(normal((300, 400), BF16, seed=1))
+    model = nn.ParameterDict({"p": p})
+    optimizer = fastft.AdamW([p], lr=1e-3, extra_bits=16)
+    for step in range(2):
+        give_grads([p], step)
+        optimizer.step()
+    expected = join(p.detach(), optimizer.state[p]["low_bits"])
+    assert same_bits(master_weights(model, optimizer)["p"], expected)
+    p.data[0, 0] += 1.0
+    found = master_weights(model, optimizer)["p"]
+    same = found == expected
+    assert not same[0].all() and same[-1].all() and 0.5 < same.float().mean() < 0.95
+    optimizer.freeze(p)
+    optimizer.step()
+    optimizer.unfreeze(p)
+    assert same_bits(master_weights(model, optimizer)["p"], found)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_knows_what_was_written(how: str) -> None:
+    (p,) = parameters(BF16, [(40, 128)])
+    optimizer = fastft.AdamW([p], lr=1e-3, extra_bits=16)
+    give_grads([p], 0)
+    optimizer.step()
+    other = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    (q,) = other.param_groups[0]["params"]
+    assert repr(other) == repr(optimizer)
+    for run in ((p, optimizer), (q, other)):
+        give_grads([run[0]], 1)
+        run[1].step()
+    assert_same_run(([p], optimizer), ([q], other))
+    q.data[3].fill_(0.25)
+    assert torch.equal(master_weights(nn.ParameterDict({"q": q}), other)["q"], q.float())
+    assert not torch.equal(master_weights(nn.ParameterDict({"p": p}), optimizer)["p"], p.float())
+
+
+def test_weights_that_are_not_finite_and_ends_of_the_range() -> None:
+    values = torch.tensor([float("nan"), 3.3e38, -3.3e38, -1e-40, 0.0, -0.0, 1.0]).bfloat16()
+    p = nn.Parameter(values.clone())
+    optimizer = fastft.AdamW([p], lr=1e-3, weight_decay=0.0, extra_bits=16)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.step()
+    found = master_weights(nn.ParameterDict({"p": p}), optimizer)["p"]
+    torch.testing.assert_close(found, values.float(), rtol=0.0, atol=0.0, equal_nan=True)
+
+
+# -- others that read moments or write weights ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", ["split16", "8bit_split8_stochastic", "8bit"])
+def test_momentum_filtered_steps(setting: str) -> None:
+    """What MoFO takes back it takes back with its low bits, and what moved keeps them."""
+    dtype, options = SETTINGS[setting]
+    (p,), (q,) = parameters(dtype, [(40, 128)]), parameters(dtype, [(40, 128)])
+    filtered, plain = (fastft.AdamW([x], lr=1e-3, weight_decay=0.1, **options) for x in (p, q))
+    MoFO(filtered, fraction=0.25)
+    for step in range(3):
+        before = p.detach().clone(), copy.deepcopy(filtered.state.get(p, {}))
+        q.data.copy_(p.data)
+        plain.state[q] = copy.deepcopy(filtered.state[p]) if step else {}
+        plain._weight_sums.clear()
+        plain._forget_plan()
+        for x, optimizer in ((p, filtered), (q, plain)):
+            give_grads([x], step)
+            optimizer.step()
+        moments = plain.state[q]
+        low = moments.get("low_bits")
+        was = before[1].get("low_bits", None if low is None else torch.zeros_like(low))
+        mine = torch.stack([p.detach() != before[0]])
+        if low is not None and was is not None:
+            mine = torch.cat([mine, (filtered.state[p]["low_bits"] != was).unsqueeze(0)])
+        moved = mine.any(0)
+        assert 0.15 < moved.float().mean() <= 0.25
+        assert torch.equal(p[moved], q[moved])
+        if low is not None:
+            assert torch.equal(filtered.state[p]["low_bits"][moved], low[moved])
+
+
+# -- the warning -------------------------------------------------------------------------------------------------
+
+
+def warned(
+    dtype: torch.dtype = BF16, steps: int = 2, change: Callable[[Any], Any] = lambda o: None, **options: Any
+) -> list[str]:
+    params = parameters(dtype)
+    optimizer = fastft.AdamW(named(params), **{"lr": 1e-4, "weight_decay": 0.0, **options})
+    change(optimizer)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            give_grads(params, step)
+            optimizer.step()
+            optimizer._forget_plan()
+    return [str(warning.message) for warning in seen]
+
+
+def test_a_pull_that_does_nothing_is_said_once() -> None:
+    (said,) = warned(weight_decay=0.1)
+    assert said.startswith(
+        "weight_decay: lr * weight_decay = 1e-05 moves 0% of the weights: bfloat16 weights are rounded"
+    )
+    assert said.endswith('pass extra_bits=16 (or 8, or rounding="stochastic")')
+    (said,) = warned(anchor="init", anchor_decay=30.0, weight_decay=0.1)
+    assert said.startswith("anchor_decay, weight_decay: lr * anchor_decay = 0.003 moves 0% of the weights and ")
+    (said,) = warned(torch.float16, anchor="init", anchor_decay=30.0)
+    assert said.startswith("anchor_decay: ") and said.endswith('pass rounding="stochastic"')
+
+
+def test_it_is_said_for_the_learning_rate_that_a_warm_up_goes_to() -> None:
+    def warm_up(optimizer: fastft.AdamW) -> None:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+
+    assert len(warned(weight_decay=0.1, change=warm_up)) == 1
+    assert warned(weight_decay=0.1, lr=0.0) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.float32, "weight_decay": 0.1},
+        {"weight_decay": 0.1, "extra_bits": 8},
+        {"weight_decay": 0.1, "extra_bits": 16},
+        {"weight_decay": 0.1, "rounding": "stochastic"},
+        {"weight_decay": 0.5, "lr": 0.02},
+        {"anchor": "init", "anchor_decay": 10.0, "anchor_mode": "l2"},
+        {"anchor": "init", "anchor_decay": 0.5, "anchor_mode": "selective"},
+        {"lr": torch.tensor(0.02), "weight_decay": 0.5},
+    ],
+    ids=str,
+)
+def test_nothing_is_said_of_what_moves(options: dict[str, Any]) -> None:
+    assert warned(**options) == []
+
+
+# -- master_weights ----------------------------------------------------------------------------------------------
+
+
+def test_master_weights_of_each_kind() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, dtype=BF16), nn.Linear(64, 2), nn.Linear(2, 2, dtype=torch.float16))
+    model[1].bias.requires_grad_(False)
+    optimizer = fastft.AdamW([p for p in model.parameters() if p.dtype != torch.float16], lr=1e-3, extra_bits=8)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizer.step()
+    found = master_weights(model, optimizer)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in found.values())
+    assert not torch.equal(found["0.weight"], model[0].weight.float())
+    assert same_bits(found["0.weight"].bfloat16(), model[0].weight)  # no tie among these
+    assert torch.equal(found["2.weight"], model[2].weight.float()) and torch.equal(found["1.bias"], model[1].bias)
+    with pytest.raises(TypeError, match=r"^optimizer: expected a fastft.AdamW, got AdamW$"):
+        master_weights(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
