@@ -222,8 +222,8 @@ __device__ __forceinline__ void step_block(const Shared<float>& shared, bool tru
     for (int i = 0; i < N; ++i) {
       if (kMasked && live[i] == 0) continue;
       const uint32_t dither = dither8(shared.t, static_cast<uint32_t>(at + i));
-      code1[i] = encode_first(m[r][i], now1.inverse, dither);
-      code2[i] = encode_second(v[r][i], now2.inverse, dither);
+      code1[i] = static_cast<uint8_t>(encode_first(m[r][i], now1.inverse, dither));
+      code2[i] = static_cast<uint8_t>(encode_second(v[r][i], now2.inverse, dither));
     }
     write(e.exp_avg, block.offset + at, code1);
     write(e.exp_avg_sq, block.offset + at, code2);
