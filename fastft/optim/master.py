@@ -84,7 +84,7 @@ def still_valid(optimizer: AdamW, p: Tensor, low: Tensor) -> Tensor:
     part.plan.set_grad(0, torch.zeros_like(stepped))
     nothing = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1.0, "weight_decay": 0.0, "anchor_decay": 0.0}
     take_step([part], [{**nothing, "amsgrad": False, "maximize": False, "anchor_mode": "decoupled"}])
-    return torch.where(stepped.isfinite(), checked, low)
+    return checked
 
 
 @torch.no_grad()
