@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from contract_distributed import like_param
 from low_precision_runs import SETTINGS
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
@@ -180,6 +180,24 @@ def resumed_from_a_distributed_checkpoint(setting: str) -> dict[str, Any]:
     return outcome(other, resumed)
 
 
+def resumed_from_whole_tensors(setting: str) -> dict[str, Any]:
+    """Gathered into one state dict and spread again; not 16 low bits, which no process group sends."""
+    module = sharded(setting)
+    optimizer = make(module, setting)
+    train(module, optimizer, range(2))
+    options = StateDictOptions(full_state_dict=True)
+    saved = get_state_dict(module, optimizer, options=options)
+    other = sharded(setting, seed=6)
+    # The anchor is not DCP's: it is that of the first weights.
+    with torch.no_grad():
+        for p, first in zip(other.parameters(), sharded(setting).parameters(), strict=True):
+            p.copy_(first)
+    resumed = make(other, setting)
+    set_state_dict(other, resumed, model_state_dict=saved[0], optim_state_dict=saved[1], options=options)
+    train(other, resumed, range(2, 4))
+    return outcome(other, resumed)
+
+
 def another_format(setting: str) -> dict[str, Any]:
     """A sharded float32 state is brought into the setting's format, shard by shard: as the whole one is."""
 
@@ -206,6 +224,10 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     f"{kind.__name__}-{setting}": partial(kind, setting)
     for kind in (*KINDS, another_format, written_in_one_process)
     for setting in CHOSEN
+} | {
+    f"{resumed_from_whole_tensors.__name__}-{setting}": partial(resumed_from_whole_tensors, setting)
+    for setting in CHOSEN
+    if setting != "split16"
 }
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ OWN_KEYS = (LOW_BITS, *(key for pair in CODED.values() for key in pair))
 def prepare_state(
     state: dict[str, Any], p: Tensor, group: dict[str, Any], name: str, precision: Precision, counts_on_device: bool
 ) -> bool:
-    """Make the state if there is none (or low bits alone), and bring it into the parameter's memory order and the optimizer's formats.
+    """Make the state if there is none, and bring it into the parameter's memory order and the optimizer's formats.
 
     Args:
-        state: ``optimizer.state[p]``, filled in place.
+        state: ``optimizer.state[p]``, filled in place. Low bits alone are no state: they are part of the weight.
         group: the parameter's group, whose flags say what is kept, and where.
         name: of the parameter, for messages.
         precision: the formats. Moments that are kept as floating-point numbers keep the dtype that they have.
