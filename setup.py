@@ -21,7 +21,7 @@ ARCHS = "75;80;86;89;90;100;120"  # machine code for each, PTX for the last
 SOURCES = ["csrc/module.cpp", "csrc/adamw_plan.cpp", "csrc/adamw_record.cpp", "csrc/dropout_ops.cpp"]
 SOURCES += ["csrc/torch_access.cpp", "csrc/cpu/adamw.cpp", "csrc/cpu/dropout.cpp"]
 KERNELS = ["csrc/cpu/adamw_kernels.cpp", "csrc/cpu/dropout_kernels.cpp"]  # compiled once per instruction set
-CUDA_SOURCES = ["csrc/cuda/adamw.cu", "csrc/cuda/adamw_kernels.cu", "csrc/cuda/dropout.cu"]
+CUDA_SOURCES = ["csrc/cuda/adamw.cu", "csrc/cuda/adamw_lean.cu", "csrc/cuda/adamw_generic.cu", "csrc/cuda/dropout.cu"]
 
 # No reassociation, no contraction: CPU and GPU give the same bits (csrc/math/hd.h).
 CXX = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off"]

@@ -1,8 +1,8 @@
 """``python benchmarks/plot.py``: plots and tables from the files in ``results/``.
 
 README gets the headline cases and the demo's table, docs/retention.md the retention benchmark, docs/data.md the effect
-and cost of replay and augmentation, docs/_generated/benchmarks.md all speeds; plots lie beside it. With ``--check``
-nothing is written, and it fails if a table differs from the results.
+and cost of replay and augmentation, docs/precision.md what 16-bit weights keep, docs/_generated/benchmarks.md all
+speeds; plots lie beside it. With ``--check`` nothing is written, and it fails if a table differs from the results.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ SPEED = RESULTS / "speed"
 """Files of ``fastft bench --json``, one for each device; nothing else lies there."""
 LOADERS = RESULTS / "data" / "loaders"
 """Files of ``bench_data.py``, likewise."""
+PRECISION = RESULTS / "precision"
+"""What ``python -m benchmarks.precision`` writes."""
 GENERATED = ROOT / "docs" / "_generated"
 DATA_PLOT = "replay-and-augmentation.png"
 RETENTION_PLOT = "retention.png"
@@ -52,8 +54,12 @@ def main() -> int:
     arguments.add_argument("--readme", type=Path, default=ROOT / "README.md")
     arguments.add_argument("--data-page", type=Path, default=ROOT / "docs" / "data.md")
     arguments.add_argument("--retention-page", type=Path, default=ROOT / "docs" / "retention.md")
+    arguments.add_argument("--precision-page", type=Path, default=ROOT / "docs" / "precision.md")
     arguments.add_argument("--generated", type=Path, default=GENERATED, metavar="FOLDER")
     arguments.add_argument("--speed", type=Path, default=SPEED, metavar="FOLDER", help="of fastft bench's JSON files")
+    arguments.add_argument(
+        "--precision", type=Path, default=PRECISION, metavar="FOLDER", help="of benchmarks.precision"
+    )
     arguments.add_argument("--check", action="store_true", help="write nothing; fail if a table is stale")
     options = arguments.parse_args()
     measured = {
@@ -62,6 +68,10 @@ def main() -> int:
     if not measured:
         raise SystemExit(f"expected files of fastft bench --json in {options.speed}, found none")
     retention, chains, data = retention_results()
+    precision = precision_results(options.precision)
+    precision_page = options.precision_page.read_text(encoding="utf-8")
+    for name in precision.names:
+        precision_page = filled_in(precision_page, name, precision.section(name))
     retention_page = options.retention_page.read_text(encoding="utf-8")
     retention_page = filled_in(retention_page, "retention", retention_section(retention))
     data_page = filled_in(options.data_page.read_text(encoding="utf-8"), "replay-and-augmentation", data_section(data))
@@ -72,6 +82,7 @@ def main() -> int:
         options.readme: filled_in(readme, "demo", demo_table(demo)),
         options.data_page: filled_in(data_page, "loaders", loaders_section()),
         options.retention_page: filled_in(retention_page, "chain", "\n".join(chains)),
+        options.precision_page: precision_page,
         options.generated / "benchmarks.md": document(measured),
     }
     if options.check:
@@ -84,6 +95,8 @@ def main() -> int:
         path.write_text(text, encoding="utf-8")
     data.plot(options.generated / DATA_PLOT)
     retention.plot(options.generated / RETENTION_PLOT)
+    for name, draw_precision in precision.plots().items():
+        draw_precision(options.generated / name)
     for stem, result in measured.items():
         plot(result, options.generated / f"{stem}-headlines.png")
         for name, (_, draw) in plots_of(result).items():
@@ -254,6 +267,13 @@ def retention_results() -> tuple[Any, list[str], Any]:
     comparison = report.Comparison("test", tuned, tested)
     chains = chain_report.chain_table(records.load(chain_report.FILE), comparison.base)
     return comparison, chains, data_report.DataResults(records.load(data_report.FILE))
+
+
+def precision_results(folder: Path) -> Any:
+    """What 16-bit weights keep, bytes and speed: as many of the experiments as have results."""
+    from benchmarks.precision import report
+
+    return report.PrecisionResults(folder)
 
 
 def retention_section(comparison: Any) -> str:

@@ -2,6 +2,7 @@
 // linkage, so the linker can never hand one set's code to the other.
 #include "adamw_kernels.h"
 
+#include "adamw_lean.h"
 #include "low_precision.h"
 
 namespace fastft::cpu {
@@ -174,6 +175,16 @@ void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptio
 void update(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
             uint32_t* weight_sum, SelectiveSums* sums) {
   const bool trusted = weight_sum == nullptr || *weight_sum == 0 || *weight_sum == chunk_sum(e, begin, end);
+  if (const LeanRun lean = trusted ? lean_run(e, options) : nullptr) {
+    const AdamWScalars<float> scalars = adamw_scalars<float>(options, e.bias1, e.bias2, e.anchoring);
+    uint32_t sum = 0, first = 0;
+    for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
+      lean(e, offset, length, static_cast<float>(grad_factor), scalars, first, &sum);
+      first += static_cast<uint32_t>(length);
+    });
+    if (weight_sum) *weight_sum = sum | 1u;
+    return;
+  }
   const bool selective = form_of(e.anchoring) == AnchorForm::selective;
   SelectiveLanes lanes;
   const auto update = e.dtype == DType::f64 ? update_as<double> : update_as<float>;

@@ -41,7 +41,7 @@ class RoundingBits {
 };
 
 // The random bits that a weight with 8 low bits takes.
-inline uint32_t eight_bits(uint16_t random) {
+inline uint32_t eight_bits(uint32_t random) {
   return random & 0xffu;
 }
 
@@ -180,11 +180,11 @@ struct Block8 {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t dither = dither8(step, static_cast<uint32_t>(i));
-      const uint8_t code1 = encode_first(m[i], scale1.inverse, dither);
-      const uint8_t code2 = encode_second(root[i], scale2.inverse, dither);
+      const uint32_t code1 = encode_first(m[i], scale1.inverse, dither);
+      const uint32_t code2 = encode_second(root[i], scale2.inverse, dither);
       const bool live = mask == nullptr || mask[i] != 0;
-      first[i] = live ? code1 : first[i];
-      second[i] = live ? code2 : second[i];
+      first[i] = live ? static_cast<uint8_t>(code1) : first[i];
+      second[i] = live ? static_cast<uint8_t>(code2) : second[i];
     }
   }
 };

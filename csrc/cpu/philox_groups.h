@@ -22,14 +22,14 @@ namespace {
 // Several vectors at a time, since each has to wait for its own multiplications.
 #if defined(__AVX512F__)
 typedef uint64_t Lanes __attribute__((vector_size(64)));
-constexpr Lanes kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7}, kFirstPairs = {0, 8, 1, 9, 2, 10, 3, 11},
+constexpr Lanes kCounters = {0, 1, 2, 3, 4, 5, 6, 7}, kFirstPairs = {0, 8, 1, 9, 2, 10, 3, 11},
                 kLastPairs = {4, 12, 5, 13, 6, 14, 7, 15};
 inline Lanes product(Lanes a, uint32_t b) {
   return reinterpret_cast<Lanes>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
 }
 #else
 typedef uint64_t Lanes __attribute__((vector_size(32)));
-constexpr Lanes kLaneNumbers = {0, 1, 2, 3}, kFirstPairs = {0, 4, 1, 5}, kLastPairs = {2, 6, 3, 7};
+constexpr Lanes kCounters = {0, 1, 2, 3}, kFirstPairs = {0, 4, 1, 5}, kLastPairs = {2, 6, 3, 7};
 inline Lanes product(Lanes a, uint32_t b) {
   return reinterpret_cast<Lanes>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
 }
@@ -37,17 +37,25 @@ inline Lanes product(Lanes a, uint32_t b) {
 constexpr int kPerVector = sizeof(Lanes) / sizeof(uint64_t), kVectors = 4;
 constexpr int64_t kExtraGroups = kPerVector * kVectors - 1;
 
-inline Lanes all_lanes(uint64_t x) {
+inline Lanes in_all(uint64_t x) {
   return Lanes{} + x;
+}
+inline Lanes exclusive_or(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_ternarylogic_epi64(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b),
+                                                           reinterpret_cast<__m512i>(c), 0x96));
+#else
+  return a ^ b ^ c;
+#endif
 }
 
 inline void philox_groups(uint64_t seed, uint64_t block, uint64_t first, int64_t count, uint32_t* out) {
   for (int64_t j = 0; j < count; j += kPerVector * kVectors, out += 4 * kPerVector * kVectors) {
     Lanes a[kVectors], b[kVectors], c[kVectors], d[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      a[v] = all_lanes(block);
-      b[v] = all_lanes(block >> 32);
-      c[v] = all_lanes(first + j + v * kPerVector) + kLaneNumbers;
+      a[v] = in_all(block);
+      b[v] = in_all(block >> 32);
+      c[v] = in_all(first + j + v * kPerVector) + kCounters;
       d[v] = c[v] >> 32;
     }
     PhiloxKey key = philox_key(seed);
@@ -56,8 +64,8 @@ inline void philox_groups(uint64_t seed, uint64_t block, uint64_t first, int64_t
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {  // philox_round (math/philox.h)
         const Lanes product0 = product(a[v], kPhiloxFactor0), product1 = product(c[v], kPhiloxFactor1);
-        a[v] = (product1 >> 32) ^ b[v] ^ all_lanes(key.at[0]);
-        c[v] = (product0 >> 32) ^ d[v] ^ all_lanes(key.at[1]);
+        a[v] = exclusive_or(product1 >> 32, b[v], in_all(key.at[0]));
+        c[v] = exclusive_or(product0 >> 32, d[v], in_all(key.at[1]));
         b[v] = product1;
         d[v] = product0;
       }

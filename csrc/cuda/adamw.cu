@@ -1,5 +1,5 @@
-// Drives the CUDA step: puts the table of entries on the device, and launches one kernel for all tensors of a dtype
-// combination.
+// Drives the CUDA step: puts the table of entries on the device, and launches each kernel that some tensor needs once
+// for all of them.
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -13,8 +13,26 @@ namespace {
 
 constexpr uint64_t kBytesPerEntry = sizeof(void*) + sizeof(uint16_t);
 
+// Blocks of 8-bit moments in a chunk: such as hold kChunk elements, or, where rows are shorter than a block is long,
+// some more, so that there are never more chunks than weight_sums has places for.
+int64_t chunk_blocks_of(const AdamWEntry& e) {
+  return std::max(kChunkBlocks, (4096 + e.block_row - 1) / std::max<int64_t>(1, e.block_row));
+}
+
 uint32_t chunks_of(const AdamWEntry& e) {
-  return static_cast<uint32_t>(std::max<int64_t>(1, (e.live_numel() + kChunk - 1) / kChunk));
+  int64_t items = e.live_numel(), per_chunk = kChunk;
+  if (e.state_dtype == DType::u8) {
+    items = e.block_row > 0 ? items / e.block_row * e.blocks_per_row() : 0;
+    per_chunk = chunk_blocks_of(e);
+  }
+  return static_cast<uint32_t>(std::max<int64_t>(1, (items + per_chunk - 1) / per_chunk));
+}
+
+// Of a chunk whose size is not kChunk: what sums over gradients take for one, 16 bytes at a time.
+int64_t chunk_size_of(const AdamWEntry& e) {
+  if (e.state_dtype != DType::u8) return kChunk;
+  const int64_t chunks = chunks_of(e);
+  return ((e.live_numel() + chunks - 1) / chunks + 7) / 8 * 8;
 }
 
 int64_t aligned16(int64_t bytes) {
@@ -38,16 +56,42 @@ bool is_selective(const AdamWEntry& e) {
   return form_of(e.anchoring) == AnchorForm::selective;
 }
 
-// Entries that agree in this are stepped by one launch.
-auto launch_of(const AdamWEntry& e) {
-  return std::make_tuple(e.dtype, e.state_dtype, is_selective(e));
+bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
 }
 
-bool is_vectorised(const AdamWEntry& e) {
-  const void* arrays[] = {e.param, e.grad, e.exp_avg, e.exp_avg_sq, e.max_exp_avg_sq, e.anchor, e.importance, e.mask};
-  for (const void* a : arrays)
-    if (reinterpret_cast<uintptr_t>(a) % 16 != 0) return false;
-  return e.rows == nullptr || e.row_size % 8 == 0;
+// Whether eight elements that share random bits in the whole tensor lie together, at a multiple of 8, in this part.
+bool shares_random_bits(const AdamWEntry& e) {
+  const ElementIndex& index = e.index;
+  return index.first % kPerPhilox == 0 &&
+         (index.row >= e.numel || (index.row % kPerPhilox == 0 && index.stride % kPerPhilox == 0));
+}
+
+// The lean kernel that can step the entry, or null. Gradients need not be aligned.
+const LeanKernel* lean_kernel(const AdamWEntry& e) {
+  if (e.grad_dtype != e.dtype || e.max_exp_avg_sq || e.importance || is_selective(e)) return nullptr;
+  for (const void* array : {e.param, e.exp_avg, e.exp_avg_sq, e.low_bits})
+    if (!is_aligned(array)) return nullptr;
+  if (!is_aligned(e.anchor) || !is_aligned(e.mask)) return nullptr;
+  const DType other = e.dtype == DType::f32 ? DType::bf16 : DType::f32;
+  if (e.anchor && e.anchor_dtype != e.dtype && e.anchor_dtype != other) return nullptr;
+  if (e.rows && e.row_size % 8 != 0) return nullptr;
+  if (e.state_dtype == DType::u8 && e.block_row % 8 != 0) return nullptr;
+  if (e.stochastic && !shares_random_bits(e)) return nullptr;
+  return lean_kernel_for(e);
+}
+
+// What steps an entry: entries that agree in it are stepped by one launch.
+struct Launch {
+  Kernel step, project;
+  const char* name;
+};
+
+Launch launch_of(const AdamWEntry& e) {
+  if (const LeanKernel* lean = lean_kernel(e)) return {lean->steps[e.mask != nullptr], nullptr, lean->name};
+  const GenericKernels& generic = kGeneric[e.dtype == DType::f64];
+  if (is_selective(e)) return {generic.selective_step, generic.project, "adamw_generic, selective"};
+  return {generic.step, nullptr, "adamw_generic"};
 }
 
 }  // namespace
@@ -59,9 +103,22 @@ int64_t AdamWTable::workspace_bytes(const std::vector<AdamWEntry>& entries) {
 }
 
 void AdamWTable::set_entries(const std::vector<AdamWEntry>& entries, void* stream) {
-  entries_ = entries;
-  std::stable_sort(entries_.begin(), entries_.end(),
-                   [](const AdamWEntry& a, const AdamWEntry& b) { return launch_of(a) < launch_of(b); });
+  // By the kernel that steps them, in the order in which kernels are first met.
+  std::vector<Kernel> kernels;
+  std::vector<std::vector<const AdamWEntry*>> by_kernel;
+  for (const AdamWEntry& e : entries) {
+    const Kernel step = launch_of(e).step;
+    const size_t at = std::find(kernels.begin(), kernels.end(), step) - kernels.begin();
+    if (at == kernels.size()) {
+      kernels.push_back(step);
+      by_kernel.emplace_back();
+    }
+    by_kernel[at].push_back(&e);
+  }
+  entries_.clear();
+  entries_.reserve(entries.size());
+  for (const auto& group : by_kernel)
+    for (const AdamWEntry* e : group) entries_.push_back(*e);
   first_chunk_.assign(1, 0);
   for (const AdamWEntry& e : entries_) first_chunk_.push_back(first_chunk_.back() + chunks_of(e));
 
@@ -76,20 +133,31 @@ void AdamWTable::set_entries(const std::vector<AdamWEntry>& entries, void* strea
     d.exp_avg = e.exp_avg;
     d.exp_avg_sq = e.exp_avg_sq;
     d.max_exp_avg_sq = e.max_exp_avg_sq;
+    d.low_bits = e.low_bits;
+    d.exp_avg_scales = e.exp_avg_scales;
+    d.exp_avg_sq_scales = e.exp_avg_sq_scales;
+    d.weight_sums = e.weight_sums;
     d.anchor = e.anchor;
     d.importance = e.importance;
     d.mask = e.mask;
     d.rows = e.rows;
     d.step = e.device_step;
     d.live_numel = e.live_numel();
-    d.row_size = e.row_size;
+    d.row_size = e.state_dtype == DType::u8 ? e.block_row : e.row_size;
+    d.rounding_key = e.rounding_key;
+    d.index = e.index;
     d.first_chunk = first_chunk_[i];
     d.chunks = first_chunk_[i + 1] - first_chunk_[i];
+    d.chunk_size = static_cast<uint32_t>(chunk_size_of(e));
+    d.chunk_blocks = static_cast<uint32_t>(chunk_blocks_of(e));
+    d.dtype = e.dtype;
+    d.state_dtype = e.state_dtype;
     d.grad_dtype = e.grad_dtype;
     d.anchor_dtype = e.anchor_dtype;
     d.importance_dtype = e.importance_dtype;
     d.anchoring = e.anchoring;
-    d.vectorised = is_vectorised(e);
+    d.stochastic = e.stochastic;
+    d.low_width = e.low_width;
     std::fill(chunk_entry + first_chunk_[i], chunk_entry + first_chunk_[i + 1], static_cast<uint32_t>(i));
   }
   if (image == image_) return;
@@ -107,13 +175,13 @@ namespace {
 template <typename OptionsOf>
 uint32_t fill(Args& args, const std::vector<AdamWEntry>& entries, uint32_t first, uint32_t stop,
               const OptionsOf& options_of) {
-  std::map<std::tuple<int32_t, double, double>, uint16_t> known;
+  std::map<std::tuple<int32_t, double, double, double>, uint16_t> known;
   std::vector<StepOptions> found;
   std::vector<uint16_t> index;
   uint32_t count = 0;
   for (; first + count < stop; ++count) {
     const AdamWEntry& e = entries[first + count];
-    const auto key = std::make_tuple(e.group, e.bias1, e.bias2);
+    const auto key = std::make_tuple(e.group, e.t, e.bias1, e.bias2);
     const bool is_new = known.find(key) == known.end();
     if ((found.size() + is_new) * sizeof(StepOptions) + (count + 1) * kBytesPerEntry > sizeof args.space) break;
     if (is_new) {
@@ -173,22 +241,19 @@ void AdamWTable::adamw(const std::vector<AdamWGroup>& groups, const AdamWControl
   args.control = control;
   const auto options_of = [&](const AdamWEntry& e) {
     const AdamWGroup& g = groups[e.group];
-    return StepOptions{g.options, e.bias1, e.bias2, g.lr, g.lr_dtype};
+    return StepOptions{g.options, e.bias1, e.bias2, g.lr, static_cast<uint32_t>(e.t), g.lr_dtype};
   };
   for (uint32_t first = 0; first < n;) {
-    const AdamWKernels& kernels = kernels_for(entries_[first].dtype, entries_[first].state_dtype);
-    AnchorForm most = AnchorForm::plain;
+    const Launch kernels = launch_of(entries_[first]);
     uint32_t stop = first;
-    for (; stop < n && launch_of(entries_[stop]) == launch_of(entries_[first]); ++stop)
-      most = std::max(most, form_of(entries_[stop].anchoring));
+    while (stop < n && launch_of(entries_[stop]).step == kernels.step) ++stop;
     const uint32_t count = fill(args, entries_, first, stop, options_of);
     args.first_chunk = first_chunk_[first];
     args.counts_skips = first == 0;
     const uint32_t blocks = first_chunk_[first + count] - args.first_chunk;
-    const Kernel step = kernels.steps[static_cast<int>(most) - static_cast<int>(AnchorForm::plain)];
-    launch(step, kernels.name, blocks, stream, args);
+    launch(kernels.step, kernels.name, blocks, stream, args);
     ++launches_;
-    if (most == AnchorForm::selective) {
+    if (kernels.project) {
       launch(kernels.project, "selective_project", blocks, stream, args);
       ++launches_;
     }

@@ -24,8 +24,8 @@ class AdamWTable {
   // *out = Σ grad² over the live elements, in double, always in the same order: one launch per 3,000 tensors.
   void sum_of_squares(double* out, void* stream);
 
-  // The step: one launch per combination of parameter and state dtype (and 3,000 tensors); with selectively anchored
-  // tensors, two of their own.
+  // The step: one launch per kernel that some tensor needs (and 3,000 tensors): the lean one for its dtypes, without or
+  // with a mask of elements, or the generic one; with selectively anchored tensors, two of their own.
   void adamw(const std::vector<AdamWGroup>& groups, const AdamWControl& control, void* stream);
 
   // How many kernels this table has launched since it was made.
@@ -36,7 +36,7 @@ class AdamWTable {
   void* workspace_;
   int64_t bytes_;
   int64_t launches_ = 0;
-  std::vector<AdamWEntry> entries_;    // ordered by dtype
+  std::vector<AdamWEntry> entries_;    // ordered by kernel
   std::vector<uint32_t> first_chunk_;  // one longer than entries_
   std::vector<char> image_;            // what the device holds
 };

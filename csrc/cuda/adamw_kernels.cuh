@@ -1,4 +1,9 @@
 // The kernels of the CUDA step and their parameters; cuda/adamw.cu fills these in and launches them.
+//
+// Most tensors are stepped by a lean kernel (adamw_lean.cu), made for one kind of weight and one of moments, which
+// takes 16 bytes at a time. Whatever has an option of its own (amsgrad, an importance, selective projection, a
+// gradient in another dtype, memory that is not aligned) is stepped by a generic one (adamw_generic.cu), an element
+// at a time.
 #pragma once
 
 #include "../adamw.h"
@@ -7,21 +12,31 @@
 namespace fastft::cuda {
 
 constexpr int64_t kChunk = 16384;  // live elements per block
+constexpr int64_t kChunkBlocks = kChunk / kBlock8;
 
 // An entry as the kernels read it.
-struct DeviceEntry {
-  void *param, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
-  const void* anchor;
+struct alignas(8) DeviceEntry {
+  void *param, *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *low_bits;
+  float *exp_avg_scales, *exp_avg_sq_scales;
+  uint32_t* weight_sums;
+  const void *anchor, *importance;
   const uint8_t* mask;
   const int64_t* rows;
   float* step;
-  int64_t live_numel, row_size;
+  int64_t live_numel;
+  int64_t row_size;  // of `rows`; with moments in 8 bits, of the rows that their blocks are counted in
+  uint64_t rounding_key;
+  ElementIndex index;
   uint32_t first_chunk, chunks;
-  DType grad_dtype, anchor_dtype;
-  bool vectorised;  // every array is 16-byte aligned, and so is every row
+  uint32_t chunk_size;    // live elements of a chunk; with moments in 8 bits, of what sums over gradients take for one
+  uint32_t chunk_blocks;  // with moments in 8 bits: blocks of a chunk
+  DType dtype, state_dtype, grad_dtype, anchor_dtype, importance_dtype;
   Anchoring anchoring;
-  DType importance_dtype;
-  const void* importance;
+  bool stochastic;
+  uint8_t low_width;
+
+  FASTFT_HD bool in_blocks() const { return state_dtype == DType::u8; }
+  FASTFT_HD int64_t blocks_per_row() const { return (row_size + kBlock8 - 1) / kBlock8; }
 };
 
 // Shared by the tensors of one group and step count.
@@ -29,6 +44,7 @@ struct StepOptions {
   AdamWOptions options;
   double bias1, bias2;
   const void* lr;
+  uint32_t t;
   DType lr_dtype;
 };
 
@@ -58,17 +74,24 @@ static_assert(sizeof(Args) <= 32764, "kernel parameters");
 
 using Kernel = void (*)(Args);
 
-// The kernels for one combination of parameter and state dtype.
-struct AdamWKernels {
+// A lean kernel, and what it is for.
+struct LeanKernel {
   DType param, state;
-  const Kernel* steps;  // for plain, weighted and selective anchors
-  Kernel project;
+  uint8_t low_width;
+  bool stochastic;
+  Kernel steps[2];  // without and with masks of elements
   const char* name;
 };
+// The one for such an entry, as far as its dtypes go; null if there is none.
+const LeanKernel* lean_kernel_for(const AdamWEntry& e);
+
+// For everything else; in float and in double.
+struct GenericKernels {
+  Kernel step, selective_step, project;
+};
+extern const GenericKernels kGeneric[2];
 
 // partial[chunk] = Σ grad² of the chunk, and their sum in *out.
 extern const Kernel kSumOfSquares;
-// Throws for a combination that has none.
-const AdamWKernels& kernels_for(DType param, DType state);
 
 }  // namespace fastft::cuda

@@ -49,31 +49,41 @@ FASTFT_HD uint32_t dither8(uint32_t step, uint32_t i) {
   return step * 0x9E3779B1u + i * 0x85EBCA6Bu;
 }
 
-FASTFT_HD uint32_t code8(float x, int shift, uint32_t most, uint32_t dither) {
-  const uint32_t code = (float_bits(x + kFloor) - kFloorBits + (dither >> (32 - shift))) >> shift;
+// What the bits of x + c are added to before the shift: equal for the same element of all blocks in a step.
+FASTFT_HD uint32_t offset8(uint32_t dither, int shift) {
+  return (dither >> (32 - shift)) - kFloorBits;
+}
+FASTFT_HD uint32_t code8(float x, int shift, uint32_t most, uint32_t offset) {
+  const uint32_t code = (float_bits(x + kFloor) + offset) >> shift;
   return code < most ? code : most;
 }
 FASTFT_HD float value8(uint32_t code, int shift) {
   return bits_float(kFloorBits + (code << shift)) - kFloor;
 }
 
-FASTFT_HD uint8_t encode_first(float m, float inverse, uint32_t dither) {
+// Codes are below 256; in 32 bits, so that loops hold them in lanes. offset: offset8() with the moment's own shift.
+FASTFT_HD uint32_t encode_first_at(float m, float inverse, uint32_t offset) {
   const uint32_t u = float_bits(m);
   const float x = bits_float(u & 0x7fffffffu) * inverse;
-  return static_cast<uint8_t>(code8(x, kShift1, kMost1, dither) | ((u >> 24) & 0x80u));
+  return code8(x, kShift1, kMost1, offset) | ((u >> 24) & 0x80u);
 }
-FASTFT_HD float decode_first(uint8_t code, float scale) {
+FASTFT_HD uint32_t encode_first(float m, float inverse, uint32_t dither) {
+  return encode_first_at(m, inverse, offset8(dither, kShift1));
+}
+FASTFT_HD float decode_first(uint32_t code, float scale) {
   const float m = value8(code & 0x7fu, kShift1) * scale;
-  return bits_float(float_bits(m) | (static_cast<uint32_t>(code & 0x80u) << 24));
+  return bits_float(float_bits(m) | ((code & 0x80u) << 24));
 }
 
 // root = √v
-FASTFT_HD uint8_t encode_second(float root, float inverse, uint32_t dither) {
-  const uint32_t code = code8(root * inverse, kShift2, kMost2, dither);
-  const uint32_t least = root > 0.0f ? 1u : 0u;
-  return static_cast<uint8_t>(code > least ? code : least);
+FASTFT_HD uint32_t encode_second_at(float root, float inverse, uint32_t offset) {
+  const uint32_t code = code8(root * inverse, kShift2, kMost2, offset), least = root > 0.0f ? 1u : 0u;
+  return code > least ? code : least;
 }
-FASTFT_HD float decode_second(uint8_t code, float scale) {
+FASTFT_HD uint32_t encode_second(float root, float inverse, uint32_t dither) {
+  return encode_second_at(root, inverse, offset8(dither, kShift2));
+}
+FASTFT_HD float decode_second(uint32_t code, float scale) {
   const float root = value8(code, kShift2) * scale;
   return root * root;
 }

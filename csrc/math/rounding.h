@@ -73,8 +73,7 @@ FASTFT_HD void narrow(double x, double* out) {
 FASTFT_HD void narrow(float x, bfloat16* out) {
   const uint32_t u = float_bits(x);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-  out->bits = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
+  out->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
 FASTFT_HD void narrow(float x, float16* out) {

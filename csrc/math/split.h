@@ -16,36 +16,42 @@ namespace fastft {
 
 constexpr uint32_t kQuietNaN = 0x7fc00000u;
 
-FASTFT_HD bool is_nan_bits(uint32_t u) {
-  return (u & 0x7fffffffu) > 0x7f800000u;
+// On plain numbers, for loops that hold each in a lane of 32 bits: weight in its lower half, low with its sign.
+FASTFT_HD float join(uint32_t weight, int32_t low, int low_width) {
+  return bits_float((weight << 16) + (static_cast<uint32_t>(low) << (16 - low_width)));
 }
-
 FASTFT_HD float join(bfloat16 weight, uint16_t low) {
-  const uint32_t signed_low = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(low)));
-  return bits_float((static_cast<uint32_t>(weight.bits) << 16) + signed_low);
+  return join(weight.bits, static_cast<int16_t>(low), 16);
 }
 FASTFT_HD float join(bfloat16 weight, uint8_t low) {
-  const uint32_t signed_low = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(low)));
-  return bits_float((static_cast<uint32_t>(weight.bits) << 16) + (signed_low << 8));
+  return join(weight.bits, static_cast<int8_t>(low), 8);
 }
 
-// Every NaN becomes the one whose low bits are 0; any other float comes back from join() as it was.
-FASTFT_HD void split(float master, bfloat16* weight, uint16_t* low) {
-  const uint32_t bits = float_bits(master);
-  const uint32_t u = is_nan_bits(bits) ? kQuietNaN : bits;
-  weight->bits = static_cast<uint16_t>((u + 0x8000u) >> 16);
-  *low = static_cast<uint16_t>(u);
+// The bits of the master that is kept. Every NaN becomes the one whose low bits are 0; with 16 low bits any other float
+// is kept as it is.
+FASTFT_HD uint32_t master_bits(float x) {
+  return x != x ? kQuietNaN : float_bits(x);
 }
-
-// The float is first rounded to 24 bits: up where the 8 bits that go, plus `rounding` (below 256), carry. That is a
-// random number for stochastic rounding, or nearest_rounding().
+// With 8 low bits the float is first rounded to 24 bits: up where the 8 bits that go, plus `rounding` (below 256),
+// carry. That is a random number for stochastic rounding, or nearest_rounding().
+FASTFT_HD uint32_t master_bits(float x, uint32_t rounding) {
+  return x != x ? kQuietNaN : (float_bits(x) + rounding) & 0xffffff00u;
+}
 FASTFT_HD uint32_t nearest_rounding(float x) {
   return 0x7fu + ((float_bits(x) >> 8) & 1u);  // to even
 }
+FASTFT_HD uint32_t weight_bits(uint32_t master) {
+  return (master + 0x8000u) >> 16;
+}
+
+FASTFT_HD void split(float x, bfloat16* weight, uint16_t* low) {
+  const uint32_t u = master_bits(x);
+  weight->bits = static_cast<uint16_t>(weight_bits(u));
+  *low = static_cast<uint16_t>(u);
+}
 FASTFT_HD void split(float x, uint32_t rounding, bfloat16* weight, uint8_t* low) {
-  const uint32_t bits = float_bits(x);
-  const uint32_t u = is_nan_bits(bits) ? kQuietNaN : (bits + rounding) & 0xffffff00u;
-  weight->bits = static_cast<uint16_t>((u + 0x8000u) >> 16);
+  const uint32_t u = master_bits(x, rounding);
+  weight->bits = static_cast<uint16_t>(weight_bits(u));
   *low = static_cast<uint8_t>(u >> 8);
 }
 

@@ -40,8 +40,7 @@ FASTFT_HD uint32_t rounding_bits(const PhiloxWords& words, int k) {
 // random: 16 bits.
 FASTFT_HD void narrow_stochastic(float x, uint32_t random, bfloat16* out) {
   const uint32_t u = float_bits(x);
-  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-  out->bits = static_cast<uint16_t>(nan ? 0x7fc0u : (u + random) >> 16);
+  out->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : (u + random) >> 16);
 }
 
 FASTFT_HD void narrow_stochastic(float x, uint32_t random, float16* out) {

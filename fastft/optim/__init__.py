@@ -8,6 +8,7 @@ from fastft.optim import reference
 from fastft.optim.adamw import AdamW
 from fastft.optim.anchor_schedules import AnchorDecayScheduler, RecAdamScheduler
 from fastft.optim.functional import adamw_
+from fastft.optim.in_backward import StepInBackward, step_in_backward
 from fastft.optim.layer_lr import biases_and_norms, layerwise_lr
 from fastft.optim.master import full_precision_state, master_weights
 from fastft.optim.planning import TrainingPlan, plan_training
@@ -19,6 +20,7 @@ __all__ = [
     "RecAdamScheduler",
     "RewarmLR",
     "SlantedTriangularLR",
+    "StepInBackward",
     "TrainingPlan",
     "adamw_",
     "biases_and_norms",
@@ -27,5 +29,6 @@ __all__ = [
     "master_weights",
     "plan_training",
     "reference",
+    "step_in_backward",
     "warm_up_then_decay",
 ]

@@ -129,6 +129,8 @@ class AdamW(torch.optim.AdamW):
     # On the class: an instance attribute would not survive copy.deepcopy.
     _step_supports_amp_scaling = True
 
+    _in_backward: Any = None  # the handle of step_in_backward: only gradients that are still there were not used
+    _first_position = 0  # of its parameters; other than 0 where it stands for one of another optimizer's
     _plan_key: Any
     _parts: list[Part]
     _torch_step: TorchStep
@@ -216,7 +218,8 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        if self._in_backward is None or any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            self._step()
         return loss
 
     @property

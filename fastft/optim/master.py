@@ -13,7 +13,7 @@ from fastft import _C
 from .adamw import AdamW
 from .entries import Part
 from .formats import join
-from .state import CODED, LOW_BITS, MOMENTS, OWN_KEYS, moment_of, spread_like
+from .state import CODED, LOW_BITS, MOMENTS, OWN_KEYS, moment_of, new_moment, spread_like
 from .step import take_step
 from .tensors import local, runs_kernels
 
@@ -55,14 +55,14 @@ def still_valid(optimizer: AdamW, p: Tensor, low: Tensor) -> Tensor:
     sums = optimizer._weight_sums.known(p)
     if sums is None or low.numel() == 0:
         return low
-    # A step on a copy, which moves nothing, with operands like those of the steps before: the core alone knows how it
-    # cuts a tensor into the chunks that it has sums for.
-    state, stepped = optimizer.state[p], local(p.detach()).clone()
-    moments: dict[str, Any] = {key: torch.zeros_like(local(state[key])) for key in MOMENTS[:2] if key in state}
-    for key, names in CODED.items():
-        if names[0] in state:
-            moments |= {key: torch.zeros_like(local(state[names[0]]))}
-            moments |= {f"{key}_scales": torch.zeros_like(local(state[names[1]]))}
+    # A step on a copy, which moves nothing, with moments in the format of the steps before: the core alone knows how
+    # it cuts a tensor into the chunks that it has sums for.
+    stepped = local(p.detach()).clone()
+    moments: dict[str, Any] = {}
+    for key, (codes, scales) in CODED.items():
+        made = {name: local(tensor) for name, tensor in new_moment(p, key, optimizer._precision).items()}
+        moments[key] = made.get(key, made.get(codes))
+        moments[f"{key}_scales"] = made.get(scales)
     on_device = runs_kernels(stepped.device)
     checked = low.clone()
     mask = optimizer._masks.get(p)

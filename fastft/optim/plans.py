@@ -32,13 +32,8 @@ def plans_of(optimizer: AdamW, counts_on_device: bool) -> tuple[list[Part], Torc
     Raises:
         ValueError: for parameters that cannot be stepped with the options that concern them.
     """
-    # A scheduler may begin at 0; the value it scales is in initial_anchor_decay.
-    decays = [g.get("initial_anchor_decay", g["anchor_decay"]) for g in optimizer.param_groups]
-    if optimizer._anchor is not None and not optimizer.state and not any(decays):
-        warnings.warn(
-            "anchor: expected anchor_decay > 0 with it, got 0 in every group at the first step; nothing is pulled",
-            stacklevel=2,
-        )
+    if not optimizer.state:
+        warn_of_idle_anchor(optimizer)
     live: dict[int, tuple[int, Tensor, str]] = {}
     records: list[_C.AdamWRecord] = []
     torch_step = TorchStep()
@@ -60,7 +55,9 @@ def plans_of(optimizer: AdamW, counts_on_device: bool) -> tuple[list[Part], Torc
         leave_to_torch(torch_step, optimizer, *live.pop(position), "memory that it shares with another parameter")
     warn_of_rounding(optimizer, list(live.values()))
     for position, (group_index, p, name) in live.items():
-        records[position] = record_at(optimizer, position, group_index, p, name, counts_on_device)
+        records[position] = record_at(
+            optimizer, optimizer._first_position + position, group_index, p, name, counts_on_device
+        )
     parts = list(parts_of(records))
     torch_step.prepare(optimizer)
     return parts, torch_step
@@ -113,6 +110,17 @@ def leave_to_torch(
         **optimizer._precision.beyond_torch(p),
     }
     torch_step.add(group_index, p, name, reason, [option for option, on in options.items() if on])
+
+
+def warn_of_idle_anchor(optimizer: AdamW) -> None:
+    """Say, before the first step, that there is an anchor but nothing that pulls."""
+    # A scheduler may begin at 0; the value it scales is in initial_anchor_decay.
+    decays = [g.get("initial_anchor_decay", g["anchor_decay"]) for g in optimizer.param_groups]
+    if optimizer._anchor is not None and not any(decays):
+        warnings.warn(
+            "anchor: expected anchor_decay > 0 with it, got 0 in every group at the first step; nothing is pulled",
+            stacklevel=2,
+        )
 
 
 def warn_of_rounding(optimizer: AdamW, live: list[tuple[int, Tensor, str]]) -> None:

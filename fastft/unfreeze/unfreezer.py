@@ -16,6 +16,7 @@ from fastft.layers.groups import GroupPatterns, layer_groups
 from fastft.layers.wrappers import peel, reentrant_checkpointing, requiring_inputs, wrapped_for
 from fastft.names import clean, listed
 from fastft.optim import AdamW
+from fastft.optim.in_backward import LATE, stepped_in_backward
 
 from .hooks import ClosedForward, ModuleHook, StillNorms, norms_in
 from .moments import bring_back, drop, offload, state_bytes
@@ -157,8 +158,13 @@ class Unfreezer:
         self._wrapped = self._refuse_wrapped()
         self._norms = StillNorms(model, "compile" in self._wrapped) if norm_policy == "freeze_stats" else None
         self._forwards = self._hook_forwards()
+
+        def before_step(_: Any, args: Any, kwargs: Any) -> None:
+            self._before_step([*args[1:], *kwargs.values()])
+
+        setattr(before_step, LATE, not rewarm_steps)  # re-warming sets the lr for the step
         self._handles = [
-            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step([*args[1:], *kwargs.values()])),
+            optimizer.register_step_pre_hook(before_step),
             optimizer.register_step_post_hook(lambda *_: self._restore_lrs()),
             optimizer.register_load_state_dict_post_hook(lambda _: self._hold()),
         ]
@@ -386,9 +392,10 @@ class Unfreezer:
     def _check_gradients(self) -> None:
         """Warn of groups that just opened and got no gradient."""
         without = []
+        stepped = stepped_in_backward(self.optimizer)
         for i in sorted(self._unproven):
             members = [p for p in self.groups[i].parameters if p not in self._closed]
-            if members and all(p.grad is None for p in members):
+            if members and all(p.grad is None and p not in stepped for p in members):
                 without.append(self.groups[i].name)
         if without:
             self._without_gradient += without

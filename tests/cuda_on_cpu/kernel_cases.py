@@ -7,6 +7,7 @@ Where a norm is needed, gradients are multiples of 1/64, so that their squares a
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -233,6 +234,119 @@ def projected(
     return outcome(optimizer)
 
 
+# Weights and moments in few bits: dtype, state_dtype, extra_bits, rounding.
+FORMATS: tuple[tuple[torch.dtype, Any, int, str], ...] = (
+    *((torch.float32, state, 0, "nearest") for state in (torch.bfloat16, "8bit")),
+    (torch.bfloat16, "8bit", 0, "nearest"),
+    *(
+        (torch.bfloat16, state, extra_bits, rounding)
+        for extra_bits, rounding in ((16, "nearest"), (8, "nearest"), (0, "stochastic"), (8, "stochastic"))
+        for state in (torch.float32, torch.bfloat16, "8bit")
+    ),
+    (torch.float16, torch.bfloat16, 0, "nearest"),
+    (torch.float16, "8bit", 0, "nearest"),
+    (torch.float16, torch.float32, 0, "stochastic"),
+    (torch.float16, "8bit", 0, "stochastic"),
+)
+
+
+def format_name(dtype: torch.dtype, state_dtype: Any, extra_bits: int, rounding: str) -> str:
+    state = state_dtype if isinstance(state_dtype, str) else short(state_dtype)
+    return f"{short(dtype)}-{state}-{extra_bits}-{rounding}"
+
+
+def blocky_parameters(random: Random, dtype: torch.dtype, device: str = "cpu") -> list[nn.Parameter]:
+    """Rows that blocks of 8-bit moments and random bits divide, and rows that they do not; below and above a chunk."""
+    shapes = [(7,), (CHUNK + 1,), (24, 704), (70, 64), (20, 300), (33, 17), (2 * CHUNK + 24,), (40, 512), (65, 72)]
+    tensors = [random.values(*shape, dtype=dtype).to(device) for shape in shapes]
+    tensors.append(misaligned(random.values(4104, dtype=dtype).to(device)))
+    tensors.append(random.values(30, 200, dtype=dtype).to(device).t())
+    return [nn.Parameter(t) for t in tensors]
+
+
+def few_bits(
+    dtype: torch.dtype,
+    state_dtype: Any,
+    extra_bits: int,
+    rounding: Any,
+    *,
+    anchor_mode: str = "decoupled",
+    anchor_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
+    importance_dtype: torch.dtype | None = None,
+    amsgrad: bool = False,
+    clip: bool = False,
+    capturable: bool = False,
+    device: str = "cpu",
+) -> Outcome:
+    """Some steps that are small beside the weights, with an anchor, decay, masks, a skipped step, and foreign writes."""
+    random = Random(20)
+    params = blocky_parameters(random, dtype, device)
+    named = [(f"p{i}", p) for i, p in enumerate(params)]
+    homes = [(name, p.detach() + random.values(*p.shape, dtype=dtype).to(device)) for name, p in named]
+    anchor = fastft.Anchor.snapshot(homes, dtype=anchor_dtype, exclude=["p3", "p6"])
+    if importance_dtype is not None:
+        anchor = anchor.with_importance(
+            {name: random.importance(*p.shape) for name, p in named}, dtype=importance_dtype
+        )
+    optimizer = fastft.AdamW(
+        [
+            {"params": named[:5], "lr": 1e-3, "weight_decay": 0.1, "anchor_decay": 3.0},
+            {"params": named[5:], "lr": 3e-3, "betas": (0.8, 0.95), "anchor_decay": 0.7, "maximize": True},
+        ],
+        anchor=anchor,
+        anchor_mode=anchor_mode,
+        state_dtype=state_dtype,
+        extra_bits=extra_bits,
+        rounding=rounding,
+        rounding_seed=7,
+        max_grad_norm=1.5 if clip else None,
+        amsgrad=amsgrad,
+        capturable=capturable,
+    )
+    for i, p in enumerate(params):
+        if i % 3 == 1 and p.dim() > 1:
+            optimizer.set_update_mask(p, random.mask(p.shape[0]))
+        elif i % 3 == 2:
+            mask = random.mask(*p.shape)
+            mask.view(-1)[: p.numel() // 2] &= random.mask(p.numel() // 2, live=0.004)  # blocks with one element, or none
+            optimizer.set_update_mask(p, mask)
+    draw = random.sixty_fourths if clip else random.values
+    for step in range(5):
+        for i, p in enumerate(params):
+            grad = torch.empty_like(p, dtype=grad_dtype or dtype).copy_(draw(*p.shape, dtype=torch.float64))
+            p.grad = None if i % 4 == 2 and step < 2 else as_grad(p, grad)
+            if step == 3 and i % 2 == 0:
+                p.data.mul_(1.25)
+        if clip:
+            optimizer.grad_scale = torch.tensor(4.0, device=device)
+            optimizer.found_inf = torch.tensor(1.0 if step == 1 else 0.0, device=device)
+        optimizer.step()
+    return outcome(optimizer)
+
+
+def few_bits_cases() -> Iterator[tuple[str, Callable[[], Outcome]]]:
+    for number, (dtype, state, extra_bits, rounding) in enumerate(FORMATS):
+        name = format_name(dtype, state, extra_bits, rounding)
+        eight = state == "8bit"
+        one = functools.partial(few_bits, dtype, state, extra_bits, rounding)
+        yield f"lean-{name}", functools.partial(one, capturable=number % 2 == 1)
+        yield (
+            f"generic-{name}",
+            functools.partial(
+                one,
+                anchor_mode="l2" if number % 2 else "decoupled",
+                anchor_dtype=torch.float16,
+                grad_dtype=None if number % 3 else torch.float32,
+                importance_dtype=torch.float32 if number % 3 or eight else None,
+                amsgrad=not eight,
+                clip=True,
+            ),
+        )
+        if not eight and state != torch.float32:
+            yield f"selective-{name}", functools.partial(one, anchor_mode="selective", capturable=number % 2 == 0)
+
+
 def many_groups() -> Outcome:
     """More groups and step counts than one launch has room for."""
     count = 170
@@ -310,6 +424,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Outcome]]]:
                 f"projected-{short(dtype)}-{short(state)}-{'device' if on_device else 'host'}",
                 lambda d=dtype, s=state, o=on_device: projected(d, s, capturable=o, scaler=o),  # type: ignore[misc]
             )
+    yield from few_bits_cases()
     yield "many-groups", many_groups
     yield "mixed-dtypes", mixed_dtypes
     yield "special-values", special_values

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict, set_state_dict
 
 import fastft
-from fastft.optim import full_precision_state, master_weights
+from fastft.optim import formats, full_precision_state, master_weights
 from fastft.optim.formats import join
 from fastft.optim.state import moments_of
 
@@ -384,3 +384,15 @@ def test_float16_weights_and_normal_values_stay(tmp_path: Path) -> None:
     for p, q in zip(model, wide, strict=True):
         assert "low_bits" not in plain.state[q]
         assert all(map(same_bits, moments_of(plain, q), moments_of(optimizer, p)))
+
+
+@pytest.mark.parametrize("shape", [(50, 70), (7, 3, 300)])
+def test_large_tensors_are_converted_in_pieces(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    values = normal(shape, seed=1).square()
+    whole = [(formats.encode8(values, kind), kind) for kind in (formats.FIRST, formats.SECOND)]
+    decoded = [formats.decode8(*pair, kind) for pair, kind in whole]
+    for piece in (1, 1000):
+        monkeypatch.setattr(formats, "PIECE", piece)
+        for (pair, kind), value in zip(whole, decoded, strict=True):
+            assert all(map(same_bits, formats.encode8(values, kind), pair))
+            assert same_bits(formats.decode8(*pair, kind), value)

@@ -28,6 +28,7 @@ MADE_FROM_RESULTS = (
     ":!README.md",
     ":!docs/_generated",
     ":!docs/data.md",
+    ":!docs/precision.md",
     ":!docs/retention.md",
 )
 SHORTEST = 5e-4

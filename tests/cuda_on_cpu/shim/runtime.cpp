@@ -19,9 +19,10 @@ namespace cuda_on_cpu {
 namespace {
 
 // What a device of compute capability 7.5 to 12.0 takes.
-constexpr size_t kMaxParameterBytes = 32764, kMaxSharedBytes = 48 << 10;
+constexpr size_t kMaxParameterBytes = 32764;
 constexpr unsigned kMaxThreads = 1024, kWarp = 32;
 
+constexpr size_t kMaxSharedBytes = 128 << 10;  // of all kernels together; what each may have, nvcc knows
 constexpr unsigned kResident = 2;          // blocks that take turns
 constexpr size_t kStackBytes = 160 << 10;  // a kernel's parameter is copied to each thread's stack
 
@@ -116,7 +117,7 @@ Segment shared_segment() {
     return static_cast<int>(is_this);
   };
   if (dl_iterate_phdr(visit, &segment) == 0 || segment.data == nullptr) fail("the shared variables were not found");
-  if (segment.bytes > kMaxSharedBytes) fail("more than 48 KiB of __shared__ variables");
+  if (segment.bytes > kMaxSharedBytes) fail("more than 128 KiB of __shared__ variables");
   return segment;
 }
 

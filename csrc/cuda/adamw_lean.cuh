@@ -1,0 +1,297 @@
+// The lean kernels of the CUDA step: one for each kind of weight and of moments, without and with masks. A block takes
+// one chunk of one tensor, a thread 16 bytes of its widest array at a time. Run-time options are few: an anchor, and
+// live rows.
+#pragma once
+
+#include "adamw_device.cuh"
+
+namespace fastft::cuda {
+namespace {
+
+// How a weight is kept: its dtype, its low bits (an unsigned integer, or void), whether it is rounded stochastically.
+template <typename StoredType, typename LowType = void, bool kRandom = false>
+struct Weight {
+  using Stored = StoredType;
+  using Low = LowType;
+  static constexpr bool kStochastic = kRandom;
+  static constexpr int kLowBits = std::is_same_v<Low, uint16_t> ? 16 : std::is_same_v<Low, uint8_t> ? 8 : 0;
+  // Anchors are kept as the weight is, or as this.
+  using OtherAnchor = std::conditional_t<std::is_same_v<Stored, float>, bfloat16, float>;
+};
+
+// Moments in 8 bits, in blocks that a warp takes whole: eight elements a thread.
+struct Codes {};
+
+template <typename W, typename M>
+constexpr bool kInBlocks = std::is_same_v<M, Codes>;
+
+// A thread's elements are kRuns runs of kRun, each of consecutive elements, which lie kWarp * kRun apart: so that a
+// warp's accesses leave no gaps. Those that share random bits lie together.
+template <typename W, typename M>
+constexpr int kWidest = sizeof(M) > sizeof(typename W::Stored) ? sizeof(M) : sizeof(typename W::Stored);
+template <typename W, typename M>
+constexpr int kRun = W::kStochastic ? static_cast<int>(kPerPhilox) : 16 / (kWidest<W, M> < 2 ? 2 : kWidest<W, M>);
+template <typename W, typename M>
+constexpr int kRuns = kInBlocks<W, M> ? kBlock8 / (kWarp * kRun<W, M>) : 1;
+
+// As many bytes as they are, for arrays that a kind of weight does not have.
+template <typename W>
+using LowOf = std::conditional_t<W::kLowBits == 0, uint8_t, typename W::Low>;
+
+// The numbers of a step that every element takes; in registers.
+struct Numbers {
+  AdamWScalars<float> scalars;
+  float grad_factor;
+  bool anchored, trusted;
+};
+
+// N consecutive elements of one tensor: what is read of them, and written back.
+template <typename W, int N, bool kMasked>
+struct Weights {
+  typename W::Stored p[N];
+  LowOf<W> low[N];
+  typename W::Stored g[N];
+  static constexpr int kPart = N < 4 ? N : 4;
+  float a[kPart];  // widened, so only for some of them at a time
+  uint8_t live[N];
+  PhiloxWords random;
+  uint32_t random_one;  // in place of `random`, for one element
+
+  __device__ __forceinline__ void load(const Shared<float>& shared, int64_t offset) {
+    const DeviceEntry& e = shared.entry;
+    read(e.param, offset, p);
+    if constexpr (W::kLowBits != 0) read(e.low_bits, offset, low);
+    if constexpr (kMasked) read(e.mask, offset, live);
+    if (reinterpret_cast<uintptr_t>(shared.grad) % 16 == 0) {
+      read(shared.grad, offset, g);
+    } else {  // gradients in buckets may lie anywhere
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] = global(static_cast<const typename W::Stored*>(shared.grad))[offset + i];
+    }
+    if constexpr (W::kStochastic) {
+      if constexpr (N == kPerPhilox)
+        random = rounding_words(e.rounding_key, shared.t, 0, index_of(e, offset) / kPerPhilox);
+      else
+        random_one = random_of(e, shared.t, 0, offset);
+    }
+  }
+
+  // Must be called for each element in turn.
+  __device__ __forceinline__ void load_anchor(int i, const DeviceEntry& e, const Numbers& numbers, int64_t offset) {
+    if (i % kPart != 0 || !numbers.anchored) return;
+    if (e.anchor_dtype == e.dtype)
+      read_widened<typename W::Stored>(e.anchor, offset + i, a);
+    else
+      read_widened<typename W::OtherAnchor>(e.anchor, offset + i, a);
+  }
+
+  __device__ __forceinline__ bool is_live(int i) const { return !kMasked || live[i] != 0; }
+
+  __device__ __forceinline__ float get(int i, const Numbers& numbers) const {
+    if constexpr (W::kLowBits != 0)
+      return join(p[i], numbers.trusted ? low[i] : LowOf<W>(0));
+    else
+      return widen(p[i]);
+  }
+
+  __device__ __forceinline__ void set(int i, float x) {
+    uint32_t bits = 0;
+    if constexpr (W::kStochastic) bits = N == kPerPhilox ? rounding_bits(random, i) : random_one;
+    if constexpr (W::kLowBits == 16)
+      split(x, &p[i], &low[i]);
+    else if constexpr (W::kLowBits == 8)
+      split(x, W::kStochastic ? bits & 0xffu : nearest_rounding(x), &p[i], &low[i]);
+    else if constexpr (W::kStochastic)
+      narrow_stochastic(x, bits, &p[i]);
+    else
+      narrow(x, &p[i]);
+  }
+
+  // The step of element i, if it is live, with moments m and v. Adds to the chunk's sum.
+  __device__ __forceinline__ void step(int i, uint32_t position, float& m, float& v, const Numbers& numbers,
+                                       uint32_t& sum) {
+    float x = get(i, numbers), unused = 0.0f;
+    adamw_element(x, widen(g[i]), m, v, unused, numbers.anchored ? a[i % kPart] : 0.0f, 0.0f,
+                  numbers.anchored ? AnchorForm::plain : AnchorForm::none, false, numbers.grad_factor, numbers.scalars);
+    set(i, x);
+    if constexpr (W::kLowBits != 0) sum += weight_term(p[i], position + i);
+  }
+
+  __device__ __forceinline__ void store(const DeviceEntry& e, int64_t offset) const {
+    write(e.param, offset, p);
+    if constexpr (W::kLowBits != 0) write(e.low_bits, offset, low);
+  }
+};
+
+// Σ weight_term() over the live ones of N elements.
+template <int N, bool kMasked>
+__device__ __forceinline__ uint32_t terms(const DeviceEntry& e, int64_t offset, uint32_t position) {
+  bfloat16 p[N];
+  uint8_t live[N];
+  read(e.param, offset, p);
+  if constexpr (kMasked) read(e.mask, offset, live);
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (!kMasked || live[i]) sum += weight_term(p[i], position + i);
+  return sum;
+}
+
+// N elements with moments of their own.
+template <typename W, typename M, bool kMasked, int N>
+__device__ __forceinline__ void step_run(const Shared<float>& shared, const Numbers& numbers, int64_t offset,
+                                         uint32_t position, uint32_t& sum) {
+  const DeviceEntry& e = shared.entry;
+  asm volatile("" ::: "memory");  // addresses stay in shared memory: held in registers they would not fit
+  Weights<W, N, kMasked> w;
+  M m[N], v[N];
+  w.load(shared, offset);
+  read(e.exp_avg, offset, m);
+  read(e.exp_avg_sq, offset, v);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    w.load_anchor(i, e, numbers, offset);
+    if (!w.is_live(i)) continue;  // its bits stay as they were read
+    float mi = widen(m[i]), vi = widen(v[i]);
+    w.step(i, position, mi, vi, numbers, sum);
+    narrow(mi, &m[i]);
+    narrow(vi, &v[i]);
+  }
+  w.store(e, offset);
+  write(e.exp_avg, offset, m);
+  write(e.exp_avg_sq, offset, v);
+}
+
+// A warp's block of moments in 8 bits.
+template <typename W, bool kMasked>
+__device__ __forceinline__ void step_block(const Shared<float>& shared, bool trusted, const BlockPlace& block,
+                                           uint32_t position, uint32_t& sum) {
+  constexpr int N = kRun<W, Codes>, kCount = kRuns<W, Codes>;
+  asm volatile("" ::: "memory");  // as in step_run, and so do the scalars
+  const DeviceEntry& e = shared.entry;
+  const Numbers numbers = {shared.scalars, shared.grad_factor, e.anchor != nullptr, trusted};
+  const int first = static_cast<int>(threadIdx.x % kWarp) * N;
+  const float scale1 = *global(e.exp_avg_scales + block.scale), scale2 = *global(e.exp_avg_sq_scales + block.scale);
+  float m[kCount][N], v[kCount][N];
+  uint8_t code1[kCount][N], code2[kCount][N];
+  uint32_t live = 0;  // a bit for each
+  // As integers, in which absolute values have the same order and NaN is the largest; with a 1 behind, so that 0 is
+  // what a block without live elements has.
+  uint32_t most1 = 0, most2 = 0;
+#pragma unroll
+  for (int r = 0; r < kCount; ++r) {
+    const int at = first + r * kWarp * N;
+    if (at >= block.length) continue;
+    const int64_t offset = block.offset + at;
+    Weights<W, N, kMasked> w;
+    w.load(shared, offset);
+    read(e.exp_avg, offset, code1[r]);
+    read(e.exp_avg_sq, offset, code2[r]);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      w.load_anchor(i, e, numbers, offset);
+      if (!w.is_live(i)) continue;
+      m[r][i] = decode_first(code1[r][i], scale1);
+      v[r][i] = decode_second(code2[r][i], scale2);
+      w.step(i, position + at, m[r][i], v[r][i], numbers, sum);
+      v[r][i] = square_root(v[r][i]);
+      const uint32_t u1 = float_bits(m[r][i]) << 1 | 1u, u2 = float_bits(v[r][i]) & 0x7fffffffu;
+      most1 = u1 > most1 ? u1 : most1;
+      most2 = u2 > most2 ? u2 : most2;
+      live |= 1u << (r * N + i);
+    }
+    w.store(e, offset);
+  }
+  most1 = warp_max(most1);
+  most2 = warp_max(most2);
+  if (most1 == 0) return;
+  const Scale8 now1 = scale8(bits_float(most1 >> 1), kTop1), now2 = scale8(bits_float(most2), kTop2);
+  if (first == 0) {
+    *global(e.exp_avg_scales + block.scale) = now1.scale;
+    *global(e.exp_avg_sq_scales + block.scale) = now2.scale;
+  }
+#pragma unroll
+  for (int r = 0; r < kCount; ++r) {
+    const int at = first + r * kWarp * N;
+    if (at >= block.length) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (kMasked && !(live >> (r * N + i) & 1u)) continue;
+      const uint32_t dither = dither8(shared.t, static_cast<uint32_t>(at + i));
+      code1[r][i] = encode_first(m[r][i], now1.inverse, dither);
+      code2[r][i] = encode_second(v[r][i], now2.inverse, dither);
+    }
+    write(e.exp_avg, block.offset + at, code1[r]);
+    write(e.exp_avg_sq, block.offset + at, code2[r]);
+  }
+}
+
+// work(offset, position, N) over a chunk's live elements, a run of N at a time; position: counted in the chunk.
+template <typename W, typename M, typename Work>
+__device__ __forceinline__ void for_each_run(const Shared<float>& shared, const Work& work) {
+  constexpr uint32_t N = kRun<W, M>;
+  using Whole = std::integral_constant<int, N>;
+  if constexpr (kInBlocks<W, M>) {
+    for (uint32_t b = threadIdx.x / kWarp; b < shared.blocks.count; b += kWarps) {
+      const BlockPlace block = shared.blocks.place(b);
+#pragma unroll
+      for (int r = 0; r < kRuns<W, M>; ++r) {
+        const int at = static_cast<int>((threadIdx.x % kWarp + r * kWarp) * N);
+        if (at < block.length) work(block.offset + at, b * kBlock8 + at, Whole());
+      }
+    }
+  } else {
+    const Chunk& chunk = shared.chunk;
+    const uint32_t count = chunk.count;
+    uint32_t i = threadIdx.x * N;
+    for (; i + N <= count; i += kThreads * N) work(chunk.place(i), i, Whole());
+    i = count / N * N + threadIdx.x;
+    if (i < count) work(chunk.place(i), i, std::integral_constant<int, 1>());
+  }
+}
+
+// Blocks to a multiprocessor: four hold a thread to 64 registers. Moments in 8 bits are held until the block's scale is
+// known, random bits until they are used: fewer blocks still keep more loads in flight than memory can serve. So do
+// three on Blackwell, for which ptxas takes a few registers more.
+template <typename W, typename M>
+constexpr int kFewerBlocks = kInBlocks<W, M> && W::kStochastic && W::kLowBits != 0 ? 2 : 3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename W, typename M>
+constexpr int kLeanBlocks = kFewerBlocks<W, M>;
+#else
+template <typename W, typename M>
+constexpr int kLeanBlocks = kInBlocks<W, M> || W::kStochastic ? kFewerBlocks<W, M> : 4;
+#endif
+
+template <typename W, typename M, bool kMasked>
+__global__ void __launch_bounds__(kThreads, kLeanBlocks<W, M>) adamw_lean(const __grid_constant__ Args args) {
+  const uint32_t chunk = args.first_chunk + blockIdx.x;
+  const uint32_t index = args.chunk_entry[chunk];
+  __shared__ Shared<float> shared;
+  if (!begin_step(args, chunk, index, shared)) return;
+  const DeviceEntry& e = shared.entry;
+
+  Numbers numbers = {shared.scalars, shared.grad_factor, e.anchor != nullptr, true};
+  if constexpr (W::kLowBits != 0) {
+    uint32_t sum = 0;
+    for_each_run<W, M>(shared, [&](int64_t offset, uint32_t position, auto n) {
+      sum += terms<decltype(n)::value, kMasked>(e, offset, position);
+    });
+    numbers.trusted = are_ours(e, chunk, sum);
+  }
+
+  uint32_t sum = 0;
+  if constexpr (kInBlocks<W, M>) {
+    for (uint32_t b = threadIdx.x / kWarp; b < shared.blocks.count; b += kWarps)
+      step_block<W, kMasked>(shared, numbers.trusted, shared.blocks.place(b), b * kBlock8, sum);
+  } else {
+    for_each_run<W, M>(shared, [&](int64_t offset, uint32_t position, auto n) {
+      step_run<W, M, kMasked, decltype(n)::value>(shared, numbers, offset, position, sum);
+    });
+  }
+  if constexpr (W::kLowBits != 0) remember_sum(e, chunk, sum);
+  count_step(args, index, e);
+}
+
+}  // namespace
+}  // namespace fastft::cuda
