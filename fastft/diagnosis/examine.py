@@ -250,7 +250,7 @@ def flags(counted: torch.dtype, dtype: torch.dtype, kept: Weights, effect: str, 
     """For each value of ``counted``, kept as ``dtype``: [whether it is moved, whether it is to be moved], float64."""
     values = every_value(counted)
     finite = values.isfinite()
-    w = torch.where(finite, values, 0.0).to(dtype)
+    w = values.to(dtype)
     # On average a weight that is rounded stochastically moves as one that is not rounded.
     on_average = kept.rounding == "stochastic" and dtype.itemsize == 2
     at = w.float() if on_average else w
