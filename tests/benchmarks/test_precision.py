@@ -152,7 +152,7 @@ def made_up() -> dict[str, Any]:
         | {"bytes": 14.0, "share": 0.5, "over_share": 2.0},
     ]
     composition = {"ratio": 0.6, "ratio_quartiles": [0.5, 0.7]}
-    peer = {"title": "other", "version": "1.0", "against": "ours", "ms": 80.0, "own_ms": 4.0, "ratio": 20.0}
+    peer = {"title": "other 8bit", "version": "1.0", "against": "ours", "ms": 80.0, "own_ms": 4.0, "ratio": 20.0}
     about = {"environment": environment, "seconds": 1.0}
     return {
         "stall": {**about, "problem": stall, "rows": stall_rows},
@@ -231,8 +231,10 @@ def test_sections_say_which_goals_are_reached(folder: Path) -> None:
     assert "at most 1.15 of the bytes' share, but for slow: **not reached**" in said["speed"]
     assert "at most 0.7 of torch's clip, anchor and step (0.60): reached" in said["speed"]
     assert (
-        "| other (1.0) | 80 ms | 4 ms | 20.0 |" in said["speed"] and "Not measured: gone: ImportError" in said["speed"]
+        "| other 8bit (1.0) | 80 ms | 4 ms | 20.0 |" in said["speed"]
+        and "Not measured: gone: ImportError" in said["speed"]
     )
+    assert "at least 10 × other 8bit: reached" in said["speed"]
     for section in said.values():
         assert "abcdef" in section
 
