@@ -312,6 +312,36 @@ def test_amsgrad_and_selective_go_with_all_but_8_bits(setting: str) -> None:
     assert not torch.equal(master, parameters(dtype, [(40, 128)])[0])
 
 
+@pytest.mark.parametrize("setting", ["split16", "8bit_split8_stochastic", "8bit_float32"])
+def test_a_gradient_scaler(setting: str) -> None:
+    """A scale that is a power of two leaves no trace, and a step with inf changes nothing, bits and codes included."""
+    dtype, options = SETTINGS[setting]
+    runs = []
+    for scaled in (False, True):
+        params = parameters(dtype)
+        optimizer = fastft.AdamW(named(params), lr=1e-3, weight_decay=0.1, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000, enabled=scaled)
+        for step in range(4):
+            give_grads(params, step)
+            if step == 2:
+                if not scaled:
+                    continue
+                params[0].grad[3, 3] = float("inf")  # type: ignore[index]
+            before = photograph(params, optimizer)
+            scaler.scale(torch.zeros(()))  # which makes the scale
+            for p in params:
+                p.grad.mul_(scaler.get_scale())  # type: ignore[union-attr]
+            scaler.step(optimizer)
+            if step == 2:
+                after = photograph(params, optimizer)
+                assert_unchanged(*({k: v for k, v in seen.items() if k[0] != "grad"} for seen in (before, after)))
+                scaler.update(1024.0)
+            else:
+                scaler.update()
+        runs.append((params, optimizer))
+    assert_same_run(*runs)
+
+
 @EACH
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_function_does_what_the_optimizer_does(setting: str, masked: bool) -> None:
@@ -651,11 +681,8 @@ def test_the_anchor_pulls(setting: str) -> None:
 # -- stochastic rounding -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16])
-@pytest.mark.parametrize("extra_bits", [0, 8])
+@pytest.mark.parametrize(("dtype", "extra_bits"), [(BF16, 0), (BF16, 8), (torch.float16, 0)])
 def test_stochastic_rounding_is_right_on_average(dtype: torch.dtype, extra_bits: int) -> None:
-    if dtype == torch.float16 and extra_bits:
-        pytest.skip("float16 has no extra bits")
     # One value everywhere, so that the mean is over elements and steps; decay moves it by a part of its last bit.
     p = nn.Parameter(torch.full((128, 128), 1.5, dtype=dtype))
     p.grad = torch.zeros_like(p)
@@ -688,6 +715,19 @@ def test_stochastic_rounding_depends_on_seed_position_and_step_alone() -> None:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert not torch.equal(*pair)
+
+
+def test_positions_are_counted_through_all_groups() -> None:
+    results = []
+    for grouped in (False, True):
+        params = parameters(BF16)
+        groups: Any = [{"params": params[:1]}, {"params": params[1:]}] if grouped else params
+        optimizer = fastft.AdamW(groups, lr=1e-4, rounding="stochastic", extra_bits=8)
+        for step in range(2):
+            give_grads(params, step)
+            optimizer.step()
+        results.append((params, optimizer))
+    assert_same_run(*results)
 
 
 def test_rounding_keys() -> None:
