@@ -230,10 +230,8 @@ def test_sections_say_which_goals_are_reached(folder: Path) -> None:
     assert "| some | 7.03 | 7.10 | 7.40 |" in said["memory"] and "96M parameters" in said["memory"]
     assert "at most 1.15 of the bytes' share, but for slow: **not reached**" in said["speed"]
     assert "at most 0.7 of torch's clip, anchor and step (0.60): reached" in said["speed"]
-    assert (
-        "| other 8bit (1.0) | 80 ms | 4 ms | 20.0 |" in said["speed"]
-        and "Not measured: gone: ImportError" in said["speed"]
-    )
+    assert "| other 8bit (1.0) | 80 ms | 4 ms | 20.0 |" in said["speed"]
+    assert "Not measured: gone: ImportError" in said["speed"]
     assert "at least 10 × other 8bit: reached" in said["speed"]
     for section in said.values():
         assert "abcdef" in section
