@@ -16,7 +16,7 @@ import fastft
 from fastft.diagnosis.settings import Memory, Weights, memory_of, name_of
 
 # Among what is compared is what it warns of.
-pytestmark = pytest.mark.filterwarnings("ignore:.*are rounded to nearest, and most changes are lost")
+pytestmark = pytest.mark.filterwarnings("ignore:.*are rounded to nearest, and so small a change is lost")
 
 INDEX = "model.safetensors.index.json"
 SHAPES = {

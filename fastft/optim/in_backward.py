@@ -75,7 +75,7 @@ class OneParameter(AdamW):
 
     grad_scale = None
     found_inf = None
-    _told_of_rounding = True  # these warnings are about all parameters together
+    _warned_of_rounding = True  # these warnings are about all parameters together
 
     def __init__(self, whole: AdamW, group: int, position: int, param: Tensor, name: str) -> None:
         self._whole = weakref.ref(whole)

@@ -919,13 +919,15 @@ def warned(
 def test_a_pull_that_does_nothing_is_said_once() -> None:
     (said,) = warned(weight_decay=0.1)
     assert said.startswith(
-        "weight_decay: lr * weight_decay = 1e-05 moves 0% of the weights: bfloat16 weights are rounded"
+        "weight_decay: lr * weight_decay = 1e-05 moves 0% of the weights by itself: bfloat16 weights are rounded"
     )
-    assert said.endswith('pass extra_bits=16 (or 8, or rounding="stochastic")')
+    assert said.endswith('pass extra_bits=16 or rounding="stochastic"')
     (said,) = warned(anchor="init", anchor_decay=30.0, weight_decay=0.1)
     assert said.startswith("anchor_decay, weight_decay: lr * anchor_decay = 0.003 moves 0% of the weights and ")
     (said,) = warned(torch.float16, anchor="init", anchor_decay=30.0)
     assert said.startswith("anchor_decay: ") and said.endswith('pass rounding="stochastic"')
+    (said,) = warned(extra_bits=8, weight_decay=0.01)
+    assert "moves 0% of the weights by itself: bfloat16 weights with 8 extra bits are rounded" in said
 
 
 def test_it_is_said_for_the_learning_rate_that_a_warm_up_goes_to() -> None:
@@ -941,7 +943,8 @@ def test_it_is_said_for_the_learning_rate_that_a_warm_up_goes_to() -> None:
     [
         {},
         {"dtype": torch.float32, "weight_decay": 0.1},
-        {"weight_decay": 0.1, "extra_bits": 8},
+        {"weight_decay": 0.5, "extra_bits": 8},
+        {"weight_decay": 0.01, "extra_bits": 8, "rounding": "stochastic"},
         {"weight_decay": 0.1, "extra_bits": 16},
         {"weight_decay": 0.1, "rounding": "stochastic"},
         {"weight_decay": 0.5, "lr": 0.02},
