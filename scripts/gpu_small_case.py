@@ -16,8 +16,18 @@ DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+# dtype, state_dtype, extra_bits, rounding
+FEW_BITS = (
+    (torch.float32, "8bit", 0, "nearest"),
+    (torch.bfloat16, torch.float32, 16, "nearest"),
+    (torch.bfloat16, "8bit", 8, "stochastic"),
+    (torch.float16, torch.bfloat16, 0, "stochastic"),
+)
+
+
 def main() -> None:
     steps()
+    steps_in_few_bits()
     dropouts()
 
 
@@ -66,6 +76,35 @@ def steps() -> None:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         assert optimizer.grad_norm is not None and optimizer.grad_norm.item() > 0.0
+
+
+def steps_in_few_bits() -> None:
+    """Three steps by lean kernels and by generic ones, with rows that blocks divide and rows that they do not."""
+    for dtype, state_dtype, extra_bits, rounding in FEW_BITS:
+        for amsgrad in (False, True) if state_dtype != "8bit" else (False,):
+            params = [
+                torch.nn.Parameter(torch.randn(shape, device=DEVICE, dtype=dtype))
+                for shape in ((37, 264), (24, 300), (20_003,), (5, 7))
+            ]
+            optimizer = fastft.AdamW(
+                params,
+                lr=1e-3,
+                anchor="init",
+                anchor_decay=3.0,
+                amsgrad=amsgrad,
+                state_dtype=state_dtype,
+                extra_bits=extra_bits,
+                rounding=rounding,
+            )
+            optimizer.set_update_mask(params[0], torch.arange(37) % 3 > 0)
+            optimizer.set_update_mask(params[1], torch.arange(24 * 300).view(24, 300) % 5 > 0)
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            assert all(p.isfinite().all() for p in params)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,15 @@ from fastft.tables import markdown
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "_generated" / "kernels.md"
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
-SOURCES: list[str] = [s for s in SETUP["CUDA_SOURCES"] if "__global__" in (ROOT / s).read_text(encoding="utf-8")]
+
+
+def has_kernels(source: str) -> bool:
+    """Whether there is one in the file or in the header of its name."""
+    files = (ROOT / source, (ROOT / source).with_suffix(".cuh"))
+    return any("__global__" in file.read_text(encoding="utf-8") for file in files if file.exists())
+
+
+SOURCES: list[str] = [s for s in SETUP["CUDA_SOURCES"] if has_kernels(s)]
 ARCHS = ("80", "90", "100")
 NVCC: Path | None = SETUP["find_nvcc"]()
 NVDISASM: str | None = next(
@@ -34,7 +42,8 @@ NVDISASM: str | None = next(
 CXXFILT = shutil.which("c++filt")
 MISSING = [name for name, tool in (("nvcc", NVCC), ("nvdisasm", NVDISASM), ("c++filt", CXXFILT)) if tool is None]
 
-ANCHOR_FORMS = ("none", "plain", "weighted", "selective")  # as in csrc/math/adamw.h
+# The last parameter of a template, where it is true.
+FLAGS = {"adamw_lean": "masked", "adamw_generic": "selective"}
 LAUNCH_HEAD = ("groups", "dtypes", "norm", "launches of a step")
 """A launch count depends on the first three."""
 
@@ -62,7 +71,7 @@ class Kernel:
 
 
 def compile_kernels(source: str, arch: str) -> dict[str, Kernel]:
-    """{"adamw_step<float, float>": ...} of a source file, in the order of names."""
+    """{"adamw_lean<float, float>": ...} of a source file, in the order of names."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
         report = ptxas_report(ROOT / source, arch, cubin)
@@ -111,10 +120,18 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def short_name(signature: str) -> str:
-    """Without namespaces, arguments and what every name has; kinds of anchors by their names."""
+    """Without namespaces, arguments and what every name has; kinds of weights and flags in words."""
     name = re.sub(r"(?:fastft|cuda|\(anonymous namespace\))::", "", signature).removeprefix("void ")
-    name = re.sub(r"\(AnchorForm\)(\d)", lambda form: ANCHOR_FORMS[int(form[1])], name)
-    return re.sub(r"\(.*\)$", "", name)
+    name = re.sub(r"\(.*\)$", "", name)
+    name = re.sub(r"Weight<(\w+), ([\w ]+), (\w+)>", lambda weight: weight_name(*weight.groups()), name)
+    flag = FLAGS.get(name.split("<")[0], "")
+    return re.sub(r", (true|false)>$", lambda last: f", {flag}>" if last[1] == "true" else ">", name)
+
+
+def weight_name(stored: str, low: str, stochastic: str) -> str:
+    """Of a kind of weight in csrc/cuda/adamw_lean.cuh: "bfloat16 + 8 stochastic"."""
+    bits = {"void": "", "unsigned char": " + 8", "unsigned short": " + 16"}[low]
+    return f"{stored}{bits}{' stochastic' if stochastic == 'true' else ''}"
 
 
 def compiler_version() -> str:

@@ -19,11 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 STATIC = runpy.run_path(str(ROOT / "scripts" / "kernel_table.py"))
 # Four blocks of 256 threads to a multiprocessor; three on Blackwell.
 MOST_REGISTERS = {"80": 64, "90": 64, "100": 80, "120": 80}
-# 128-bit loads and stores that a kernel must have; a step's: parameter and both moments, there and back.
+# 128-bit loads and stores that a kernel must have.
 WIDE = {
-    "adamw_step": (3, 3),
+    "adamw_lean": (2, 2),  # both moments, there and back; see wide_accesses()
+    "adamw_generic": (0, 0),  # an element at a time
     "grad_sum_of_squares": (1, 0),
-    "selective_project": (1, 1),
+    "selective_project": (0, 0),
     "bias_dropout_add_kernel": (1, 1),
     "bias_dropout_add_backward_kernel": (1, 0),
     "dropout_add_norm_kernel": (1, 1),
@@ -43,27 +44,44 @@ def compiled(source: str, arch: str) -> dict[str, Any]:
 
 
 def number_of_kernels(source: str) -> int:
-    """Three kernels for each row of the table of dtype combinations, or one for each dtype, and those of no template.
-
-    The three are for the kinds of anchors.
-    """
+    """Two for each lean kind (without and with masks), or one for each dtype, and those of no template."""
     text = (ROOT / source).read_text(encoding="utf-8")
-    rows = re.findall(r"^\s+\{DType::\w+, DType::\w+, \w+<", text, re.MULTILINE)
-    stored = re.findall(r"^template <typename (?:Stored|Param)>\n__global__", text, re.MULTILINE)
+    lean = re.findall(r"^\s+lean<\w+, \w+>\(", text, re.MULTILINE)
+    stored = re.findall(r"^template <typename Stored>\n__global__", text, re.MULTILINE)
     computed = re.findall(r"^template <typename T>\n__global__", text, re.MULTILINE)
+    selective = re.findall(r"^template <typename T, bool kSelective>\n__global__", text, re.MULTILINE)
     plain = re.findall(r"(?<!>\n)^__global__", text, re.MULTILINE)
-    return 3 * len(rows) + 4 * len(stored) + 2 * len(computed) + len(plain)
+    return 2 * len(lean) + 4 * len(stored) + 2 * len(computed) + 4 * len(selective) + len(plain)
 
 
 def most_registers(kernel: str, arch: str) -> int:
     if "kernel<double>" in kernel:  # for which two blocks must do
         return 128
-    if re.fullmatch(r"dropout_add_norm_backward_kernel<b?float16>", kernel):  # three blocks
-        return 80
-    # An importance in float64, and the sums of selective projection: three blocks.
-    if re.fullmatch(r"adamw_step<(double, double, weighted|.*, selective)>", kernel):
+    if re.fullmatch(r"adamw_lean<.* stochastic, Codes.*>", kernel) and "+ 8" in kernel:  # two blocks
+        return 128
+    # Three blocks: moments in 8 bits, random bits; and what is no common case.
+    three = r"adamw_lean<.*(stochastic|Codes).*>|(adamw_generic|selective_project)<.*>"
+    if re.fullmatch(rf"dropout_add_norm_backward_kernel<b?float16>|{three}", kernel):
         return 80
     return MOST_REGISTERS[arch]
+
+
+def wide_accesses(kernel: str) -> tuple[int, int]:
+    """128-bit loads and stores that a kernel must have.
+
+    Beside the moments, or in place of them where they are codes, the weights of a lean kernel; but those of 16 bits
+    with float32 moments, of which a thread takes four.
+    """
+    loads, stores = WIDE[kernel.split("<")[0]]
+    if kernel.startswith("adamw_lean"):
+        weight, moment = re.findall(r"[^<>,]+", kernel)[1:3]
+        codes, four = "Codes" in moment, moment.strip() == "float" and weight != "float" and "stochastic" not in weight
+        if codes:
+            return 2, 1
+        if moment.strip() == "bfloat16" and weight == "float":
+            return 2, 1
+        return (2, 2) if four else (4, 3)
+    return loads, stores
 
 
 @needs_compiler
@@ -82,7 +100,7 @@ def test_kernels_fit_the_registers_and_spill_nothing(source: str, arch: str) -> 
 @pytest.mark.parametrize("source", STATIC["SOURCES"])
 def test_kernels_access_global_memory_sixteen_bytes_at_a_time(source: str, arch: str) -> None:
     for name, kernel in compiled(source, arch).items():
-        loads, stores = WIDE[name.split("<")[0]]
+        loads, stores = wide_accesses(name)
         assert kernel.wide("LDG") >= loads and kernel.wide("STG") >= stores, (name, kernel)
         # Generic ones would have to find out at run time where they lead.
         assert not [kind for kind in kernel.accesses if re.match(r"(LD|ST)\.E\.128", kind)], (name, kernel)

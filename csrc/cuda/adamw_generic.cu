@@ -255,8 +255,8 @@ __device__ __forceinline__ void step_tile(const Shared<T>& shared, const Tile& t
       }
       if (in_blocks) {
         const uint32_t dither = dither8(shared.t, k * kWarp + threadIdx.x % kWarp);
-        *global(code1) = encode_first(static_cast<float>(m), now1.inverse, dither);
-        *global(code2) = encode_second(static_cast<float>(square_root(v)), now2.inverse, dither);
+        *global(code1) = static_cast<uint8_t>(encode_first(static_cast<float>(m), now1.inverse, dither));
+        *global(code2) = static_cast<uint8_t>(encode_second(static_cast<float>(square_root(v)), now2.inverse, dither));
       } else {
         write_one(e.exp_avg, e.state_dtype, offset, m);
         write_one(e.exp_avg_sq, e.state_dtype, offset, v);
@@ -347,6 +347,7 @@ __global__ void __launch_bounds__(kThreads, 3) selective_project(const __grid_co
     const Tile at = tile(shared, number);
 #pragma unroll 1
     for (uint32_t k = 0; k < kLanes; ++k) {
+      asm volatile("" ::: "memory");  // as in step_tile
       int64_t offset;
       if (!at.find(shared, k, &offset)) continue;
       const T a = read_one<T>(e.anchor, e.anchor_dtype, offset);

@@ -173,8 +173,6 @@ __device__ __forceinline__ void step_block(const Shared<float>& shared, bool tru
   const int first = static_cast<int>(threadIdx.x % kWarp) * N;
   const float scale1 = *global(e.exp_avg_scales + block.scale), scale2 = *global(e.exp_avg_sq_scales + block.scale);
   float m[kCount][N], v[kCount][N];
-  uint8_t code1[kCount][N], code2[kCount][N];
-  uint32_t live = 0;  // a bit for each
   // As integers, in which absolute values have the same order and NaN is the largest; with a 1 behind, so that 0 is
   // what a block without live elements has.
   uint32_t most1 = 0, most2 = 0;
@@ -184,21 +182,21 @@ __device__ __forceinline__ void step_block(const Shared<float>& shared, bool tru
     if (at >= block.length) continue;
     const int64_t offset = block.offset + at;
     Weights<W, N, kMasked> w;
+    uint8_t code1[N], code2[N];
     w.load(shared, offset);
-    read(e.exp_avg, offset, code1[r]);
-    read(e.exp_avg_sq, offset, code2[r]);
+    read(e.exp_avg, offset, code1);
+    read(e.exp_avg_sq, offset, code2);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       w.load_anchor(i, e, numbers, offset);
-      if (!w.is_live(i)) continue;
-      m[r][i] = decode_first(code1[r][i], scale1);
-      v[r][i] = decode_second(code2[r][i], scale2);
-      w.step(i, position + at, m[r][i], v[r][i], numbers, sum);
+      m[r][i] = decode_first(code1[i], scale1);
+      v[r][i] = decode_second(code2[i], scale2);
+      if (!kMasked || w.live[i]) w.step(i, position + at, m[r][i], v[r][i], numbers, sum);
       v[r][i] = square_root(v[r][i]);
-      const uint32_t u1 = float_bits(m[r][i]) << 1 | 1u, u2 = float_bits(v[r][i]) & 0x7fffffffu;
+      const uint32_t live = !kMasked || w.live[i] ? 0xffffffffu : 0u;
+      const uint32_t u1 = (float_bits(m[r][i]) << 1 | 1u) & live, u2 = float_bits(v[r][i]) & 0x7fffffffu & live;
       most1 = u1 > most1 ? u1 : most1;
       most2 = u2 > most2 ? u2 : most2;
-      live |= 1u << (r * N + i);
     }
     w.store(e, offset);
   }
@@ -214,15 +212,21 @@ __device__ __forceinline__ void step_block(const Shared<float>& shared, bool tru
   for (int r = 0; r < kCount; ++r) {
     const int at = first + r * kWarp * N;
     if (at >= block.length) continue;
+    uint8_t code1[N], code2[N], live[N];
+    if constexpr (kMasked) {  // read again, since holding them takes registers that others need
+      read(e.exp_avg, block.offset + at, code1);
+      read(e.exp_avg_sq, block.offset + at, code2);
+      read(e.mask, block.offset + at, live);
+    }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (kMasked && !(live >> (r * N + i) & 1u)) continue;
+      if (kMasked && live[i] == 0) continue;
       const uint32_t dither = dither8(shared.t, static_cast<uint32_t>(at + i));
-      code1[r][i] = encode_first(m[r][i], now1.inverse, dither);
-      code2[r][i] = encode_second(v[r][i], now2.inverse, dither);
+      code1[i] = static_cast<uint8_t>(encode_first(m[r][i], now1.inverse, dither));
+      code2[i] = static_cast<uint8_t>(encode_second(v[r][i], now2.inverse, dither));
     }
-    write(e.exp_avg, block.offset + at, code1[r]);
-    write(e.exp_avg_sq, block.offset + at, code2[r]);
+    write(e.exp_avg, block.offset + at, code1);
+    write(e.exp_avg_sq, block.offset + at, code2);
   }
 }
 

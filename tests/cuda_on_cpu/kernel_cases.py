@@ -163,24 +163,28 @@ def every_option(
 
 def host_counted(device: str) -> dict[str, Callable[[], Outcome]]:
     """Cases whose bias corrections the host works out, on any device: there the same bits too."""
-    return {
-        f"{short(dtype)}-{short(state)}-{mode}{'-weighted' * weighted}": lambda d=dtype, s=state, m=mode, w=weighted: (  # type: ignore[misc]
-            every_option(
-                d,
-                s,
-                anchor_mode=m,
-                maximize=m == "l2",
-                scaler=False,
-                importance_dtype=torch.bfloat16 if w else None,
-                device=device,
-            )
+    found: dict[str, Callable[[], Outcome]] = {}
+    for (dtype, state), mode, weighted in itertools.product(COMBINATIONS, ("decoupled", "l2"), (False, True)):
+        found[f"{short(dtype)}-{short(state)}-{mode}{'-weighted' * weighted}"] = functools.partial(
+            every_option,
+            dtype,
+            state,
+            anchor_mode=mode,
+            maximize=mode == "l2",
+            scaler=False,
+            importance_dtype=torch.bfloat16 if weighted else None,
+            device=device,
         )
-        for (dtype, state), mode, weighted in itertools.product(COMBINATIONS, ("decoupled", "l2"), (False, True))
-    } | {
-        f"{short(dtype)}-{short(state)}-selective": lambda d=dtype, s=state: projected(d, s, device=device)  # type: ignore[misc]
-        for dtype, state in COMBINATIONS
-        if dtype != torch.float64
-    }
+    for dtype, state in COMBINATIONS:
+        if dtype != torch.float64:
+            found[f"{short(dtype)}-{short(state)}-selective"] = functools.partial(
+                projected, dtype, state, device=device
+            )
+    for form, mode in itertools.product(FORMATS, ("decoupled", "l2")):
+        found[f"few-bits-{format_name(*form)}-{mode}"] = functools.partial(
+            few_bits, *form, anchor_mode=mode, anchor_dtype=torch.float16 if mode == "l2" else None, device=device
+        )
+    return found
 
 
 def as_grad(p: Tensor, grad: Tensor) -> Tensor:
@@ -279,7 +283,7 @@ def few_bits(
     capturable: bool = False,
     device: str = "cpu",
 ) -> Outcome:
-    """Some steps that are small beside the weights, with an anchor, decay, masks, a skipped step, and foreign writes."""
+    """Some steps that are small beside the weights, with an anchor, decay, masks, a skip and foreign writes."""
     random = Random(20)
     params = blocky_parameters(random, dtype, device)
     named = [(f"p{i}", p) for i, p in enumerate(params)]
@@ -309,7 +313,9 @@ def few_bits(
             optimizer.set_update_mask(p, random.mask(p.shape[0]))
         elif i % 3 == 2:
             mask = random.mask(*p.shape)
-            mask.view(-1)[: p.numel() // 2] &= random.mask(p.numel() // 2, live=0.004)  # blocks with one element, or none
+            mask.view(-1)[: p.numel() // 2] &= random.mask(
+                p.numel() // 2, live=0.004
+            )  # blocks with one element, or none
             optimizer.set_update_mask(p, mask)
     draw = random.sixty_fourths if clip else random.values
     for step in range(5):
