@@ -57,7 +57,9 @@ def main() -> int:
     arguments.add_argument("--precision-page", type=Path, default=ROOT / "docs" / "precision.md")
     arguments.add_argument("--generated", type=Path, default=GENERATED, metavar="FOLDER")
     arguments.add_argument("--speed", type=Path, default=SPEED, metavar="FOLDER", help="of fastft bench's JSON files")
-    arguments.add_argument("--precision", type=Path, default=PRECISION, metavar="FOLDER", help="of benchmarks.precision")
+    arguments.add_argument(
+        "--precision", type=Path, default=PRECISION, metavar="FOLDER", help="of benchmarks.precision"
+    )
     arguments.add_argument("--check", action="store_true", help="write nothing; fail if a table is stale")
     options = arguments.parse_args()
     measured = {

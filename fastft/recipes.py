@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -74,6 +75,9 @@ def recipe(
     output down (:class:`~fastft.unfreeze.GradualUnfreeze`; Howard & Ruder 2018, https://arxiv.org/abs/1801.06146). As
     most layers are closed at first, it also takes less time than to train all of them.
 
+    Rounded to bfloat16, weights would lose most steps and all of the anchor's pull. Such weights get ``extra_bits=16``
+    and float32 moments, and so the steps of float32 weights.
+
     Fit a new head first, by :func:`fastft.retention.fit_head_`, as was done there: the knowledge that training with a
     random head costs is not brought back.
 
@@ -99,6 +103,7 @@ def recipe(
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup: expected a part of the steps from 0 to below 1, got {warmup!r}")
     anchor = Anchor.snapshot(model, exclude=exclude)
+    exact = any(p.dtype == torch.bfloat16 for p in model.parameters())
     optimizer = AdamW(
         model.named_parameters(),
         lr=lr,
@@ -106,6 +111,8 @@ def recipe(
         anchor=anchor,
         anchor_decay=anchor_decay,
         max_grad_norm=max_grad_norm,
+        extra_bits=16 if exact else 0,
+        state_dtype=torch.float32 if exact else None,
     )
     scheduler = LambdaLR(optimizer, warm_up_then_decay(total_steps, warmup))
     return Recipe(optimizer, scheduler, Unfreezer(model, optimizer, opening, groups=groups, mode=mode), anchor)

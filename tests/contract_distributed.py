@@ -7,9 +7,11 @@ with a run in one process. What only one rank can see is asserted here.
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +351,27 @@ MESH: DeviceMesh
 FOLDER: Path
 
 
-def main(rank: int, folder: Path) -> None:
+def run_in_two_processes(script: str, folder: Path) -> dict[str, list[Any]]:
+    """The results of all scenarios of a script like this one, by their names, one for each rank."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
+    logs = [folder / f"log_{rank}.txt" for rank in range(WORLD)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with open(log, "w") as file:
+            command = [sys.executable, script, str(rank), str(folder)]
+            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * WORLD, "\n".join(log.read_text()[-4000:] for log in logs)
+    ranks = [torch.load(folder / f"results_{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return {name: [rank[name] for rank in ranks] for name in ranks[0]}
+
+
+def main(rank: int, folder: Path, scenarios: Mapping[str, Callable[[], dict[str, Any]]] = SCENARIOS) -> None:
     global RANK, WORLD_IS_ONE, MESH, FOLDER
     RANK, WORLD_IS_ONE, FOLDER = rank, False, folder
     torch.set_num_threads(1)
@@ -357,7 +379,7 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     MESH = init_device_mesh("cpu", (WORLD,))
     results: dict[str, Any] = {}
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in scenarios.items():
         try:
             results[name] = scenario()
         except Exception:  # the other scenarios shall still be heard

@@ -1,8 +1,8 @@
 """Parameters whose weights or moments are kept in few bits, stepped by the core itself, and an oracle for them.
 
 The oracle is the core's own step over plain float32 tensors, between the formulas of ``csrc/math/split.h``,
-``stochastic.h`` and ``block8.h`` written anew in torch: what they read as float32 before the step, and what they keep of
-it after. So every bit is known.
+``stochastic.h`` and ``block8.h`` written anew in torch: what they read as float32 before the step, and what they keep
+of it after. So every bit is known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from fastft import _C
 
 CPU = (1, 0)
 BLOCK = 256
-WEIGHTS = ("float32", "bfloat16", "float16", "split8", "split16", "stochastic", "stochastic-float16", "stochastic-split8")
+WEIGHTS = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "split8",
+    "split16",
+    "stochastic",
+    "stochastic-float16",
+    "stochastic-split8",
+)
 MOMENTS = ("float32", "bfloat16", "8bit")
 FLOOR = 2.0**-16
 GROUP = {
@@ -77,7 +86,7 @@ def half_rounded(x: Tensor, random: Tensor) -> Tensor:
     bits = torch.where(magnitude < 2.0**-14, 16, 13)
     down = quotient.floor()
     threshold = random >> (16 - bits)
-    up = (quotient - down) * 2.0**bits.double() + threshold.double() >= 2.0**bits.double()
+    up = (quotient - down) * 2.0 ** bits.double() + threshold.double() >= 2.0 ** bits.double()
     return ((down + up) * ulp * x.sign()).to(torch.float16)
 
 
@@ -130,8 +139,8 @@ def encoded(x: Tensor, live: Tensor, codes: Tensor, scales: Tensor, step: int, s
     """Codes and scales after the step; those given where nothing is live."""
     rows, row = blocks_of(x.shape)
     amount = x.double().sqrt().float() if second else x.abs()  # torch.sqrt of float32 is not always rounded right
-    shift, most, top = (19, 255, 0.96875 - FLOOR) if second else (20, 127, 0.9375 - FLOOR)
-    top = torch.tensor(top, dtype=torch.float32)
+    shift, most, top_value = (19, 255, 0.96875 - FLOOR) if second else (20, 127, 0.9375 - FLOOR)
+    top = torch.tensor(top_value, dtype=torch.float32)
     padding = scales.numel() // rows * BLOCK - row
     pad = torch.nn.functional.pad
     largest = pad((amount * live).view(rows, row), (0, padding)).view(-1, BLOCK).amax(1)
@@ -188,6 +197,7 @@ class Case:
     def record(self) -> tuple[_C.AdamWRecord, Tensor]:
         count = torch.tensor(float(self.taken))
         given = {"anchor": self.anchor, "importance": self.importance, "update_mask": self.mask, "rows": self.rows}
+        tensors: dict[str, Any] = {**self.state, **{name: t for name, t in given.items() if t is not None}}
         record = _C.AdamWRecord(
             self.p,
             0,
@@ -197,8 +207,7 @@ class Case:
             index=self.index,
             stepped=self.p,
             step=count,
-            **self.state,
-            **{name: t for name, t in given.items() if t is not None},
+            **tensors,
         )
         return record, count
 
@@ -238,7 +247,7 @@ class Case:
         random = random_bits(self.key, t, torch.arange(self.p.numel()).view(self.p.shape)) if self.stochastic else None
         weight, bits = kept(exact.p, self.p, low, random)
         after.p = torch.where(live, weight, self.p)
-        if low is not None:
+        if low is not None and bits is not None:
             signed = torch.int16 if low.dtype == torch.uint16 else torch.int8
             after.state["low_bits"] = torch.where(live, bits.view(signed), low.view(signed)).view(low.dtype)
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):

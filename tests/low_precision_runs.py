@@ -132,7 +132,7 @@ class Beside:
         before: dict[str, Any] = {"p": p.detach().clone(), "state": {k: v.clone() for k, v in state.items()}}
         exact.copy_(reference.read_weight(p, state.get("low_bits")))
         for key, value in self.beside.state.get(exact, {}).items():
-            if key in ("exp_avg", "exp_avg_sq"):
+            if key in ("exp_avg", "exp_avg_sq"):  # both have state, or neither
                 value.copy_(moment_of(state, p, key))
             elif key == "step":
                 value.copy_(state[key])
@@ -148,7 +148,7 @@ class Beside:
             return
         t = int(state["step"])
         assert t == int(wide["step"]), name
-        if t == int(old.get("step", 0)):  # frozen or skipped
+        if t == int(old.get("step", torch.tensor(0.0))):  # frozen or skipped
             assert same_bits(p, before["p"]), name
             assert all(same_bits(value, state[key]) for key, value in old.items()), name
             return
@@ -167,7 +167,7 @@ class Beside:
         for key in ("exp_avg", "exp_avg_sq"):
             now = kept_moment(state, key)
             zeros = torch.zeros_like(now) if isinstance(now, Tensor) else tuple(map(torch.zeros_like, now))
-            was = kept_moment(old, key) if old else zeros
+            was = kept_moment(old, key) if "step" in old else zeros
             expected = reference.write_moment(wide[key], key, t, was, mask)
             if isinstance(expected, Tensor) and isinstance(was, Tensor) and isinstance(now, Tensor):
                 assert same_bits(now, torch.where(live, expected, was)), f"{name}: {key}, step {t}"

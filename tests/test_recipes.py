@@ -158,3 +158,24 @@ def test_wrong_numbers(model: Net, changes: dict[str, Any], said: str) -> None:
         fastft.recipe(model, **{"total_steps": STEPS, "exclude": "head", "groups": GROUPS, **changes})
     assert [p.requires_grad for p in model.parameters()] == before
     fastft.recipe(model, STEPS, exclude="head", groups=GROUPS)  # nothing of the first attempt is in its way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_weights_learn_and_are_pulled_as_float32_weights_are(model: Net, dtype: torch.dtype) -> None:
+    """By gradients that bfloat16 holds: the weights are the float32 ones, rounded."""
+    model.bfloat16()
+    wide = copy.deepcopy(model).float()
+    model.to(dtype)
+    options: dict[str, Any] = {"lr": 1e-4, "anchor_decay": 30.0, "weight_decay": 0.1, "groups": GROUPS, "open_by": 0.01}
+    recipes = [fastft.recipe(net, STEPS, **options) for net in (model, wide)]
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+            grad = torch.randn(p.shape, generator=generator).bfloat16()
+            p.grad, q.grad = grad.to(dtype), grad.float()
+        for each in recipes:
+            each.step()
+    for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(p, q.to(dtype))
+        assert ("low_bits" in recipes[0].optimizer.state[p]) == (dtype == torch.bfloat16)
+        assert recipes[0].optimizer.state[p]["exp_avg_sq"].dtype == torch.float32

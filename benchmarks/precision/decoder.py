@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,11 +122,11 @@ def loss_on(model: nn.Module, sequences: Tensor) -> float:
     return sum(parts) / len(sequences)
 
 
-def base_weights(corpus: Corpus, folder: Path = WORK) -> dict[str, Tensor]:
-    """Pre-trained on the old texts in float32 once, kept in ``folder``, rounded to bfloat16: where every run starts."""
+def base_weights(corpus: Corpus) -> dict[str, Tensor]:
+    """Pre-trained on the old texts in float32 once, kept in ``WORK``, rounded to bfloat16: where every run starts."""
     size = corpus.size
     name = hashlib.blake2b(repr(sorted(asdict(size).items())).encode(), digest_size=8).hexdigest()
-    path = folder / f"base-{name}-torch{torch.__version__}.pt"
+    path = WORK / f"base-{name}-torch{torch.__version__}.pt"
     if not path.exists():
         model = fresh_model(size)
         optimizer = torch.optim.AdamW(model.parameters(), lr=size.base_lr, weight_decay=0.01)

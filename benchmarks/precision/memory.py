@@ -42,6 +42,9 @@ LAYERS, WIDTH = 96, 1024
 QUICK_LAYERS, QUICK_WIDTH = 8, 512
 ROWS = 2
 STEPS = 2
+SURROUNDINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Threads have buffers of their own, so there is one. And the C library gives what is freed back at once, as it does
+with blocks above 32 MB in any case: a large model's tensors."""
 STATUS = Path("/proc/self/status")
 
 
@@ -151,8 +154,7 @@ def measure(quick: bool) -> dict[str, Any]:
     rows = []
     for kept in QUICK_SETTINGS if quick else SETTINGS:
         command = [sys.executable, "-m", __spec__.name, json.dumps(asdict(kept)), f"{layers}", f"{width}"]
-        # Threads of torch's pool keep buffers of their own; one computes all of it.
-        surroundings = {**os.environ, "OMP_NUM_THREADS": "1"}
+        surroundings = {**os.environ, **SURROUNDINGS}
         done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{kept.title}: {done.stderr[-2000:]}")

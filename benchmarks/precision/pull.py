@@ -25,7 +25,7 @@ ELEMENTS, QUICK_ELEMENTS = 1 << 16, 1 << 12
 
 def distance_left(weights: Weights, start: Tensor, anchor: Tensor, pull: float, steps: int) -> dict[str, float]:
     """Of the way to the anchor: along itself, in which random parts cancel, and as a length, in which they do not."""
-    model = Tensors([anchor.to(weights.dtype)])
+    model = Tensors([anchor], weights.dtype)
     (p,) = model.all
     options = {"lr": LR, "weight_decay": 0.0, "anchor_decay": pull / LR}
     optimizer = adamw(model, weights, "float32", anchor=fastft.Anchor.snapshot(model), **options)

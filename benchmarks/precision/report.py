@@ -33,6 +33,8 @@ TRAINING_GOALS = {"bfloat16, extra_bits=16": 0.1, "bfloat16, extra_bits=8": 0.3,
 SPEED_GOAL = 1.15
 """The most of the time over its bytes' share of the plain float32 step's."""
 COMPOSITION_GOAL = 0.7
+PEER_GOAL = 10.0
+"""How many times as long others' steps with 8-bit moments take at least."""
 Result = dict[str, Any]
 
 
@@ -63,8 +65,8 @@ class PrecisionResults:
         if name not in self.results:
             return MISSING
         plot = f"precision-{name}.png"
-        image = f"![{CAPTIONS[name]}](_generated/{plot})"
-        return "\n\n".join([write(self.results[name]), *([image] if plot in self.plots() else [])])
+        images = [f"![{CAPTIONS[name]}](_generated/{plot})"] if plot in self.plots() else []
+        return "\n\n".join([write(self.results[name]), *images])
 
     def plots(self) -> dict[str, Callable[[Path], None]]:
         """{file name: how it is drawn}, of what there are results for."""
@@ -341,6 +343,9 @@ def speed_section(result: Result) -> str:
         first = next(iter(result["sizes"]))
         titles = [f"{first} elements", "time", f"fastft: {against}", "ratio", "quartiles"]
         parts.append("\n".join(markdown(titles, rows)))
+        coded = [row for row in result["peers"] if "8bit" in row["title"]]
+        said = [goal(f"at least {PEER_GOAL:g} × {row['title']}", row["ratio"] >= PEER_GOAL) for row in coded]
+        parts.append(goals_of(said))
     parts += [f"Not measured: {title}: {reason}" for title, reason in result["absent"].items()]
     about = (
         'Medians of steps that take turns in one process. "Of its bytes\' share": the time over that of the plain '

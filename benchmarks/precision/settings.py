@@ -54,11 +54,11 @@ BY_NAME = {weights.name: weights for weights in ALL}
 
 
 class Tensors(nn.Module):
-    """A model that is nothing but its parameters."""
+    """A model that is nothing but its parameters, which are copies of these values."""
 
-    def __init__(self, values: Iterable[torch.Tensor]) -> None:
+    def __init__(self, values: Iterable[torch.Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self.all = nn.ParameterList(nn.Parameter(value) for value in values)
+        self.all = nn.ParameterList(nn.Parameter(value.to(dtype, copy=True)) for value in values)
 
 
 def adamw(model: nn.Module, weights: Weights, moments: str, seed: int = 0, **options: Any) -> fastft.AdamW:

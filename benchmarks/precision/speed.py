@@ -62,7 +62,7 @@ Make = Callable[[tuple[tuple[int, ...], ...]], tuple[Work, float | None]]
 def model_of(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Tensors:
     """Parameters, each with a gradient."""
     generator = torch.Generator().manual_seed(0)
-    model = Tensors((0.02 * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes)
+    model = Tensors((0.02 * torch.randn(shape, generator=generator) for shape in shapes), dtype)
     for p in model.all:
         p.grad = torch.randn(p.shape, generator=generator).to(dtype)
     return model

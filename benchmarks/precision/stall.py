@@ -34,7 +34,7 @@ class Run:
 
     def __init__(self, start: Tensor, weights: Weights, moments: str, seed: int) -> None:
         self.weights, self.moments = weights, moments
-        self.model = Tensors([start.to(weights.dtype)])
+        self.model = Tensors([start], weights.dtype)
         self.start = start
         self.optimizer = adamw(self.model, weights, moments, seed, lr=LR, weight_decay=0.0)
 

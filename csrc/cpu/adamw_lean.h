@@ -35,21 +35,25 @@ struct LeanArrays {
   const Anchor* a;
 };
 
-// A block of 8-bit moments: where its scales stand, and what it becomes before it is encoded.
+// A block of 8-bit moments: where its scales stand, and what it becomes before it is encoded. In the order in which the
+// parts of lanes are taken apart: first part 0 of all of them, then part 1.
 struct LeanBlock {
   int64_t scale;
   WordLanes most1, most2;  // the largest absolute values, as integers (Block8::store)
   alignas(64) float m[kBlock8], root[kBlock8];
 };
 
-// The offset8() of the elements of a block in this step.
+// The offset8() of the elements of a block in this step, in the same order.
+template <int kParts>
 struct LeanOffsets {
   alignas(64) uint32_t first[kBlock8], second[kBlock8];
 
   explicit LeanOffsets(double t) {
     const uint32_t step = static_cast<uint32_t>(static_cast<uint64_t>(t));
     for (uint32_t i = 0; i < kBlock8; ++i) {
-      const uint32_t dither = dither8(step, i);
+      constexpr uint32_t kLanes = kLaneCount, kWide = kParts * kLanes;
+      const uint32_t element = i / kWide * kWide + i % kLanes * kParts + i % kWide / kLanes;
+      const uint32_t dither = dither8(step, element);
       first[i] = offset8(dither, kShift1);
       second[i] = offset8(dither, kShift2);
     }
@@ -57,12 +61,14 @@ struct LeanOffsets {
 };
 
 // What adds up over the lanes of a run.
+template <int kParts>
 struct LeanLanes {
-  WordLanes sum = {}, most1 = {}, most2 = {};  // Σ weight_term(), and as in LeanBlock
-  WordLanes place;                             // the weight_term() of a weight of 1
-  float scale1 = 0.0f, scale2 = 0.0f;          // of the codes as they were
+  // Σ weight_term() is that of sum + 4·later, over the lanes; later: of the weights in part 1.
+  WordLanes sum = {}, later = {}, most1 = {}, most2 = {};  // most: as in LeanBlock
+  WordLanes place;                                         // the weight_term() of a weight of 1 in part 0
+  float scale1 = 0.0f, scale2 = 0.0f;                      // of the codes as they were
 
-  explicit LeanLanes(uint32_t first) : place(4u * (kLaneNumbers + first) + 2u) {}
+  explicit LeanLanes(uint32_t first) : place(4u * (kParts * kLaneNumbers + first) + 2u) {}
 };
 
 template <class Weight, typename Moment, typename Anchor>
@@ -71,87 +77,106 @@ struct Lean {
   using Low = typename Weight::Low;
   using Arrays = LeanArrays<Weight, Moment, Anchor>;
   static constexpr bool kCodes = std::is_same<Moment, uint8_t>::value,
-                        kAnchored = !std::is_same<Anchor, Nothing>::value;
+                        kAnchored = !std::is_same<Anchor, Nothing>::value,
+                        kPairs = sizeof(Stored) == 2 && sizeof(Moment) <= 2 && sizeof(Anchor) <= 2;
+  // Where no array holds floats, a lane holds two elements: taking it apart costs less than widening.
+  static constexpr int kParts = kPairs ? 2 : 1, kWide = kParts * kLaneCount;
 
-  // Steps the lanes from i on, which are those from `lane` on of the block.
+  // Steps the elements of the lanes from i on, which are those from `at` on of the block.
   static inline __attribute__((always_inline)) void step_lanes(const Arrays& x, int64_t i, float factor,
                                                                const AdamWScalars<float>& s, LeanBlock* block,
-                                                               int64_t lane, LeanLanes& lanes) {
-    const lanes_of<Stored> p = load_lanes(x.p + i), g = load_lanes(x.g + i);
-    lanes_of<Stored> new_p;
-    SignedLanes low;
-    WordLanes random, codes1, codes2, new_low;
-    lanes_of<std::conditional_t<kCodes, float, Moment>> m, v, new_m, new_v;
-    lanes_of<std::conditional_t<kAnchored, Anchor, float>> a;
-    if constexpr (Weight::kSplit) low = load_signed_lanes(x.low + i);
-    if constexpr (Weight::kStochastic) random = load_lanes(x.random + i);
-    if constexpr (kAnchored) a = load_lanes(x.a + i);
-    if constexpr (kCodes) {
-      codes1 = load_lanes(x.m + i);
-      codes2 = load_lanes(x.v + i);
-    } else {
-      m = load_lanes(x.m + i);
-      v = load_lanes(x.v + i);
-    }
-    WordLanes size1, size2;
+                                                               int64_t at, LeanLanes<kParts>& lanes) {
+    const auto p = load_parts<kParts>(x.p + i), g = load_parts<kParts>(x.g + i);
+    const auto m = load_parts<kParts>(x.m + i), v = load_parts<kParts>(x.v + i);
+    WordLanes low = {}, random = {};
+    decltype(load_parts<kParts>(static_cast<const std::conditional_t<kAnchored, Anchor, Stored>*>(nullptr))) a = {};
+    if constexpr (Weight::kSplit && kPairs) low = load_parts<kParts>(x.low + i);
+    if constexpr (Weight::kSplit && !kPairs) low = reinterpret_cast<WordLanes>(load_signed_lanes(x.low + i));
+    if constexpr (Weight::kStochastic) random = load_parts<kParts>(x.random + i);
+    if constexpr (kAnchored) a = load_parts<kParts>(x.a + i);
+    std::remove_const_t<decltype(p)> new_p;
+    std::remove_const_t<decltype(m)> new_m, new_v;
+    WordLanes new_low, weights[kParts], size1[kParts], size2[kParts];
+    FloatLanes block_m[kParts], block_root[kParts];
 #pragma GCC ivdep
     for (int j = 0; j < kLaneCount; ++j) {
-      float pj, mj, vj, xj = 0.0f, aj = 0.0f;
-      if constexpr (Weight::kSplit)
-        pj = join(p[j], low[j], 8 * sizeof(Low));
-      else
-        pj = widen_lane<Stored>(p, j);
-      if constexpr (kCodes) {
-        mj = decode_first(codes1[j], lanes.scale1);
-        vj = decode_second(codes2[j], lanes.scale2);
-      } else {
-        mj = widen_lane<Moment>(m, j);
-        vj = widen_lane<Moment>(v, j);
+      auto pj = p[j];
+      auto mj = m[j], vj = v[j];
+      uint32_t lowj = 0;
+#pragma GCC unroll 2
+      for (int k = 0; k < kParts; ++k) {
+        float pk, mk, vk, xk = 0.0f, ak = 0.0f;
+        if constexpr (Weight::kSplit) {
+          constexpr int kUnused = 32 - 8 * sizeof(Low);
+          const int32_t bits = kPairs ? static_cast<int32_t>(part<kParts>(low[j], k) << kUnused) >> kUnused
+                                      : static_cast<int32_t>(low[j]);
+          pk = join(part<kParts>(p[j], k), bits, 8 * sizeof(Low));
+        } else {
+          pk = widen_part(part<kParts>(p[j], k));
+        }
+        if constexpr (kCodes) {
+          mk = decode_first(part<kParts>(m[j], k), lanes.scale1);
+          vk = decode_second(part<kParts>(v[j], k), lanes.scale2);
+        } else {
+          mk = widen_part(part<kParts>(m[j], k));
+          vk = widen_part(part<kParts>(v[j], k));
+        }
+        if constexpr (kAnchored) ak = widen_part(part<kParts>(a[j], k));
+        adamw_element(pk, widen_part(part<kParts>(g[j], k)), mk, vk, xk, ak, 0.0f,
+                      kAnchored ? AnchorForm::plain : AnchorForm::none, false, factor, s);
+        if constexpr (Weight::kSplit) {
+          uint32_t master;
+          if constexpr (sizeof(Low) == 2)
+            master = master_bits(pk);
+          else if constexpr (Weight::kStochastic)
+            master = master_bits(pk, eight_bits(part<kParts>(random[j], k)));
+          else
+            master = master_bits(pk, nearest_rounding(pk));
+          constexpr uint32_t kMask = kPairs ? (1u << 8 * sizeof(Low)) - 1u : ~0u;
+          lowj = with_part<kParts>(lowj, (master >> (16 - 8 * sizeof(Low))) & kMask, k);
+          weights[k][j] = weight_high(master) >> 16;
+          pj = with_high<kParts>(pj, weight_high(master), k);
+        } else if constexpr (Weight::kStochastic) {
+          pj = with_high<kParts>(pj, stochastic_high(pk, part<kParts>(random[j], k)), k);
+        } else {
+          pj = with_rounded<kParts>(pj, pk, k);
+        }
+        if constexpr (kCodes) {
+          const float root = square_root(vk);
+          block_m[k][j] = mk;
+          block_root[k][j] = root;
+          size1[k][j] = float_bits(mk) & 0x7fffffffu;
+          size2[k][j] = float_bits(root) & 0x7fffffffu;
+        } else {
+          mj = with_rounded<kParts>(mj, mk, k);
+          vj = with_rounded<kParts>(vj, vk, k);
+        }
       }
-      if constexpr (kAnchored) aj = widen_lane<Anchor>(a, j);
-      adamw_element(pj, widen_lane<Stored>(g, j), mj, vj, xj, aj, 0.0f,
-                    kAnchored ? AnchorForm::plain : AnchorForm::none, false, factor, s);
-      if constexpr (Weight::kSplit) {
-        uint32_t master;
-        if constexpr (sizeof(Low) == 2)
-          master = master_bits(pj);
-        else if constexpr (Weight::kStochastic)
-          master = master_bits(pj, eight_bits(random[j]));
-        else
-          master = master_bits(pj, nearest_rounding(pj));
-        new_p[j] = weight_bits(master);
-        new_low[j] = master >> (16 - 8 * sizeof(Low));
-      } else if constexpr (Weight::kStochastic) {
-        bfloat16 weight;
-        narrow_stochastic(pj, random[j], &weight);
-        new_p[j] = weight.bits;
-      } else {
-        narrow_lane(pj, new_p, j);
-      }
-      if constexpr (kCodes) {
-        const float root = square_root(vj);
-        new_m[j] = mj;
-        new_v[j] = root;
-        size1[j] = float_bits(mj) & 0x7fffffffu;
-        size2[j] = float_bits(root) & 0x7fffffffu;
-      } else {
-        narrow_lane(mj, new_m, j);
-        narrow_lane(vj, new_v, j);
-      }
+      new_p[j] = pj;
+      new_low[j] = lowj;
+      new_m[j] = mj;
+      new_v[j] = vj;
     }
-    store_lanes(new_p, x.p + i);
+    store_parts<kParts>(new_p, x.p + i);
     if constexpr (Weight::kSplit) {
-      store_lanes(new_low, x.low + i);
-      lanes.sum += new_p * lanes.place;
+      store_parts<kParts>(new_low, x.low + i);
+      if constexpr (kPairs) {
+        lanes.sum += (weights[0] + weights[1]) * lanes.place;
+        lanes.later += weights[1];
+      } else {
+        lanes.sum += weights[0] * lanes.place;
+      }
     }
     if constexpr (kCodes) {
-      lanes.most1 = size1 > lanes.most1 ? size1 : lanes.most1;
-      lanes.most2 = size2 > lanes.most2 ? size2 : lanes.most2;
-      store_lanes(new_m, block->m + lane);
-      store_lanes(new_v, block->root + lane);
+      for (int k = 0; k < kParts; ++k) {
+        lanes.most1 = size1[k] > lanes.most1 ? size1[k] : lanes.most1;
+        lanes.most2 = size2[k] > lanes.most2 ? size2[k] : lanes.most2;
+        store_lanes(block_m[k], block->m + at + k * kLaneCount);
+        store_lanes(block_root[k], block->root + at + k * kLaneCount);
+      }
     } else {
-      store_lanes(new_m, x.m + i);
-      store_lanes(new_v, x.v + i);
+      store_parts<kParts>(new_m, x.m + i);
+      store_parts<kParts>(new_v, x.v + i);
     }
   }
 
@@ -160,18 +185,18 @@ struct Lean {
   static void step(const AdamWEntry& e, const Arrays& x, int64_t n, float factor, const AdamWScalars<float>& scalars,
                    LeanBlock* block, uint32_t first, uint32_t* sum) {
     const AdamWScalars<float> s = scalars;
-    LeanLanes lanes(first);
+    LeanLanes<kParts> lanes(first);
     if constexpr (kCodes) {
       lanes.scale1 = e.exp_avg_scales[block->scale];
       lanes.scale2 = e.exp_avg_sq_scales[block->scale];
     }
     int64_t i = 0;
-    for (; i + kLaneCount <= n; i += kLaneCount) {
+    for (; i + kWide <= n; i += kWide) {
       step_lanes(x, i, factor, s, block, i, lanes);
-      lanes.place += 4u * kLaneCount;
+      lanes.place += 4u * kWide;
     }
     if constexpr (Weight::kSplit)
-      for (int j = 0; j < kLaneCount; ++j) *sum += lanes.sum[j];
+      for (int j = 0; j < kLaneCount; ++j) *sum += lanes.sum[j] + 4u * lanes.later[j];
     if (i < n) step_rest(x, i, n, factor, s, block, lanes, first, sum);
     if constexpr (kCodes) {
       block->most1 = lanes.most1;
@@ -180,13 +205,13 @@ struct Lean {
   }
 
   static __attribute__((noinline)) void step_rest(const Arrays& x, int64_t i, int64_t n, float factor,
-                                                  const AdamWScalars<float>& s, LeanBlock* block, LeanLanes& lanes,
-                                                  uint32_t first, uint32_t* sum) {
-    Stored p[kLaneCount] = {}, g[kLaneCount] = {};
-    Low low[kLaneCount] = {};
-    uint16_t random[kLaneCount] = {};
-    Moment m[kLaneCount] = {}, v[kLaneCount] = {};
-    Anchor a[kLaneCount] = {};
+                                                  const AdamWScalars<float>& s, LeanBlock* block,
+                                                  LeanLanes<kParts>& lanes, uint32_t first, uint32_t* sum) {
+    Stored p[kWide] = {}, g[kWide] = {};
+    Low low[kWide] = {};
+    uint16_t random[kWide] = {};
+    Moment m[kWide] = {}, v[kWide] = {};
+    Anchor a[kWide] = {};
     const size_t rest = static_cast<size_t>(n - i);
     const auto copy = [rest](auto* to, const auto* from) { memcpy(to, from, rest * sizeof *to); };
     copy(p, x.p + i);
@@ -208,9 +233,36 @@ struct Lean {
     }
   }
 
-  // Encodes a block's n elements.
+  // Encodes the block's elements of the lanes from i on into m and v.
+  static inline __attribute__((always_inline)) void encode_lanes(Moment* to_m, Moment* to_v, int64_t i,
+                                                                 const LeanBlock& block, float inverse1, float inverse2,
+                                                                 const LeanOffsets<kParts>& offsets) {
+    FloatLanes m[kParts], root[kParts];
+    WordLanes offset1[kParts], offset2[kParts], codes1, codes2;
+    for (int k = 0; k < kParts; ++k) {
+      m[k] = load_lanes(block.m + i + k * kLaneCount);
+      root[k] = load_lanes(block.root + i + k * kLaneCount);
+      offset1[k] = load_lanes(offsets.first + i + k * kLaneCount);
+      offset2[k] = load_lanes(offsets.second + i + k * kLaneCount);
+    }
+#pragma GCC ivdep
+    for (int j = 0; j < kLaneCount; ++j) {
+      uint32_t first = 0, second = 0;
+#pragma GCC unroll 2
+      for (int k = 0; k < kParts; ++k) {
+        first = with_part<kParts>(first, encode_first_at(m[k][j], inverse1, offset1[k][j]), k);
+        second = with_part<kParts>(second, encode_second_at(root[k][j], inverse2, offset2[k][j]), k);
+      }
+      codes1[j] = first;
+      codes2[j] = second;
+    }
+    store_parts<kParts>(codes1, to_m);
+    store_parts<kParts>(codes2, to_v);
+  }
+
+  // Encodes the block's n elements.
   static void encode(const AdamWEntry& e, const Arrays& x, int64_t n, const LeanBlock& block,
-                     const LeanOffsets& offsets) {
+                     const LeanOffsets<kParts>& offsets) {
     uint32_t most1 = 0, most2 = 0;
     for (int j = 0; j < kLaneCount; ++j) {
       most1 = std::max(most1, static_cast<uint32_t>(block.most1[j]));
@@ -219,26 +271,14 @@ struct Lean {
     const Scale8 scale1 = scale8(bits_float(most1), kTop1), scale2 = scale8(bits_float(most2), kTop2);
     e.exp_avg_scales[block.scale] = scale1.scale;
     e.exp_avg_sq_scales[block.scale] = scale2.scale;
-    for (int64_t i = 0; i < n; i += kLaneCount) {
-      const FloatLanes m = load_lanes(block.m + i), root = load_lanes(block.root + i);
-      const WordLanes first = load_lanes(offsets.first + i), second = load_lanes(offsets.second + i);
-      WordLanes codes1, codes2;
-#pragma GCC ivdep
-      for (int j = 0; j < kLaneCount; ++j) {
-        codes1[j] = encode_first_at(m[j], scale1.inverse, first[j]);
-        codes2[j] = encode_second_at(root[j], scale2.inverse, second[j]);
-      }
-      if (i + kLaneCount <= n) {
-        store_lanes(codes1, x.m + i);
-        store_lanes(codes2, x.v + i);
-      } else {
-        uint8_t rest1[kLaneCount], rest2[kLaneCount];
-        store_lanes(codes1, rest1);
-        store_lanes(codes2, rest2);
-        memcpy(x.m + i, rest1, static_cast<size_t>(n - i));
-        memcpy(x.v + i, rest2, static_cast<size_t>(n - i));
-      }
-    }
+    int64_t i = 0;
+    for (; i + kWide <= n; i += kWide)
+      encode_lanes(x.m + i, x.v + i, i, block, scale1.inverse, scale2.inverse, offsets);
+    if (i == n) return;
+    Moment m[kWide], v[kWide];
+    encode_lanes(m, v, i, block, scale1.inverse, scale2.inverse, offsets);
+    memcpy(x.m + i, m, static_cast<size_t>(n - i));
+    memcpy(x.v + i, v, static_cast<size_t>(n - i));
   }
 
   static Arrays arrays_at(const AdamWEntry& e, int64_t at, const uint16_t* random) {
@@ -257,23 +297,17 @@ struct Lean {
                   uint32_t first, uint32_t* sum) {
     RoundingBits rounding;
     if constexpr (kCodes) {
-      // A block is encoded once the next one has been stepped, so that neither waits for the other's last results.
-      const LeanOffsets offsets(e.t);
-      LeanBlock blocks[2];
-      Arrays last = {};
-      int64_t last_n = 0, which = 0;
-      for (const int64_t stop = at + length; at < stop; which = 1 - which) {
-        const Block8 block(e, at);
-        blocks[which].scale = block.scale;
-        const Arrays x = arrays_at(e, at, Weight::kStochastic ? rounding.fill(e, 0, at, block.n) : nullptr);
-        step(e, x, block.n, factor, s, &blocks[which], first, sum);
-        if (last_n > 0) encode(e, last, last_n, blocks[1 - which], offsets);
-        last = x;
-        last_n = block.n;
-        at += block.n;
-        first += static_cast<uint32_t>(block.n);
+      const LeanOffsets<kParts> offsets(e.t);
+      LeanBlock block;
+      for (const int64_t stop = at + length; at < stop;) {
+        const Block8 place(e, at);
+        block.scale = place.scale;
+        const Arrays x = arrays_at(e, at, Weight::kStochastic ? rounding.fill(e, 0, at, place.n) : nullptr);
+        step(e, x, place.n, factor, s, &block, first, sum);
+        encode(e, x, place.n, block, offsets);
+        at += place.n;
+        first += static_cast<uint32_t>(place.n);
       }
-      encode(e, last, last_n, blocks[1 - which], offsets);
     } else {
       for (const int64_t stop = at + length; at < stop;) {
         const int64_t n = Weight::kStochastic ? smaller(kBlock, stop - at) : stop - at;

@@ -2,6 +2,8 @@
 // all of it has internal linkage, so the linker can never hand one set's code to the other.
 #pragma once
 
+#include <string.h>
+
 #include <cstdint>
 #include <type_traits>
 #if defined(__F16C__)
@@ -79,26 +81,36 @@ inline T* load(const void* data, DType dtype, int64_t offset, int64_t n, T* buff
   return buffer;
 }
 
+// to[i] = from[i] where live, for types of 8 and 16 bits.
+template <typename Stored>
+inline void copy_live(const Stored* from, Stored* to, int64_t n, const uint8_t* __restrict mask) {
+  if (mask == nullptr) {
+    memcpy(to, from, static_cast<size_t>(n) * sizeof(Stored));
+    return;
+  }
+  using Bits = std::conditional_t<sizeof(Stored) == 1, uint8_t, uint16_t>;  // compilers vectorise it for these
+  const Bits* __restrict source = reinterpret_cast<const Bits*>(from);
+  Bits* __restrict target = reinterpret_cast<Bits*>(to);
+  for (int64_t i = 0; i < n; ++i) target[i] = mask[i] ? source[i] : target[i];
+}
+
 template <typename Stored>
 inline void narrow_all(const float* __restrict from, void* to, int64_t offset, int64_t n, const uint8_t* mask) {
   Stored* __restrict target = static_cast<Stored*>(to) + offset;
-  if (mask == nullptr) {  // a loop of its own, which the compiler vectorises
+  if (mask) {
+    Stored narrowed[kBlock];
+    narrow_all<Stored>(from, narrowed, 0, n, nullptr);
+    return copy_live(narrowed, target, n, mask);
+  }
 #if defined(__F16C__)
-    if constexpr (std::is_same<Stored, float16>::value) return narrow_half(from, n, target);
+  if constexpr (std::is_same<Stored, float16>::value) return narrow_half(from, n, target);
 #endif
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) narrow(from[i], &target[i]);
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    Stored rounded;
-    narrow(from[i], &rounded);
-    target[i] = mask[i] ? rounded : target[i];
-  }
+  for (int64_t i = 0; i < n; ++i) narrow(from[i], &target[i]);
 }
 
-// Rounds values that load() widened back into data, except where the mask is 0. Does nothing where data holds T: there
-// load() gave a pointer into it.
+// Rounds values that load() widened back into data, except where the mask is 0; then at most kBlock of them. Does
+// nothing where data holds T: there load() gave a pointer into it.
 template <typename T>
 inline void store(const T* values, void* data, DType dtype, int64_t offset, int64_t n, const uint8_t* mask = nullptr) {
   if constexpr (sizeof(T) == sizeof(float)) {

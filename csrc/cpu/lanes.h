@@ -140,26 +140,85 @@ inline void store_lanes(WordLanes lanes, bfloat16* to) {
   store_lanes(lanes, reinterpret_cast<uint16_t*>(to));
 }
 
-// One lane as a number, and a number as a lane.
-template <typename Stored>
-inline float widen_lane(const FloatLanes& lanes, int j) {
-  return lanes[j];
+// Two consecutive bytes in each lane, one in each half of the word.
+inline WordLanes load_byte_pairs(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<WordLanes>(_mm512_cvtepu8_epi16(copy_lanes<__m256i>(from)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<WordLanes>(_mm256_cvtepu8_epi16(copy_lanes<__m128i>(from)));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(2 * kLaneCount)));
+  typedef uint16_t Halves __attribute__((vector_size(4 * kLaneCount)));
+  return reinterpret_cast<WordLanes>(__builtin_convertvector(copy_lanes<Bytes>(from), Halves));
+#endif
 }
-template <typename Stored>
-inline float widen_lane(const WordLanes& lanes, int j) {
-  return widen(Stored{static_cast<uint16_t>(lanes[j])});
-}
-inline void narrow_lane(float x, FloatLanes& lanes, int j) {
-  lanes[j] = x;
-}
-inline void narrow_lane(float x, WordLanes& lanes, int j) {
-  bfloat16 narrowed;
-  narrow(x, &narrowed);
-  lanes[j] = narrowed.bits;
+inline void store_byte_pairs(WordLanes lanes, uint8_t* to) {
+#if defined(__AVX512F__)
+  const __m256i bytes = _mm512_maskz_cvtepi16_epi8(0xffffffffu, reinterpret_cast<__m512i>(lanes));
+#elif defined(__AVX2__)
+  const __m256i x = reinterpret_cast<__m256i>(lanes);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(2 * kLaneCount)));
+  typedef uint16_t Halves __attribute__((vector_size(4 * kLaneCount)));
+  const Bytes bytes = __builtin_convertvector(reinterpret_cast<Halves>(lanes), Bytes);
+#endif
+  memcpy(to, &bytes, sizeof bytes);
 }
 
-template <typename Stored>
-using lanes_of = decltype(load_lanes(static_cast<const Stored*>(nullptr)));
+// Lanes that hold kParts elements each: one, widened, or two of at most 16 bits, which are taken apart in the lane.
+template <int kParts, typename Stored>
+inline auto load_parts(const Stored* from) {
+  if constexpr (kParts == 1)
+    return load_lanes(from);
+  else if constexpr (sizeof(Stored) == 1)
+    return load_byte_pairs(from);
+  else
+    return copy_lanes<WordLanes>(from);
+}
+template <int kParts, typename Lanes, typename Stored>
+inline void store_parts(const Lanes& lanes, Stored* to) {
+  if constexpr (kParts == 1)
+    store_lanes(lanes, to);
+  else if constexpr (sizeof(Stored) == 1)
+    store_byte_pairs(lanes, to);
+  else
+    memcpy(to, &lanes, sizeof lanes);
+}
+
+// Part k of a lane: a float, or the bits of what is stored.
+template <int kParts>
+inline float part(float lane, int) {
+  return lane;
+}
+template <int kParts>
+inline uint32_t part(uint32_t lane, int k) {
+  return kParts == 1 ? lane : k == 0 ? lane & 0xffffu : lane >> 16;
+}
+// Puts part k in its place; the parts before it are there. with_high: from the upper half of a word.
+template <int kParts>
+inline uint32_t with_part(uint32_t lane, uint32_t bits, int k) {
+  return k == 0 ? bits : lane | bits << 16;
+}
+template <int kParts>
+inline uint32_t with_high(uint32_t lane, uint32_t high, int k) {
+  return k == 0 ? high >> 16 : lane | (high & 0xffff0000u);
+}
+template <int kParts>
+inline float with_rounded(float, float x, int) {
+  return x;
+}
+template <int kParts>
+inline uint32_t with_rounded(uint32_t lane, float x, int k) {
+  return with_high<kParts>(lane, rounded_high(x), k);
+}
+
+inline float widen_part(float x) {
+  return x;
+}
+inline float widen_part(uint32_t bits) {
+  return widen(bfloat16{static_cast<uint16_t>(bits)});
+}
 
 }  // namespace
 }  // namespace fastft::cpu

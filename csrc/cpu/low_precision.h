@@ -52,20 +52,19 @@ inline void join_all(const void* weights, const void* low, int64_t offset, int64
   for (int64_t i = 0; i < n; ++i) to[i] = join(w[i], bits[i]);
 }
 
-// put(i, &weight, &low) for i in [0, n), stored where live.
-template <typename Low, typename Put>
-inline void split_all(void* weights, void* low, int64_t offset, int64_t n, const uint8_t* mask, const Put& put) {
-  bfloat16* __restrict w = static_cast<bfloat16*>(weights) + offset;
-  Low* __restrict bits = static_cast<Low*>(low) + offset;
+// master(i): the bits of the masters of n elements, at most kBlock, which are stored where live.
+template <typename Low, typename Master>
+inline void split_all(const AdamWEntry& e, int64_t at, int64_t n, const uint8_t* mask, const Master& master) {
+  bfloat16 weights[kBlock];
+  Low low[kBlock];
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
-    bfloat16 weight;
-    Low rest;
-    put(i, &weight, &rest);
-    const bool live = mask == nullptr || mask[i] != 0;
-    w[i] = live ? weight : w[i];
-    bits[i] = live ? rest : bits[i];
+    const uint32_t bits = master(i);
+    weights[i].bits = static_cast<uint16_t>(weight_high(bits) >> 16);
+    low[i] = static_cast<Low>(bits >> (16 - 8 * sizeof(Low)));
   }
+  copy_live(weights, static_cast<bfloat16*>(e.param) + at, n, mask);
+  copy_live(low, static_cast<Low*>(e.low_bits) + at, n, mask);
 }
 
 // n elements of the parameter from `at` on: load(), or the masters. Without `trusted`, low bits count as 0.
@@ -84,13 +83,10 @@ inline T* load_weights(const AdamWEntry& e, bool trusted, int64_t at, int64_t n,
 template <typename Stored>
 inline void narrow_all_stochastic(const float* from, const uint16_t* random, void* to, int64_t at, int64_t n,
                                   const uint8_t* mask) {
-  Stored* __restrict target = static_cast<Stored*>(to) + at;
+  Stored rounded[kBlock];
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    Stored rounded;
-    narrow_stochastic(from[i], random[i], &rounded);
-    target[i] = mask == nullptr || mask[i] != 0 ? rounded : target[i];
-  }
+  for (int64_t i = 0; i < n; ++i) narrow_stochastic(from[i], random[i], &rounded[i]);
+  copy_live(rounded, static_cast<Stored*>(to) + at, n, mask);
 }
 
 // Rounds what load_weights() gave back into the parameter and its low bits, where live.
@@ -102,16 +98,12 @@ inline void store_weights(const AdamWEntry& e, uint32_t pass, const T* values, i
       RoundingBits rounding;
       const uint16_t* random = e.stochastic ? rounding.fill(e, pass, at, n) : nullptr;
       if (e.low_width == 16) {
-        split_all<uint16_t>(e.param, e.low_bits, at, n, mask,
-                            [=](int64_t i, bfloat16* weight, uint16_t* low) { split(values[i], weight, low); });
+        split_all<uint16_t>(e, at, n, mask, [=](int64_t i) { return master_bits(values[i]); });
       } else if (e.low_width == 8 && random) {
-        split_all<uint8_t>(e.param, e.low_bits, at, n, mask, [=](int64_t i, bfloat16* weight, uint8_t* low) {
-          split(values[i], eight_bits(random[i]), weight, low);
-        });
+        split_all<uint8_t>(e, at, n, mask, [=](int64_t i) { return master_bits(values[i], eight_bits(random[i])); });
       } else if (e.low_width == 8) {
-        split_all<uint8_t>(e.param, e.low_bits, at, n, mask, [=](int64_t i, bfloat16* weight, uint8_t* low) {
-          split(values[i], nearest_rounding(values[i]), weight, low);
-        });
+        split_all<uint8_t>(e, at, n, mask,
+                           [=](int64_t i) { return master_bits(values[i], nearest_rounding(values[i])); });
       } else if (e.dtype == DType::bf16) {
         narrow_all_stochastic<bfloat16>(values, random, e.param, at, n, mask);
       } else {
@@ -158,34 +150,46 @@ struct Block8 {
   }
 
   void store(const AdamWEntry& e, const float* __restrict m, const float* __restrict v, const uint8_t* mask) const {
-    uint8_t* __restrict first = static_cast<uint8_t*>(e.exp_avg) + at;
-    uint8_t* __restrict second = static_cast<uint8_t*>(e.exp_avg_sq) + at;
     alignas(64) float root[kBlock8];
-    // As integers, in which absolute values have the same order and NaN is the largest.
-    uint32_t most1 = 0, most2 = 0;
-    bool any = mask == nullptr;
+    alignas(64) uint32_t size1[kBlock8], size2[kBlock8];
+    // Absolute values as integers, which have the same order, and of which NaN is the largest.
     for (int64_t i = 0; i < n; ++i) {
-      const uint32_t live = mask == nullptr || mask[i] != 0 ? 0x7fffffffu : 0u;
       root[i] = square_root(v[i]);
-      const uint32_t u1 = float_bits(m[i]) & live, u2 = float_bits(root[i]) & live;
-      most1 = u1 > most1 ? u1 : most1;
-      most2 = u2 > most2 ? u2 : most2;
-      any |= live != 0;
+      size1[i] = float_bits(m[i]) & 0x7fffffffu;
+      size2[i] = float_bits(root[i]) & 0x7fffffffu;
     }
-    if (!any) return;
+    if (mask) {
+      uint32_t any = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const uint32_t live = mask[i] ? ~0u : 0u;
+        any |= live;
+        size1[i] &= live;
+        size2[i] &= live;
+      }
+      if (any == 0) return;
+    }
+    uint32_t most1 = 0, most2 = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      most1 = size1[i] > most1 ? size1[i] : most1;
+      most2 = size2[i] > most2 ? size2[i] : most2;
+    }
     const Scale8 scale1 = scale8(bits_float(most1), kTop1), scale2 = scale8(bits_float(most2), kTop2);
     e.exp_avg_scales[scale] = scale1.scale;
     e.exp_avg_sq_scales[scale] = scale2.scale;
     const uint32_t step = static_cast<uint32_t>(static_cast<uint64_t>(e.t));
-#pragma GCC ivdep
+    alignas(64) uint32_t codes1[kBlock8], codes2[kBlock8];
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t dither = dither8(step, static_cast<uint32_t>(i));
-      const uint32_t code1 = encode_first(m[i], scale1.inverse, dither);
-      const uint32_t code2 = encode_second(root[i], scale2.inverse, dither);
-      const bool live = mask == nullptr || mask[i] != 0;
-      first[i] = live ? static_cast<uint8_t>(code1) : first[i];
-      second[i] = live ? static_cast<uint8_t>(code2) : second[i];
+      codes1[i] = encode_first(m[i], scale1.inverse, dither);
+      codes2[i] = encode_second(root[i], scale2.inverse, dither);
     }
+    uint8_t first[kBlock8], second[kBlock8];
+    for (int64_t i = 0; i < n; ++i) {
+      first[i] = static_cast<uint8_t>(codes1[i]);
+      second[i] = static_cast<uint8_t>(codes2[i]);
+    }
+    copy_live(first, static_cast<uint8_t*>(e.exp_avg) + at, n, mask);
+    copy_live(second, static_cast<uint8_t*>(e.exp_avg_sq) + at, n, mask);
   }
 };
 

@@ -70,10 +70,13 @@ FASTFT_HD void narrow(double x, double* out) {
   *out = x;
 }
 
-FASTFT_HD void narrow(float x, bfloat16* out) {
+// The bfloat16 in the upper half of a word; what is in the lower half goes.
+FASTFT_HD uint32_t rounded_high(float x) {
   const uint32_t u = float_bits(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  out->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+  return x != x ? 0x7fc00000u : u + 0x7fffu + ((u >> 16) & 1u);
+}
+FASTFT_HD void narrow(float x, bfloat16* out) {
+  out->bits = static_cast<uint16_t>(rounded_high(x) >> 16);
 }
 
 FASTFT_HD void narrow(float x, float16* out) {

@@ -40,18 +40,19 @@ FASTFT_HD uint32_t master_bits(float x, uint32_t rounding) {
 FASTFT_HD uint32_t nearest_rounding(float x) {
   return 0x7fu + ((float_bits(x) >> 8) & 1u);  // to even
 }
-FASTFT_HD uint32_t weight_bits(uint32_t master) {
-  return (master + 0x8000u) >> 16;
+// The weight in the upper half of a word; what is in the lower half goes.
+FASTFT_HD uint32_t weight_high(uint32_t master) {
+  return master + 0x8000u;
 }
 
 FASTFT_HD void split(float x, bfloat16* weight, uint16_t* low) {
   const uint32_t u = master_bits(x);
-  weight->bits = static_cast<uint16_t>(weight_bits(u));
+  weight->bits = static_cast<uint16_t>(weight_high(u) >> 16);
   *low = static_cast<uint16_t>(u);
 }
 FASTFT_HD void split(float x, uint32_t rounding, bfloat16* weight, uint8_t* low) {
   const uint32_t u = master_bits(x, rounding);
-  weight->bits = static_cast<uint16_t>(weight_bits(u));
+  weight->bits = static_cast<uint16_t>(weight_high(u) >> 16);
   *low = static_cast<uint8_t>(u >> 8);
 }
 

@@ -37,10 +37,12 @@ FASTFT_HD uint32_t rounding_bits(const PhiloxWords& words, int k) {
   return (words.at[k / 2] >> (k % 2 * 16)) & 0xffffu;
 }
 
-// random: 16 bits.
+// random: 16 bits. The bfloat16 in the upper half of a word; what is in the lower half goes.
+FASTFT_HD uint32_t stochastic_high(float x, uint32_t random) {
+  return x != x ? 0x7fc00000u : float_bits(x) + random;
+}
 FASTFT_HD void narrow_stochastic(float x, uint32_t random, bfloat16* out) {
-  const uint32_t u = float_bits(x);
-  out->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : (u + random) >> 16);
+  out->bits = static_cast<uint16_t>(stochastic_high(x, random) >> 16);
 }
 
 FASTFT_HD void narrow_stochastic(float x, uint32_t random, float16* out) {

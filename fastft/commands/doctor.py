@@ -51,4 +51,5 @@ def run(options: argparse.Namespace) -> str:
         return str(report)
     with staged(options.output, options.overwrite) as folder:
         report.write(folder)
-    return f"{report}\nWritten to {options.output}: report.md, report.json"
+        written = sorted(file.name for file in folder.iterdir())
+    return f"{report}\n\nWritten to {options.output}: {', '.join(written)}"

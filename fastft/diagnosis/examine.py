@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .settings import Stored, Weights, memory_of, name_of
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 IN_FILES = dict(zip(FILE_DTYPES, (torch.float32, torch.bfloat16, torch.float16, torch.float64), strict=True))
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Elements counted at a time."""
 
 
@@ -234,11 +235,10 @@ def shares(found: Tensor, rates: dict[str, float]) -> tuple[float, float | None,
 
 def count(value: Tensor, dtype: torch.dtype) -> Tensor:
     """How often each of the 65,536 values of a 16-bit dtype occurs: float64, on the CPU."""
-    counts = torch.zeros(1 << 16, dtype=torch.float64)
+    counts = np.zeros(1 << 16, dtype=np.int64)
     for part in value.reshape(-1).split(CHUNK):
-        bits = part.to(dtype).view(torch.uint16).to(torch.int32)
-        counts += torch.bincount(bits, minlength=1 << 16).cpu()
-    return counts
+        counts += np.bincount(part.to("cpu", dtype).view(torch.uint16).numpy(), minlength=1 << 16)
+    return torch.from_numpy(counts).double()
 
 
 def every_value(dtype: torch.dtype) -> Tensor:
@@ -250,7 +250,7 @@ def flags(counted: torch.dtype, dtype: torch.dtype, kept: Weights, effect: str, 
     """For each value of ``counted``, kept as ``dtype``: [whether it is moved, whether it is to be moved], float64."""
     values = every_value(counted)
     finite = values.isfinite()
-    w = torch.where(finite, values, 0.0).to(dtype)
+    w = values.to(dtype)
     # On average a weight that is rounded stochastically moves as one that is not rounded.
     on_average = kept.rounding == "stochastic" and dtype.itemsize == 2
     at = w.float() if on_average else w

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,9 @@ class DoctorReport(Report):
             f"A step counts as lr, which it is at first; later it is less. For {pulls}: by itself, as where the "
             f"gradient is 0{distance}."
         )
+        found.append(
+            "Second moments in bfloat16 grow but do not shrink: β₂ = 0.999 takes off less than half their last bit."
+        )
         wide, narrow = self.size(4 * self.trainable), self.size(2 * self.trainable)
         found.append(
             f"An anchor takes {narrow} in 16 bits, {wide} in float32, and nothing on the GPU (h) with "
@@ -248,7 +252,7 @@ class DoctorReport(Report):
         return "\n\n".join(sections) + "\n"
 
     def to_json(self) -> str:
-        """All numbers: shares from 0 to 1, and bytes."""
+        """All numbers: shares from 0 to 1, and bytes. Totals: ``b``, in backward; ``h``, the anchor on the host."""
         found: dict[str, Any] = asdict(self)
         for memory, entry in zip(self.memories, found["memories"], strict=True):
             entry["total"] = {
@@ -263,6 +267,9 @@ class DoctorReport(Report):
         from .plots import plot_memory
 
         plot_memory(self, Path(path))
+
+    def _has_plot(self) -> bool:
+        return find_spec("matplotlib") is not None
 
     # -- tables ------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ OWN_ATTRIBUTES = (
     "_masks",
     "_frozen",
     "_weight_sums",
-    "_told_of_rounding",
+    "_warned_of_rounding",
     "_skipped",
     "grad_norm",
 )
@@ -177,7 +177,7 @@ class AdamW(torch.optim.AdamW):
         self._masks: dict[Tensor, UpdateMask] = {}
         self._frozen: set[Tensor] = set()
         self._weight_sums = WeightSums()
-        self._told_of_rounding = False
+        self._warned_of_rounding = False
         self._skipped: Tensor | None = None
         self.grad_norm = None
         self._forget_plan()

@@ -57,15 +57,15 @@ class Loading:
         saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
         self.kept: dict[Tensor, dict[str, Tensor]] = {}
         self.drops_low_bits = False
+        if len(saved_ids) != len(self.params):  # torch will say so, after this
+            self.own = None
+            return
         for index, group in enumerate(loaded["param_groups"]):
             optimizer._precision.check_group(group, f"state_dict: param_groups[{index}]")
-        for i, (_, p, name) in zip(saved_ids, optimizer._parameters(), strict=False):
+        for i, (_, p, name) in zip(saved_ids, optimizer._parameters(), strict=True):
             self._keep(loaded["state"].get(i, {}), p, f"state_dict: state[{i!r}] of {name}")
-        # With another number of parameters torch will say so, after this.
-        if self.own is not None and len(saved_ids) == len(self.params):
+        if self.own is not None:
             self._check()
-        else:
-            self.own = None
 
     def _keep(self, saved: dict[str, Any], p: Tensor, where: str) -> None:
         """Remember a parameter's tensors as they were saved, where torch would not keep them so."""

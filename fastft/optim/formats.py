@@ -13,6 +13,7 @@ from torch import Tensor
 
 QUIET_NAN = 0x7FC00000
 BLOCK = 256  # elements of a block of codes, at most
+PIECE = 1 << 22  # elements that are brought into another format at once, in temporaries several times as large
 FLOOR_BITS = 0x37800000  # of FLOOR
 FLOOR = 2.0**-16
 UNSCALED_BELOW = 1e-36  # blocks whose largest value is below have scale 0
@@ -138,6 +139,11 @@ def row_of(shape: torch.Size) -> int:
     return shape[1:].numel() if len(shape) > 1 else shape.numel()
 
 
+def rows_of_piece(shape: torch.Size) -> int:
+    """Rows that together have about ``PIECE`` elements, and one at least."""
+    return max(1, PIECE // max(1, row_of(shape)))
+
+
 def in_blocks(values: Tensor, fill: float = 0) -> Tensor:
     """Contiguous ``values`` as [rows, blocks, 256], filled up where a row's last block is shorter."""
     row = row_of(values.shape)
@@ -149,8 +155,8 @@ def in_blocks(values: Tensor, fill: float = 0) -> Tensor:
 
 
 def out_of_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of :func:`in_blocks`."""
-    return blocks.flatten(1)[:, : row_of(shape)].reshape(shape)
+    """The inverse of :func:`in_blocks`; contiguous."""
+    return blocks.flatten(1)[:, : row_of(shape)].reshape(shape).contiguous()
 
 
 def dither(step: int | None, device: torch.device | None = None) -> Tensor:
@@ -188,6 +194,10 @@ def encode8(
         live: bool, of its shape. Elsewhere codes stay, and do not count in the scales.
         before: codes and scales to start from, with ``live``.
     """
+    shape = moment.shape
+    if live is None and moment.dim() > 1 and rows_of_piece(shape) < shape[0]:
+        pieces = [encode8(piece, kind, step) for piece in moment.split(rows_of_piece(shape))]
+        return torch.cat([codes for codes, _ in pieces]), torch.cat([scales for _, scales in pieces])
     values = moment.detach().float()
     # torch.sqrt of float32 is not rounded right everywhere.
     values = in_blocks(values.double().sqrt().float() if kind.second else values)
@@ -206,13 +216,17 @@ def encode8(
     if live is not None and before is not None:
         codes = torch.where(alive, codes, in_blocks(before[0]))
         scale = torch.where(alive.any(-1, keepdim=True), scale, before[1].view(scale.shape))
-    return out_of_blocks(codes, moment.shape), scale.reshape(scales_shape(moment.shape))
+    return out_of_blocks(codes, shape), scale.reshape(scales_shape(shape))
 
 
 def decode8(codes: Tensor, scales: Tensor, kind: Format8) -> Tensor:
     """The moment that ``codes`` and ``scales`` stand for: float32, of the shape of the codes."""
+    if codes.dim() > 1 and rows_of_piece(codes.shape) < codes.shape[0]:
+        rows = rows_of_piece(codes.shape)
+        pieces = zip(codes.split(rows), scales.split(rows), strict=True)
+        return torch.cat([decode8(*piece, kind) for piece in pieces])
     blocks = in_blocks(codes)
-    scale = scales.reshape(*blocks.shape[:2], 1)
+    scale = scales.to(codes.device).reshape(*blocks.shape[:2], 1)
     if kind.second:
         root = value8(blocks, kind) * scale
         return out_of_blocks(root * root, codes.shape)

@@ -29,8 +29,8 @@ PLAIN = "use the plain step for it: without step_in_backward, or after its undo(
 def step_in_backward(optimizer: AdamW) -> StepInBackward:
     """Step each parameter during ``loss.backward()``, as soon as its gradient is there, and free the gradient.
 
-    So a few gradients live at once instead of all. Weights and state are, bit for bit, those of the plain step. The
-    training loop stays as it is:
+    So a few gradients live at once instead of all (Lv et al. 2023, https://arxiv.org/abs/2306.09782). Weights and state
+    are, bit for bit, those of the plain step, and the training loop stays as it is:
 
     .. code-block:: python
 
@@ -75,7 +75,7 @@ class OneParameter(AdamW):
 
     grad_scale = None
     found_inf = None
-    _told_of_rounding = True  # these warnings are about all parameters together
+    _warned_of_rounding = True  # these warnings are about all parameters together
 
     def __init__(self, whole: AdamW, group: int, position: int, param: Tensor, name: str) -> None:
         self._whole = weakref.ref(whole)
@@ -142,6 +142,7 @@ class StepInBackward:
         self._stepped: set[Tensor] = set()  # since then
         self._begun_before = False
         self._layout: list[tuple[int, int]] = []
+        self._views: dict[Tensor, OneParameter] = {}
         self._on_parameters: list[Any] = []
         self._on_optimizer: list[Any] = []
         self._check(optimizer)
@@ -219,13 +220,14 @@ class StepInBackward:
     def _attach(self, optimizer: AdamW) -> None:
         """Give each parameter its hook."""
         refuse_shared_memory(optimizer)
+        for _, p, name in optimizer._parameters():
+            hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
+            if any(isinstance(hook, Hook) and hook.handle is not self for hook in hooks.values()):
+                raise ValueError(f"{name}: another optimizer steps it in the backward pass; undo() that first")
         remove(self._on_parameters)
         self._layout = layout_of(optimizer)
-        self._views: dict[Tensor, OneParameter] = {}
+        self._views = {}
         for position, (group, p, name) in enumerate(optimizer._parameters()):
-            hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
-            if any(isinstance(hook, Hook) for hook in hooks.values()):
-                raise ValueError(f"{name}: another optimizer steps it in the backward pass; undo() that first")
             if not (p.is_floating_point() or p.is_complex()):
                 continue  # can have no gradient
             view = self._views[p] = OneParameter(optimizer, group, position, p, name)

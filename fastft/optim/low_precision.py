@@ -261,13 +261,14 @@ def layout(p: Tensor) -> tuple[Any, ...]:
 # -- a warning ---------------------------------------------------------------------------------------------------
 
 
-def stands_still(parameters: Iterable[tuple[dict[str, Any], Tensor, bool]]) -> str | None:
+def stands_still(parameters: Iterable[tuple[dict[str, Any], Tensor, bool]], extra_bits: int) -> str | None:
     """The warning that decay or anchor move no typical weight, since it is rounded to nearest; "" if they do.
 
     None where there is neither of them, or no number for lr without waiting for a GPU.
 
     Args:
-        parameters: (group, 16-bit parameter, whether it is anchored), for those that keep no low bits.
+        parameters: (group, 16-bit parameter, whether it is anchored).
+        extra_bits: low bits that are kept beside these: 0 or 8.
     """
     lost = {"anchor_decay": 0.0, "weight_decay": 0.0}
     sizes = dict.fromkeys(lost, 0)
@@ -285,7 +286,7 @@ def stands_still(parameters: Iterable[tuple[dict[str, Any], Tensor, bool]]) -> s
                 continue
             rate = float(lr) * float(group.get(f"initial_{option}", group[option]))
             if rate > 0.0 and stepped.numel():
-                lost[option] += stepped.numel() * cannot_move(stepped, rate, distance=distance)
+                lost[option] += stepped.numel() * cannot_move(stepped, rate, distance=distance, extra_bits=extra_bits)
                 sizes[option] += stepped.numel()
                 rates[option] = max(rates[option], rate)
                 dtypes.add(p.dtype)
@@ -298,8 +299,10 @@ def stands_still(parameters: Iterable[tuple[dict[str, Any], Tensor, bool]]) -> s
         f"lr * {option} = {rates[option]:.2g} moves {1 - lost[option] / sizes[option]:.0%} of the weights"
         for option in still
     )
-    remedy = 'rounding="stochastic"' if torch.float16 in dtypes else 'extra_bits=16 (or 8, or rounding="stochastic")'
+    remedy = 'rounding="stochastic"' if torch.float16 in dtypes else 'extra_bits=16 or rounding="stochastic"'
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    kept = f" with {extra_bits} extra bits" if extra_bits else ""
     return (
-        f"{', '.join(still)}: {said}: {names} weights are rounded to nearest, and most changes are lost; pass {remedy}"
+        f"{', '.join(still)}: {said} by itself: {names} weights{kept} are rounded to nearest, and so small a change is "
+        f"lost; pass {remedy}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from fastft import _C
 from .adamw import AdamW
 from .entries import Part
 from .formats import join
-from .state import CODED, LOW_BITS, MOMENTS, OWN_KEYS, moment_of, spread_like
+from .state import CODED, LOW_BITS, MOMENTS, OWN_KEYS, moment_of, new_moment, spread_like
 from .step import take_step
 from .tensors import local, runs_kernels
 
@@ -54,14 +55,14 @@ def still_valid(optimizer: AdamW, p: Tensor, low: Tensor) -> Tensor:
     sums = optimizer._weight_sums.known(p)
     if sums is None or low.numel() == 0:
         return low
-    # A step on a copy, which moves nothing, with operands like those of the steps before: the core alone knows how it
-    # cuts a tensor into the chunks that it has sums for.
-    state, stepped = optimizer.state[p], local(p.detach()).clone()
-    moments: dict[str, Any] = {key: torch.zeros_like(local(state[key])) for key in MOMENTS[:2] if key in state}
-    for key, names in CODED.items():
-        if names[0] in state:
-            moments |= {key: torch.zeros_like(local(state[names[0]]))}
-            moments |= {f"{key}_scales": torch.zeros_like(local(state[names[1]]))}
+    # A step on a copy, which moves nothing, with moments in the format of the steps before: the core alone knows how
+    # it cuts a tensor into the chunks that it has sums for.
+    stepped = local(p.detach()).clone()
+    moments: dict[str, Any] = {}
+    for key, (codes, scales) in CODED.items():
+        made = {name: local(tensor) for name, tensor in new_moment(p, key, optimizer._precision).items()}
+        moments[key] = made.get(key, made.get(codes))
+        moments[f"{key}_scales"] = made.get(scales)
     on_device = runs_kernels(stepped.device)
     checked = low.clone()
     mask = optimizer._masks.get(p)
@@ -83,13 +84,14 @@ def still_valid(optimizer: AdamW, p: Tensor, low: Tensor) -> Tensor:
     part.plan.set_grad(0, torch.zeros_like(stepped))
     nothing = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1.0, "weight_decay": 0.0, "anchor_decay": 0.0}
     take_step([part], [{**nothing, "amsgrad": False, "maximize": False, "anchor_mode": "decoupled"}])
-    return torch.where(stepped.isfinite(), checked, low)
+    return checked
 
 
 @torch.no_grad()
 def full_precision_state(optimizer: AdamW) -> dict[str, Any]:
     """The optimizer's state dict with its moments in float32, as ``torch.optim.AdamW`` over float32 weights loads it.
 
+    Its state is a copy: another optimizer that loads it goes on by itself.
     8-bit and 16-bit moments are widened, and low bits left out: they belong to the weights, which
     :func:`master_weights` gives in float32. Moments of float64 and complex parameters stay. A ``fastft.AdamW`` loads it
     too, with its anchor, masks and counters. The other way, ``load_state_dict`` takes any of these state dicts.
@@ -106,10 +108,10 @@ def full_precision_state(optimizer: AdamW) -> dict[str, Any]:
         saved = packed["state"].get(i)
         if not saved:
             continue
-        wide = {key: value for key, value in saved.items() if key not in OWN_KEYS}
+        wide = {key: copy.deepcopy(value) for key, value in saved.items() if key not in (*MOMENTS, *OWN_KEYS)}
         for key in MOMENTS:
             if key in saved or CODED.get(key, ("",))[0] in saved:
                 moment = moment_of(saved, p, key)
-                wide[key] = moment.float() if moment.dtype in SIXTEEN_BIT else moment
+                wide[key] = moment.float() if moment.dtype in SIXTEEN_BIT else moment.clone()
         packed["state"][i] = wide
     return packed

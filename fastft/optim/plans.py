@@ -131,15 +131,16 @@ def warn_of_rounding(optimizer: AdamW, live: list[tuple[int, Tensor, str]]) -> N
         live: (group index, parameter, name) of what is stepped.
     """
     precision = optimizer._precision
-    if optimizer._told_of_rounding or precision.extra_bits or precision.rounding != "nearest":
+    if optimizer._warned_of_rounding or precision.extra_bits == 16 or precision.rounding != "nearest":
         return
     anchor = optimizer._anchor
     explicit = anchor is not None and not anchor.weighted
-    message = stands_still(
+    parameters = (
         (optimizer.param_groups[i], p, explicit and optimizer._anchor_name(p, name) is not None)
         for i, p, name in live
         if p.dtype in SIXTEEN_BIT
     )
-    optimizer._told_of_rounding = message is not None
+    message = stands_still(parameters, precision.extra_bits)
+    optimizer._warned_of_rounding = message is not None
     if message:
         warnings.warn(message, stacklevel=2)

@@ -93,8 +93,10 @@ def pull(w: Tensor, rate: float, target: Tensor | None = None, distance: float =
     return -rate * away
 
 
-def cannot_move(p: Tensor, rate: float, target: Tensor | None = None, distance: float = 1.0) -> float:
-    """Share of a parameter's elements that a pull of ``rate`` does not move, rounded to nearest without extra bits.
+def cannot_move(
+    p: Tensor, rate: float, target: Tensor | None = None, distance: float = 1.0, extra_bits: int = 0
+) -> float:
+    """Share of a parameter's elements that a pull of ``rate`` does not move, rounded to nearest.
 
     Estimated from at most ``SAMPLE`` elements; those that have nowhere to go (0, with weight decay) do not count. For
     weight decay: ``cannot_move(p, lr * weight_decay)``. For a decoupled anchor: ``cannot_move(p, lr * anchor_decay,
@@ -106,9 +108,10 @@ def cannot_move(p: Tensor, rate: float, target: Tensor | None = None, distance: 
         rate: part of the distance that a step goes.
         target: of ``p``'s shape, on its device.
         distance: relative to the weight, where the target is not known.
+        extra_bits: kept beside a bfloat16 weight, taken to be 0 now.
     """
     changes = pull(sample(p), rate, None if target is None else sample(target), distance)
-    return 1.0 - share(moved(sample(p), changes)[changes != 0])
+    return 1.0 - share(moved(sample(p), changes, extra_bits)[changes != 0])
 
 
 def sample(p: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def prepare_state(
     """Make the state if there is none, and bring it into the parameter's memory order and the optimizer's formats.
 
     Args:
-        state: ``optimizer.state[p]``, filled in place.
+        state: ``optimizer.state[p]``, filled in place. Low bits alone are no state: they are part of the weight.
         group: the parameter's group, whose flags say what is kept, and where.
         name: of the parameter, for messages.
         precision: the formats. Moments that are kept as floating-point numbers keep the dtype that they have.
@@ -46,7 +46,8 @@ def prepare_state(
     names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
     kernels = runs_kernels(p.device)
     on_device = bool(kernels and (group["capturable"] or group["fused"] or counts_on_device))
-    if not state:
+    if not state.keys() - {LOW_BITS}:
+        check_own_state(state, p, f"{name}: state")
         default = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         beside = group["capturable"] or group["fused"] or on_device
         state["step"] = (

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastft.optim.state import LOW_BITS
+
 
 def drop(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
-    """Forget the state; the next step with a gradient starts at t = 1."""
+    """Forget the state; the next step with a gradient starts at t = 1. Low bits stay: they are part of the weights."""
     for p in params:
-        optimizer.state.pop(p, None)
+        state = optimizer.state.pop(p, {})
+        if LOW_BITS in state:
+            optimizer.state[p] = {LOW_BITS: state[LOW_BITS]}
 
 
 def offload(optimizer: Optimizer, params: Iterable[Tensor]) -> None:

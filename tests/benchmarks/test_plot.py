@@ -71,11 +71,17 @@ def arguments(tmp_path: Path) -> list[object]:
     speed = tmp_path / "speed"
     speed.mkdir()
     (speed / "some-cpu.json").write_text(json.dumps(result()), encoding="utf-8")
-    readme, data_page, retention = (tmp_path / name for name in ("README.md", "data.md", "retention.md"))
-    for copy, page in ((readme, "README.md"), (data_page, "docs/data.md"), (retention, "docs/retention.md")):
+    pages: list[object] = []
+    for option, page in (
+        ("--readme", "README.md"),
+        ("--data-page", "docs/data.md"),
+        ("--retention-page", "docs/retention.md"),
+        ("--precision-page", "docs/precision.md"),
+    ):
+        copy = tmp_path / Path(page).name
         copy.write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
-    pages = ["--readme", readme, "--data-page", data_page, "--retention-page", retention]
-    return [*pages, "--generated", tmp_path / "docs", "--speed", speed]
+        pages += [option, copy]
+    return [*pages, "--precision", tmp_path / "none", "--generated", tmp_path / "docs", "--speed", speed]
 
 
 @pytest.mark.slow
@@ -110,6 +116,8 @@ def test_tables_and_plots_are_made_and_checked(arguments: list[object], tmp_path
     page = tmp_path / "data.md"
     page.write_text(page.read_text(encoding="utf-8").replace("| neither |", "| nothing |"), encoding="utf-8")
     assert "data.md is stale" in plot_py(*arguments, "--check").stderr
+    page = tmp_path / "precision.md"
+    assert page.read_text(encoding="utf-8").count("Not measured yet.") == 5
 
 
 def test_cases_in_which_another_is_faster_are_listed() -> None:

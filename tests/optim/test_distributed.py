@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from contract_cases import assert_near, assert_same, give_grads, net, state_of, train
+from contract_distributed import run_in_two_processes
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -32,22 +30,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[An
     """The results of all scenarios, one for each rank."""
     folder = tmp_path_factory.mktemp("two_processes")
     save_file({name: p.detach() for name, p in scenarios.build().named_parameters()}, folder / "base.safetensors")
-    paths = [str(Path(scenarios.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
-    logs = [folder / f"log_{rank}.txt" for rank in range(scenarios.WORLD)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with open(log, "w") as file:
-            command = [sys.executable, str(scenarios.__file__), str(rank), str(folder)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * scenarios.WORLD, "\n".join(log.read_text()[-4000:] for log in logs)
-    ranks = [torch.load(folder / f"results_{rank}.pt", weights_only=False) for rank in range(scenarios.WORLD)]
-    return {name: [rank[name] for rank in ranks] for name in scenarios.SCENARIOS}
+    return run_in_two_processes(scenarios.__file__, folder)
 
 
 def in_one_process(name: str) -> dict[str, Any]:

@@ -255,6 +255,21 @@ def test_gradual_unfreezing(mode: Any, state_policy: Any) -> None:
         assert_equal_runs(loop=loop)
 
 
+def test_what_is_taken_out_of_its_group_is_left_alone() -> None:
+    def loop(model: nn.Module, optimizer: fastft.AdamW, handle: Any) -> None:
+        for i, batch in enumerate(BATCHES):
+            if i in (2, 3):
+                for key in ("params", "param_names"):
+                    taken = optimizer.param_groups[0][key]
+                    del taken[-1 if i == 2 else 0]
+            loss_of(model, batch).backward()
+            assert i < 3 or (model[0].weight.grad is not None and model[3].bias.grad is not None)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert_equal_runs(loop=loop)
+
+
 def test_frozen_by_requires_grad_when_it_began() -> None:
     def prepare(model: nn.Module, optimizer: fastft.AdamW) -> None:
         model[0].requires_grad_(False)
@@ -646,9 +661,14 @@ def test_other_optimizers_and_a_second_time_are_refused() -> None:
     handle = step_in_backward(optimizer)
     with pytest.raises(ValueError, match=r"optimizer: it steps in the backward pass already; undo\(\)"):
         step_in_backward(optimizer)
-    second = fastft.AdamW(model[3].parameters())
-    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[0\]: another optimizer steps it"):
+    own = nn.Parameter(torch.ones(2))
+    second = fastft.AdamW([own, *model[3].parameters()])
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[1\]: another optimizer steps it"):
         step_in_backward(second)
+    assert not own._post_accumulate_grad_hooks
+    optimizer.add_param_group({"params": [("own", own)]})
+    loss_of(model, BATCHES[0]).backward()
+    optimizer.step()
     handle.undo()
     step_in_backward(second)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ class Pretrained:
     notes: list[str]
 
 
-def load(folder: Path, task: str, labels: Sequence[str]) -> Pretrained:
-    """The model in a folder, in float32 and on the CPU, with a head for these labels.
+def load(folder: Path, task: str, labels: Sequence[str], dtype: torch.dtype = torch.float32) -> Pretrained:
+    """The model in a folder, in this dtype and on the CPU, with a head for these labels.
 
     Raises:
         InputError: the folder does not hold what the task needs.
@@ -48,7 +49,7 @@ def load(folder: Path, task: str, labels: Sequence[str]) -> Pretrained:
     tokenizer = load_tokenizer(folder)
     config = loaded(folder, "config.json", AutoConfig)
     if task == CAUSAL_LM:
-        return load_language_model(folder, tokenizer, config)
+        return load_language_model(folder, tokenizer, config, dtype)
 
     own = [str(config.id2label[i]) for i in sorted(config.id2label)]
     known = sorted(own) == sorted(labels)
@@ -57,7 +58,7 @@ def load(folder: Path, task: str, labels: Sequence[str]) -> Pretrained:
         folder,
         "a model with a classification head",
         AutoModelForSequenceClassification,
-        dtype=torch.float32,
+        dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         problem_type="single_label_classification",
@@ -74,10 +75,8 @@ def load(folder: Path, task: str, labels: Sequence[str]) -> Pretrained:
     return Pretrained(model, tokenizer, labels, new, notes)
 
 
-def load_language_model(folder: Path, tokenizer: Any, config: Any) -> Pretrained:
-    model, info = loaded(
-        folder, "a causal language model", AutoModelForCausalLM, dtype=torch.float32, output_loading_info=True
-    )
+def load_language_model(folder: Path, tokenizer: Any, config: Any, dtype: torch.dtype) -> Pretrained:
+    model, info = loaded(folder, "a causal language model", AutoModelForCausalLM, dtype=dtype, output_loading_info=True)
     new = unloaded(model, info)
     masked = [name for name in config.architectures or () if name.endswith("ForMaskedLM")]
     if new or masked:
@@ -166,9 +165,10 @@ def token_limit(model: Any, tokenizer: Any) -> int | None:
 def weights_of(pretrained: Pretrained, folder: Path) -> Anchor:
     """The weights of a model as it was loaded from a folder, to compare with later; without those of new parameters.
 
-    They are read from its file when they are needed, or copied where the file holds them under other names.
+    They are read from its file when they are needed, or copied where the file holds them under other names, or the
+    model rounded them to bfloat16.
     """
-    try:
-        return Anchor.from_safetensors(folder, pretrained.model, exclude=pretrained.new)
-    except (OSError, ValueError):
-        return Anchor.snapshot(pretrained.model, exclude=pretrained.new, device="cpu")
+    if pretrained.model.dtype == torch.float32:
+        with suppress(OSError, ValueError):
+            return Anchor.from_safetensors(folder, pretrained.model, exclude=pretrained.new)
+    return Anchor.snapshot(pretrained.model, exclude=pretrained.new, device="cpu")

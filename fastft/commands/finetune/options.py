@@ -32,6 +32,8 @@ from fastft.unfreeze import (
 
 from .errors import InputError
 
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.float32, "bfloat16-weights": torch.bfloat16}
+"""The dtype of the weights, by ``--precision``."""
 CLASSIFICATION, CAUSAL_LM = "text-classification", "causal-lm"
 
 POLICIES: dict[str, Any] = {
@@ -279,7 +281,12 @@ class Options:
         "X",
     )
     precision: str = option(
-        TRAINING, one_of("float32", "bfloat16"), "float32", "float32, or bfloat16 autocast over float32 weights", "NAME"
+        TRAINING,
+        one_of(*WEIGHTS),
+        "float32",
+        "float32; bfloat16 (autocast over float32 weights); or bfloat16-weights (these in bfloat16, with 16 bits "
+        "beside each, so that no step is lost)",
+        "NAME",
     )
     fuse_dropout: bool = option(TRAINING, flag, False, "use fastft's dropout, which stores no mask")
     seed: int = option(TRAINING, count(0), 0, "of a new head, the order of rows, dropout and random policies", "N")

@@ -29,6 +29,7 @@ from .data import Data, load, mixed, tokenized
 from .errors import InputError
 from .model import Pretrained
 from .options import (
+    WEIGHTS,
     Options,
     as_json,
     first_difference,
@@ -161,7 +162,7 @@ def digests(options: Options) -> dict[str, str]:
 def get_ready(options: Options) -> ReadyRun:
     """Read and check everything."""
     data = load(options)
-    pretrained = model.load(options.model, options.task, data.labels)
+    pretrained = model.load(options.model, options.task, data.labels, WEIGHTS[options.precision])
     limit = model.token_limit(pretrained.model, pretrained.tokenizer)
     if options.max_length is not None and limit is not None and options.max_length > limit:
         raise InputError(

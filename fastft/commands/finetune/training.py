@@ -101,6 +101,9 @@ def prepare(
         no_decay=biases_and_norms,
         weight_decay=options.weight_decay,
     )
+    exact: dict[str, Any] = {}
+    if any(p.dtype == torch.bfloat16 for p in model.parameters()):  # the steps are those of float32 weights
+        exact = {"extra_bits": 16, "state_dtype": torch.float32}
     optimizer = optimizer_cls_and_kwargs(
         args,
         model,
@@ -110,6 +113,7 @@ def prepare(
         anchor_mode=options.anchor_mode,
         max_grad_norm=options.max_grad_norm or None,
         skip_nonfinite=True,
+        **exact,
     )
     unfreeze = None
     if options.unfreeze is not None:

@@ -213,6 +213,22 @@ def test_bfloat16_and_a_fraction_of_train_held_out(classify: Options) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("task", ["classify", "continue_text"])
+def test_bfloat16_weights_take_small_steps(task: str, request: pytest.FixtureRequest) -> None:
+    """Steps of which rounding would lose nearly all, and an anchor's pull of which it would lose everything."""
+    options = request.getfixturevalue(task)
+    options.update(lr=3e-5, anchor_decay=30, schedule="constant", warmup=0, keep="last", steps=10)
+    drifts = {}
+    for precision in ("bfloat16-weights", "float32"):
+        done = cases.finetune(**{**options, "precision": precision, "output": options["output"] / precision})
+        assert done.status == 0, done.err
+        drifts[precision] = report_of(options["output"] / precision)["drift"]["all"]
+        tensors = load_file(options["output"] / precision / "model.safetensors")
+        expected = torch.bfloat16 if precision == "bfloat16-weights" else torch.float32
+        assert {tensor.dtype for tensor in tensors.values()} == {expected}
+    assert drifts["bfloat16-weights"] == pytest.approx(drifts["float32"], rel=0.1)
+
+
 def test_the_best_model_is_kept_and_said(classify: Options) -> None:
     # An lr that ruins the model: the first evaluation is the best.
     classify.update(steps=8, checkpoint_every=2, lr=0.3, schedule="constant", warmup=0)

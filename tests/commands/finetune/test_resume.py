@@ -102,6 +102,16 @@ def test_ctrl_c_finishes_the_step_and_the_command_that_it_prints_goes_on(
     assert json.loads((output / "report.json").read_text(encoding="utf-8"))["resumed_from"] == 7
 
 
+def test_bfloat16_weights_go_on_with_the_bits_beside_them(classify: Options, tmp_path: Path) -> None:
+    classify.update(precision="bfloat16-weights", lr=1e-5, steps=9, anchor_decay=30, checkpoint_every=3, keep="last")
+    assert cases.finetune(**{**classify, "output": tmp_path / "whole"}).status == 0
+    done = cases.finetune_apart(CTRL_C, **classify)
+    assert done.status == 130, done.err
+    assert cases.finetune(output=classify["output"], resume=True).status == 0
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "whole", classify["output"])]
+    assert weights[0] == weights[1]
+
+
 KILLED_WHILE_IT_SAVES = """
 import os, signal
 from fastft.commands.finetune import training
