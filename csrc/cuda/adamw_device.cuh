@@ -109,6 +109,12 @@ __device__ __forceinline__ double read_scalar(const void* data, DType dtype) {
   return x[0];
 }
 
+// The chunk of this block: backwards, so that a step begins with the gradients that the norm has read last, which are
+// still in the L2 cache.
+__device__ __forceinline__ uint32_t chunk_of_block(const Args& args) {
+  return args.first_chunk + (gridDim.x - 1 - blockIdx.x);
+}
+
 // All but the entry, in one thread. Not inlined: its double-precision powers would otherwise take registers from the
 // loop.
 template <typename T>

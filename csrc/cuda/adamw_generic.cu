@@ -310,7 +310,7 @@ __device__ __forceinline__ void finish_sums(const Args& args, uint32_t chunk, ui
 
 template <typename T, bool kSelective>
 __global__ void __launch_bounds__(kThreads, 3) adamw_generic(const __grid_constant__ Args args) {
-  const uint32_t chunk = args.first_chunk + blockIdx.x;
+  const uint32_t chunk = chunk_of_block(args);
   const uint32_t index = args.chunk_entry[chunk];
   __shared__ Shared<T> shared;
   const bool goes_on = begin_step(args, chunk, index, shared);

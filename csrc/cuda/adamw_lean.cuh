@@ -269,7 +269,7 @@ constexpr int kLeanBlocks = kInBlocks<W, M> || W::kStochastic ? kFewerBlocks<W, 
 
 template <typename W, typename M, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kLeanBlocks<W, M>) adamw_lean(const __grid_constant__ Args args) {
-  const uint32_t chunk = args.first_chunk + blockIdx.x;
+  const uint32_t chunk = chunk_of_block(args);
   const uint32_t index = args.chunk_entry[chunk];
   __shared__ Shared<float> shared;
   if (!begin_step(args, chunk, index, shared)) return;

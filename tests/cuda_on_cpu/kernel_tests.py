@@ -30,12 +30,26 @@ from cuda_on_cpu.plugin import counters
 from torch import Tensor, nn
 
 import fastft
+from fastft import _C
 from fastft.optim import adamw_
+from fastft.optim.entries import Part
+from fastft.optim.step import take_step
 
 CPU = (1, 0)  # the DLPack device
 ORDERS = ("forward", "reverse", "shuffled")
 # Kernel parameters have 32,000 bytes for rows of 88 bytes and 10 bytes a tensor.
 TENSORS_PER_LAUNCH = (32000 - 88) // 10
+
+
+GROUP = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "anchor_decay": 0.0,
+    "amsgrad": False,
+    "maximize": False,
+}
 
 
 @pytest.fixture(scope="session")
@@ -382,6 +396,42 @@ def test_low_bits_count_as_0_in_chunks_that_somebody_has_written(
     assert after["0"][place] == before["0"][place] + 1.0
     kept[CHUNK : 2 * CHUNK] = 0
     assert torch.equal(after["0.low_bits"].to(torch.int32), kept)
+
+
+# (row, stride, first) of a part, and the part: rows, or columns of which eight lie together, or do not.
+SHARDS = {
+    "rows": ((33 * 96, 33 * 96, 7 * 96), (slice(7, 40), slice(None))),
+    "columns": ((32, 96, 48), (slice(None), slice(48, 80))),
+    "odd columns": ((12, 96, 50), (slice(None), slice(50, 62))),
+}
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_shard_is_rounded_as_the_whole_is(dtype: torch.dtype, shard: str, block_order: str) -> None:
+    random = Random(22)
+    p, grad = random.values(40, 96, dtype=dtype), random.values(40, 96, dtype=dtype)
+    index, part = SHARDS[shard]
+    results = []
+    for where, cut in ((None, (slice(None), slice(None))), (index, part)):
+        weight = p[cut].clone().contiguous()
+        record = _C.AdamWRecord(
+            weight,
+            0,
+            name="p",
+            rounding_key=0x123456789ABCDEF0,
+            index=where,
+            stepped=weight,
+            exp_avg=torch.zeros(weight.shape),
+            exp_avg_sq=torch.zeros(weight.shape),
+            step=torch.tensor(4.0),
+        )
+        stepped_alone = Part([record])
+        stepped_alone.plan.set_grad(0, grad[cut].clone().contiguous())
+        take_step([stepped_alone], [GROUP])
+        results.append(weight)
+    assert torch.equal(bits(results[1]), bits(results[0][part]))
+    assert not torch.equal(results[1], p[part])
 
 
 # -- the norm ------------------------------------------------------------------------------------------------
