@@ -14,11 +14,12 @@ from fastft.tables import markdown
 
 from ..retention.records import load
 from .settings import RESULTS
+from .training import SETTINGS
 
 SECTIONS = ("stall", "pull", "training", "memory", "speed")
 MOMENTS = ("float32", "bfloat16", "8bit")
 CAPTIONS = {
-    "stall": "Cosine between the way of the weights and that of float32",
+    "pull": "Distance to the anchor that is left",
     "training": "Final loss above that of float32",
     "memory": "Bytes per parameter",
     "speed": "Time of a step relative to float32",
@@ -71,8 +72,8 @@ class PrecisionResults:
     def plots(self) -> dict[str, Callable[[Path], None]]:
         """{file name: how it is drawn}, of what there are results for."""
         drawn: dict[str, Callable[[Path], None]] = {}
-        if "stall" in self.results:
-            drawn["precision-stall.png"] = lambda path: plot_stall(self.results["stall"], path)
+        if "pull" in self.results:
+            drawn["precision-pull.png"] = lambda path: plot_pull(self.results["pull"], path)
         if "training" in self.results:
             drawn["precision-training.png"] = lambda path: plot_training(self.results["training"], path)
         if "memory" in self.results:
@@ -123,21 +124,6 @@ def stall_section(result: Result) -> str:
     return "\n\n".join(["\n".join(markdown(titles, rows)), wrapped(f"{about} {where(result)}."), goals_of(goals)])
 
 
-def plot_stall(result: Result, path: Path) -> None:
-    found = by_setting(result["rows"])
-    names = list(dict.fromkeys(weights for weights, _ in found))
-    with figure(path, 8, 3.6, dpi=130) as axes:
-        for k, (moments, color) in enumerate(zip(MOMENTS, (BLUE, ORANGE, GREEN), strict=True)):
-            y = [i + 0.26 * (k - 1) for i in range(len(names))]
-            axes.barh(
-                y, [found[name, moments]["cosine"] for name in names], 0.24, color=color, label=f"{moments} moments"
-            )
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlabel("cosine between the way of the weights and that of float32")
-        axes.legend(frameon=False, fontsize=8, loc="lower left")
-
-
 # -- pull ------------------------------------------------------------------------------------------------------
 
 
@@ -155,13 +141,14 @@ def pull_section(result: Result) -> str:
             cells.append(f"{along:.4f}" + (f" ({length:.2f})" if abs(length - along) > 0.005 else ""))
         rows.append([name, *cells])
     low, high = PULL_GOAL
+    judged = [pull for pull in pulls if low <= found[FLOAT32, pull]["along"] <= high]
     goals = []
     for name in names:
         if name not in (FLOAT32, "bfloat16"):
             off = max(abs(found[name, pull]["along"] - found[FLOAT32, pull]["along"]) for pull in pulls)
-            inside = [pull for pull in pulls if low <= found[name, pull]["along"] <= high]
-            held = f"between {low:g} and {high:g} at {len(inside)} of {len(pulls)} rates"
-            goals.append(f"{name}: {held}, at most {off:.4f} off float32's")
+            inside = [pull for pull in judged if low <= found[name, pull]["along"] <= high]
+            said = f"{name}: between {low:g} and {high:g} wherever float32 is (at most {off:.4f} off it)"
+            goals.append(goal(said, inside == judged))
     about = (
         f"The distance to the anchor that is left after lr·λ·steps = {problem['total']:g} of pull alone, gradients "
         f"being 0, as a share of the {100 * problem['distance']:g} % of each weight at the start; along the way to the "
@@ -169,7 +156,23 @@ def pull_section(result: Result) -> str:
         f"weights and low bits stand for; {problem['elements']:,} weights."
     )
     titles = ["weights", *(f"lr·λ = {100 * pull:g} %" for pull in pulls)]
-    return "\n\n".join(["\n".join(markdown(titles, rows)), wrapped(f"{about} {where(result)}."), bullets(goals)])
+    return "\n\n".join(["\n".join(markdown(titles, rows)), wrapped(f"{about} {where(result)}."), goals_of(goals)])
+
+
+def plot_pull(result: Result, path: Path) -> None:
+    names = list(dict.fromkeys(row["weights"] for row in result["rows"]))
+    # What lies on one another is told apart by its size.
+    with figure(path, 8, 3.6, dpi=130) as axes:
+        for k, name in enumerate(names):
+            rows = [row for row in result["rows"] if row["weights"] == name]
+            color = (GREY, ORANGE, BLUE, GREEN)[k % 4]
+            x, y = [100 * row["pull"] for row in rows], [row["along"] for row in rows]
+            axes.plot(x, y, "o-", color=color, markersize=14 - 2 * k, linewidth=1, alpha=0.8, label=name)
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("pull of a step, lr·λ, %", fontsize=9)
+        axes.set_ylabel("distance left", fontsize=9)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 # -- training --------------------------------------------------------------------------------------------------
@@ -186,6 +189,9 @@ class Training:
         for record in runs:
             settings = record["settings"]
             self.runs.setdefault((settings["weights"], settings["moments"]), {})[settings["seed"]] = record
+        # Processes that share the runs end them in no order.
+        order = {key: i for i, key in enumerate(SETTINGS)}
+        self.runs = dict(sorted(self.runs.items(), key=lambda item: order.get(item[0], len(order))))
         self.reference = self.runs.get((FLOAT32, "float32"), {})
 
     def mean(self, key: tuple[str, str], figure: str) -> float:
@@ -225,7 +231,7 @@ def training_section(records: list[Result]) -> str:
             mean = statistics.fmean(above)
             goals.append(goal(f"{weights}: within {most:g} % of float32 ({mean:+.3f} %)", abs(mean) <= most))
     for key in training.runs:
-        if key[1] == "8bit":
+        if key[1] == "8bit" and len(training.reference) > 1:
             above = training.above(key)
             mean = statistics.fmean(above)
             said = f"within the spread of the seeds ({mean:+.3f} % against {training.spread:.2f} %)"
@@ -260,9 +266,7 @@ def plot_training(records: list[Result], path: Path) -> None:
         axes.set_xscale("symlog", linthresh=0.1)
         axes.set_yticks(range(len(keys)), [f"{weights}, {moments} moments" for weights, moments in keys], fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel(
-            "final loss above float32's, % (a point a seed, a bar their mean; grey: between float32's seeds)"
-        )
+        axes.set_xlabel("final loss above float32's, %; a point a seed, a bar their mean; grey: its seeds", fontsize=8)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------
@@ -297,7 +301,7 @@ def plot_memory(result: Result, path: Path) -> None:
             axes.text(peak + 0.1, y, f"{peak:.1f}", va="center", fontsize=8)
         axes.invert_yaxis()
         axes.tick_params(axis="y", labelsize=7)
-        axes.set_xlabel("bytes per parameter with gradients: the highest of two training steps")
+        axes.set_xlabel("bytes per parameter with gradients: the highest of two training steps", fontsize=9)
 
 
 # -- speed -----------------------------------------------------------------------------------------------------
@@ -363,9 +367,7 @@ def plot_speed(result: Result, path: Path) -> None:
             axes.plot([row["share"]] * 2, [y - 0.38, y + 0.38], color=ORANGE, linewidth=2)
         axes.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=7)
         axes.invert_yaxis()
-        axes.set_xlabel(
-            f"time of a step over {size} elements relative to float32's; orange: its bytes relative to float32's"
-        )
+        axes.set_xlabel(f"time of a step, {size} elements, relative to float32's; orange: its bytes'", fontsize=8)
 
 
 # -- words -----------------------------------------------------------------------------------------------------

@@ -273,6 +273,18 @@ def test_other_chunks_keep_their_low_bits(weights: str) -> None:
 
 
 @pytest.mark.parametrize("weights", SPLIT)
+@pytest.mark.parametrize("mask", ["elements", "rows"])
+def test_what_is_masked_out_may_be_written(weights: str, mask: str) -> None:
+    case = made(weights, "float32", (20, 300), mask=mask)
+    first, second = grads(case, 2)
+    case.step(first)
+    case.p[~case.live] += 1.0
+    expected = case.expected(second)
+    case.step(second)
+    assert case.differing(expected) == []
+
+
+@pytest.mark.parametrize("weights", SPLIT)
 def test_two_weights_that_change_places_are_seen(weights: str) -> None:
     case = made(weights, "float32", (3000,))
     first, second = grads(case, 2)
@@ -291,7 +303,7 @@ def test_two_weights_that_change_places_are_seen(weights: str) -> None:
 # -- selective projection ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", *SPLIT, *STOCHASTIC])
+@pytest.mark.parametrize("weights", ["bfloat16", "split8", "split16", *STOCHASTIC])
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mask", ["none", "elements", "rows"])
 def test_selective_projection(weights: str, moments: str, mask: str) -> None:
@@ -309,7 +321,11 @@ def test_selective_projection(weights: str, moments: str, mask: str) -> None:
     ratio = float((far - near) / far)
     assert ratio > 0.0
     pull = torch.tensor(min(1.0, 0.7 * ratio), dtype=torch.float32)
-    moved = (-(pull.double()) * (stepped.master - case.anchor.float()).double() + after).float()
+    delta = (stepped.master - case.anchor.float()).double()
+    step = -pull.double() * delta
+    if _C.cpu_instruction_set() == "baseline":  # which has no fused multiply-add
+        step = step.float().double()
+    moved = (step + after).float()
     case.step(grad)
     places = torch.arange(case.p.numel()).view(case.p.shape)
     random = random_bits(case.key, case.taken, places, second_pass=True) if case.stochastic else None
