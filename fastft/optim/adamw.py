@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from .entries import Part
 from .low_precision import Precision, Rounding, StateDtype, WeightSums
 from .masks import UpdateMask
 from .plans import plans_of
-from .state import after_pickle, for_pickle
+from .state import LOW_BITS, as_kept, as_saved
 from .step import take_step
 from .tensors import fit_grad, local, torch_device
 from .torch_step import TorchStep
@@ -109,9 +110,9 @@ class AdamW(torch.optim.AdamW):
             have none; float16 ones raise a ``ValueError``. :func:`fastft.optim.master_weights` gives the float32.
         rounding: of 16-bit parameters, with 8 extra bits of the 24: ``"nearest"``, or ``"stochastic"``: up or down at
             random, right on average, by ``rounding_seed``, the step number and the place of the element in the whole
-            tensor alone: the same on every device and for any sharding. With ``extra_bits=16`` nothing is rounded, and
+            tensor alone: the same on every device and however DTensors are sharded. With ``extra_bits=16`` nothing is rounded, and
             ``"stochastic"`` raises a ``ValueError``.
-        rounding_seed: any integer.
+        rounding_seed: any integer. It is in state dicts; the optimizer that loads one goes on with that seed.
 
     These four hold for all groups. Where 16-bit weights are rounded to nearest without extra bits, and decay or the
     decoupled anchor's pull are lost in that, the first step warns.
@@ -489,14 +490,17 @@ class AdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        return {**kept, "state": for_pickle(kept["state"]), **{key: self.__dict__[key] for key in OWN_ATTRIBUTES}}
+        saved = defaultdict(dict, {p: as_saved(state) for p, state in kept["state"].items()})
+        return {**kept, "state": saved, **{key: self.__dict__[key] for key in OWN_ATTRIBUTES}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by load_state_dict, with the new state and groups: torch's know no anchor_decay.
         before = self.__dict__.get("param_groups", [])
         self._forget_plan()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        after_pickle(self.state)
+        for p, kept in self.state.items():
+            if LOW_BITS in kept:
+                kept[LOW_BITS] = as_kept(kept[LOW_BITS], p)
         for index, group in enumerate(self.param_groups):
             known = before[index] if index < len(before) else self._anchor_defaults
             for key in self._anchor_defaults:
@@ -506,7 +510,7 @@ class AdamW(torch.optim.AdamW):
             loading.apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, and under the key ``"fastft"`` the anchor, masks, frozen set and counters.
+        """torch's state dict, and under the key ``"fastft"`` the anchor, masks, frozen set, counters and rounding seed.
 
         ``torch.optim.AdamW`` loads it and ignores that key. An anchor that came from a file is saved as the
         file's path and content hash, any other with its tensors.
@@ -514,6 +518,7 @@ class AdamW(torch.optim.AdamW):
 
         # A hook put first, so that the user's own hooks see the whole dict.
         def add_own_state(_: Any, packed: dict[str, Any]) -> None:
+            packed["state"] = {i: as_saved(state) for i, state in packed["state"].items()}
             packed[checkpoint.KEY] = checkpoint.own_state(self)
 
         handle = self.register_state_dict_post_hook(add_own_state, prepend=True)

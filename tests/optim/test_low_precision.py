@@ -212,7 +212,7 @@ STATE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "exp_avg_codes: expected uint8 of shape [40, 128], got NoneType",
     ),
     "low_bits_dtype": (
-        lambda s: s.update(low_bits=s["low_bits"].int()),
+        lambda s: s.update(low_bits=torch.zeros(40, 128, dtype=torch.int32)),
         "low_bits: expected uint16 or uint8 of shape [40, 128], got int32 of shape [40, 128]",
     ),
     "low_bits_shape": (
