@@ -110,12 +110,13 @@ class AdamW(torch.optim.AdamW):
             have none; float16 ones raise a ``ValueError``. :func:`fastft.optim.master_weights` gives the float32.
         rounding: of 16-bit parameters, with 8 extra bits of the 24: ``"nearest"``, or ``"stochastic"``: up or down at
             random, right on average, by ``rounding_seed``, the step number and the place of the element in the whole
-            tensor alone: the same on every device and however DTensors are sharded. With ``extra_bits=16`` nothing is rounded, and
-            ``"stochastic"`` raises a ``ValueError``.
+            tensor alone: the same on every device, and however DTensors are sharded. With ``extra_bits=16`` nothing is
+            rounded, and ``"stochastic"`` raises a ``ValueError``.
         rounding_seed: any integer. It is in state dicts; the optimizer that loads one goes on with that seed.
 
-    These four hold for all groups. Where 16-bit weights are rounded to nearest without extra bits, and decay or the
-    decoupled anchor's pull are lost in that, the first step warns.
+    These four hold for all groups. The first step warns where 16-bit weights are rounded to nearest and steps, decay or
+    the decoupled anchor's pull are lost in that for most of them; and where one of these options changes nothing, since
+    no parameter is of the dtype or size that it is for.
 
     After a step with clipping or skipping, :attr:`grad_norm` and :attr:`skipped_steps` hold its outcome, without
     having waited for the GPU.

@@ -18,7 +18,7 @@ from fastft import _C
 from .adamw import AdamW, check_graph_capture
 from .checks import why_not_fused
 from .masks import UpdateMask
-from .plans import warn_of_idle_anchor, warn_of_rounding
+from .plans import warn_of_idle_anchor, warn_of_idle_options, warn_of_rounding
 from .tensors import local
 
 LATE = "runs_after_step_in_backward"
@@ -315,6 +315,7 @@ def warn_before_first_step(optimizer: AdamW) -> None:
     """The warnings of the plain step about options that do nothing, before any parameter is written."""
     if not optimizer.state:
         warn_of_idle_anchor(optimizer)
+        warn_of_idle_options(optimizer)
     stepped = [entry for entry in fused_parameters(optimizer) if entry[1].requires_grad]
     with torch.no_grad():
         warn_of_rounding(optimizer, [entry for entry in stepped if entry[1] not in optimizer._frozen])

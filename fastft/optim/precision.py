@@ -14,38 +14,20 @@ How large changes are:
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .formats import join, split
+from .tensors import local
 
 DISTANCE = 0.02
 """Assumed distance to the anchor, relative to the weight, where it is not known: as after a usual fine-tuning."""
-SAMPLE = 4096
-"""Elements of a tensor that :func:`cannot_move` looks at."""
-
-
-def gaps(w: Tensor, extra_bits: int = 0) -> tuple[Tensor, Tensor]:
-    """Distance of each weight to its neighbour toward zero, and to the one away from it: exact, in float32.
-
-    Args:
-        w: bfloat16, float16 or float32, any shape.
-        extra_bits: 0, 8 or 16 bits kept beside a bfloat16 weight.
-
-    0 has its neighbours at the smallest subnormal number. The largest finite weight has inf above it.
-    """
-    if w.dtype == torch.float16:
-        bits = w.view(torch.int16) & 0x7FFF
-        below, above = ((bits - 1).clamp(min=0).view(w.dtype), (bits + 1).view(w.dtype))
-        size = w.float().abs()
-        down, up = size - below.float(), above.float() - size
-    else:
-        last = 1 if w.dtype == torch.float32 else 1 << (16 - extra_bits)
-        size = w.float().abs()
-        bits = size.view(torch.int32)
-        down = size - (bits - last).clamp(min=0).view(torch.float32)
-        up = (bits + last).view(torch.float32) - size
-    return torch.where(size == 0, up, down), up
+SAMPLE = 256
+"""Elements of a large tensor that :func:`moved_shares` looks at."""
 
 
 def rounded(x: Tensor, dtype: torch.dtype, extra_bits: int = 0) -> Tensor:
@@ -71,59 +53,118 @@ def moved(w: Tensor, change: Tensor | float, extra_bits: int = 0) -> Tensor:
     return rounded(wide + change, w.dtype, extra_bits) != wide
 
 
-def share_moved_by_step(w: Tensor, lr: float, extra_bits: int = 0) -> float:
-    """Share of the elements that a step of ``lr`` moves: the mean over both directions. 1 for an empty tensor."""
-    return sum(share(moved(w, change, extra_bits)) for change in (-lr, lr)) / 2
-
-
-def pull(w: Tensor, rate: float, target: Tensor | None = None, distance: float = 1.0) -> Tensor:
+def pull(w: Tensor, rate: Tensor | float, distance: float = 1.0) -> Tensor:
     """How far a pull wants to move each element, in float32 (float64 for float64 weights).
 
     Args:
         w: weights.
-        rate: part of the distance that a step goes: lr · weight_decay or lr · anchor_decay.
-        target: of ``w``'s shape. Elements that lie at their target count with the relative ``distance``.
-        distance: from the target, relative to the weight, where there is no ``target``; 1.0 is weight decay, whose
-            target is 0.
+        rate: part of the distance that a step goes: lr · weight_decay or lr · anchor_decay; of ``w``'s shape, or one.
+        distance: from the target, relative to the weight; 1.0 is weight decay, whose target is 0.
     """
     wide = w if w.dtype == torch.float64 else w.float()
-    away = wide * distance
-    if target is not None:
-        away = torch.where(wide == target, away, wide - target.to(wide.dtype))
-    return -rate * away
+    return -rate * (wide * distance)
 
 
-def cannot_move(
-    p: Tensor, rate: float, target: Tensor | None = None, distance: float = 1.0, extra_bits: int = 0
-) -> float:
-    """Share of a parameter's elements that a pull of ``rate`` does not move, rounded to nearest.
+def moved_shares(
+    parameters: Iterable[tuple[dict[str, Any], Tensor, bool]], extra_bits: int = 0
+) -> dict[str, tuple[float, float]] | None:
+    """Of each effect of a step, (the share of the weights that it moves by itself, its rate at most).
 
-    Estimated from at most ``SAMPLE`` elements; those that have nowhere to go (0, with weight decay) do not count. For
-    weight decay: ``cannot_move(p, lr * weight_decay)``. For a decoupled anchor: ``cannot_move(p, lr * anchor_decay,
-    anchor, DISTANCE)``; elements at their anchor, and all of them without one, count as if ``DISTANCE`` away from it.
-    Above 0.5 a typical weight does not move.
+    Estimated from ``SAMPLE`` elements of each large tensor, with all of them at once and one read of the device.
 
     Args:
-        p: any floating-point dtype, on any device; the local part of a sharded one.
-        rate: part of the distance that a step goes.
-        target: of ``p``'s shape, on its device.
-        distance: relative to the weight, where the target is not known.
-        extra_bits: kept beside a bfloat16 weight, taken to be 0 now.
+        parameters: (group, dense 16-bit parameter, whether it is anchored).
+        extra_bits: low bits that are kept beside these, taken to be 0 now.
+
+    Returns:
+        By ``"anchor_decay"``, ``"weight_decay"`` and ``"lr"`` (a step of lr in either direction), those that are above
+        0 for some parameter. Weights that have nowhere to go (0, with weight decay) do not count. None where no lr
+        above 0 is known without waiting for a GPU.
     """
-    changes = pull(sample(p), rate, None if target is None else sample(target), distance)
-    return 1.0 - share(moved(sample(p), changes, extra_bits)[changes != 0])
+    rates = {"anchor_decay": 0.0, "weight_decay": 0.0, "lr": 0.0}
+    places: dict[tuple[int, torch.device], Tensor] = {}
+    batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, tuple[float, ...]]]] = defaultdict(list)
+    for group, p, anchored in parameters:
+        lr = group.get("initial_lr", group["lr"])  # a warm-up begins at 0
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            continue
+        lr, whole = float(lr), local(p)
+        if lr <= 0.0 or whole.numel() == 0 or (whole.is_cuda and torch.cuda.is_current_stream_capturing()):
+            continue
+        pulled = anchored and group["anchor_mode"] == "decoupled"
+        anchor_decay, weight_decay = (
+            group.get(f"initial_{key}", group[key]) for key in ("anchor_decay", "weight_decay")
+        )
+        here = (lr * float(anchor_decay) if pulled else 0.0, lr * float(weight_decay), lr)
+        rates = {key: max(rate, more) for (key, rate), more in zip(rates.items(), here, strict=True)}
+        part = sample(whole, places)
+        batches[part.device, part.dtype].append((part, (whole.numel() / part.numel(), *here)))
+    if not batches:
+        return None
+    totals = [of_batch(found, extra_bits) for found in batches.values()]
+    sums = torch.stack([total.to(totals[0].device) for total in totals]).sum(0).tolist()
+    return {key: (sum_moved / size, rates[key]) for key, (sum_moved, size) in zip(rates, sums, strict=True) if size > 0}
 
 
-def sample(p: Tensor) -> Tensor:
-    """At most ``SAMPLE`` elements, spread evenly, in one dimension: the same places for tensors of the same shape."""
-    p = p.detach()
-    if p.numel() <= SAMPLE:
-        return p.reshape(-1)
-    # An odd stride, so that rows of a power of two elements are not met in the same column each time.
-    places = torch.arange(SAMPLE, device=p.device) * (p.numel() // SAMPLE | 1) % p.numel()
-    return p[torch.unravel_index(places, p.shape)]
+def of_batch(found: list[tuple[Tensor, tuple[float, ...]]], extra_bits: int) -> Tensor:
+    """[effects, (elements that are moved, elements that are to be moved)] of samples on one device: float64."""
+    w = torch.cat([part for part, _ in found])
+    lengths = torch.tensor([part.numel() for part, _ in found])
+    numbers = torch.tensor([row for _, row in found]).t().repeat_interleave(lengths, 1).to(w.device)
+    counts, anchor_rate, decay_rate, lr = numbers
+    effects = ([pull(w, anchor_rate, DISTANCE)], [pull(w, decay_rate)], [lr, -lr])
+    sums = []
+    for changes in effects:
+        wanting = torch.stack([change != 0 for change in changes])
+        flags = torch.stack([moved(w, change, extra_bits) for change in changes])
+        sums.append(torch.stack([(counts * (flags & wanting)).double().sum(), (counts * wanting).double().sum()]))
+    return torch.stack(sums)
 
 
-def share(flags: Tensor) -> float:
-    """Of the elements that are True; 1 where there are none."""
-    return float(flags.double().mean()) if flags.numel() else 1.0
+def sample(whole: Tensor, places: dict[tuple[int, torch.device], Tensor]) -> Tensor:
+    """``SAMPLE`` elements of a dense tensor, spread evenly over its memory, in one dimension; all of a small one.
+
+    Args:
+        whole: any dtype and shape.
+        places: where they lie, by size and device; filled here.
+    """
+    n = whole.numel()
+    flat = whole.detach().as_strided((n,), (1,))
+    if n <= 4 * SAMPLE:
+        return flat
+    key = n, whole.device
+    if key not in places:
+        # Not multiples of one number, which could meet few of the columns of a matrix.
+        golden = (5**0.5 - 1) / 2
+        places[key] = (torch.arange(SAMPLE, dtype=torch.float64, device=whole.device) * golden % 1.0 * n).long()
+    return flat[places[key]]
+
+
+def stands_still(parameters: Iterable[tuple[dict[str, Any], Tensor, bool]], extra_bits: int) -> str | None:
+    """The warning that steps, decay or anchor move no typical weight, since it is rounded to nearest; "" if they do.
+
+    Args:
+        parameters: (group, 16-bit parameter, whether it is anchored).
+        extra_bits: low bits that are kept beside these: 0 or 8.
+
+    None where :func:`moved_shares` is None.
+    """
+    parameters = list(parameters)
+    shares = moved_shares(parameters, extra_bits)
+    if shares is None:
+        return None
+    still = {option: found for option, found in shares.items() if found[0] < 0.5}
+    if not still:
+        return ""
+    said = ", ".join(
+        f"{option if option == 'lr' else f'lr * {option}'} = {rate:.2g} moves {share:.0%} of the weights by itself"
+        for option, (share, rate) in still.items()
+    )
+    dtypes = {p.dtype for _, p, _ in parameters}
+    remedy = 'rounding="stochastic"' if torch.float16 in dtypes else 'extra_bits=16 or rounding="stochastic"'
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    kept = f" with {extra_bits} extra bits" if extra_bits else ""
+    return (
+        f"{', '.join(still)}: {said}: {names} weights{kept} are rounded to nearest, and so small a change is lost; "
+        f"pass {remedy}"
+    )

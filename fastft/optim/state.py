@@ -70,8 +70,7 @@ def prepare_state(
     as_codes = precision.moments(p) == "8bit"
     if any((CODED[key][0] in state) != as_codes for key in CODED):
         bring_moments(state, p, precision, f"{name}: state")
-    if precision.low_dtype(p) is not None:
-        add_low_bits(state, p, precision)
+    add_low_bits(state, p, precision)
     for key in (*names, LOW_BITS, *(codes for codes, _ in CODED.values())):
         if key in state and not is_dtensor(p) and state[key].shape == p.shape:
             state[key] = laid_out_like(state[key], p)
