@@ -224,6 +224,12 @@ class AdamW(torch.optim.AdamW):
             self._step()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. With ``step_in_backward`` it also begins a step anew, after a backward pass that failed."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.begin()
+
     @property
     def anchor(self) -> Anchor | None:
         """The anchor, also for ``drift_report``; with ``"init"``, the values that the parameters had then."""
