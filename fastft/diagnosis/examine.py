@@ -1,4 +1,4 @@
-"""``doctor``: counts the weights of a model by their bits, and asks of each value whether a step can move it."""
+"""``doctor``: counts the weights of a model by their bits, and computes for each value whether a step can move it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def doctor(
     """Before training: what share of the weights a step can move, and the memory that each setting takes.
 
     A weight in few bits that is rounded to nearest moves only if a step exceeds half the distance to its neighbour;
-    otherwise it stands still for good. This asks it of every weight of the model, for a step of lr in either direction
+    otherwise it stands still for good. Counted are all weights of the model, for a step of lr in either direction
     (|m̂/√v̂| of Adam is 1 in the first step and smaller later: the shares are upper bounds), for the decay lr ·
     weight_decay · \\|w\\|, and for the pull lr · anchor_decay of a weight 2 % away from its anchor; the last two by
     themselves, as where a gradient is 0. Only the numbers in the files are read, a tensor at a time, with no network.
@@ -123,7 +123,7 @@ def read_memory(text: float | str) -> int:
 
 
 def choices(dtype: torch.dtype) -> list[Weights]:
-    """What the report compares: the dtype as it is first."""
+    """The ways to keep weights that the report compares: the dtype as it is first."""
     bits = [
         Weights(torch.bfloat16, extra_bits=8),
         Weights(torch.bfloat16, extra_bits=8, rounding="stochastic"),

@@ -61,7 +61,8 @@ class AdamW(torch.optim.AdamW):
         p  = p − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + eps)
 
     Everything is computed in float32 (float64 for float64 parameters) whatever the dtype it is stored in. State
-    dicts are exchanged with ``torch.optim.AdamW`` in both directions, mid-run.
+    dicts are exchanged with ``torch.optim.AdamW`` in both directions, mid-run; with ``state_dtype="8bit"`` torch's
+    loads that of :func:`fastft.optim.full_precision_state`.
 
     Args:
         params: parameters, named parameters or group dicts, as for any torch optimizer. float32, bfloat16,
@@ -106,7 +107,8 @@ class AdamW(torch.optim.AdamW):
         extra_bits: 8 or 16 low bits kept beside each bfloat16 parameter, which steps are added to, so that those far
             below the weight's last bit are not lost (cf. Zamirai et al. 2020, https://arxiv.org/abs/2010.06192). With
             16, weight and bits together are exactly a float32 weight; with 8, one of 24 bits. What somebody else
-            writes into the parameter between steps is noticed, and its bits start at 0. float32 and float64 parameters
+            writes into the parameter between steps is noticed, and its bits start at 0; but not between
+            ``load_state_dict`` and the next step, so load the weights first. float32 and float64 parameters
             have none; float16 ones raise a ``ValueError``. :func:`fastft.optim.master_weights` gives the float32.
         rounding: of 16-bit parameters, with 8 extra bits of the 24: ``"nearest"``, or ``"stochastic"``: up or down at
             random, right on average, by ``rounding_seed``, the step number and the place of the element in the whole
@@ -519,8 +521,10 @@ class AdamW(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, and under the key ``"fastft"`` the anchor, masks, frozen set, counters and rounding seed.
 
-        ``torch.optim.AdamW`` loads it and ignores that key. An anchor that came from a file is saved as the
-        file's path and content hash, any other with its tensors.
+        ``torch.optim.AdamW`` loads it and ignores that key; but with ``state_dtype="8bit"``, or where an unfreezer has
+        dropped moments and left low bits, it takes :func:`fastft.optim.full_precision_state`. An anchor that came from
+        a file is saved as the file's path and content hash, any other with its tensors. 16 low bits are given as bytes,
+        of one more dimension; tensors are not copied.
         """
 
         # A hook put first, so that the user's own hooks see the whole dict.
@@ -537,12 +541,13 @@ class AdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, which resumes exactly, or of ``torch.optim.AdamW``.
 
-        One of torch's leaves the anchor, the masks, the frozen set and the anchor's options as they are. An
-        anchor that came from a file is read from there again, after its content has been verified; if the file
-        was moved, give the optimizer an ``Anchor.from_safetensors`` of its new place first. Moments and low bits are
-        brought into the formats that this optimizer's ``state_dtype`` and ``extra_bits`` ask for, from any other; low
-        bits that were not saved start at 0, and those that are not kept here are dropped with a warning. On an error
-        nothing has changed.
+        Load the weights too, those that were saved together with it: low bits are taken to belong to the weights that
+        the next step finds. One of torch's leaves the anchor, the masks, the frozen set and the anchor's options as
+        they are. An anchor that came from a file is read from there again, after its content has been verified; if the
+        file was moved, give the optimizer an ``Anchor.from_safetensors`` of its new place first. Moments and low bits
+        are brought into the formats that this optimizer's ``state_dtype`` and ``extra_bits`` ask for, from any other;
+        low bits that were not saved start at 0, and those that are not kept here are dropped with a warning. On an
+        error nothing has changed.
         """
 
         def check_own_state(_: Any, loaded: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .formats import row_of
 from .tensors import is_dtensor, local
 
 StateDtype = torch.dtype | Literal["8bit"] | None
@@ -59,11 +60,7 @@ class Precision:
     # -- what is kept for a parameter --------------------------------------------------------------------------
 
     def moments(self, p: Tensor) -> torch.dtype | Literal["8bit"]:
-        """How the moments of ``p`` are kept.
-
-        Raises:
-            ValueError: for a DTensor whose processes would hold parts of rows, with 8-bit moments.
-        """
+        """How the moments of ``p`` are kept."""
         if self.state_dtype is None or p.dtype not in (torch.float32, *SIXTEEN_BIT):
             return p.dtype
         if isinstance(self.state_dtype, torch.dtype):
@@ -134,8 +131,8 @@ class Precision:
 
 def has_codes_shape(p: Tensor) -> bool:
     """Whether a tensor and its rows are large enough for 8-bit moments, and lie in the order of their indices."""
-    row = p.shape[1:].numel() if p.dim() > 1 else p.numel()
-    return p.dim() > 0 and p.numel() >= SMALLEST and row >= SHORTEST_ROW and local(p).is_contiguous()
+    large = p.dim() > 0 and p.numel() >= SMALLEST and row_of(p.shape) >= SHORTEST_ROW
+    return large and local(p).is_contiguous()
 
 
 def takes_codes(p: Tensor) -> bool:
