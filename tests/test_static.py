@@ -57,7 +57,8 @@ def number_of_kernels(source: str) -> int:
 def most_registers(kernel: str, arch: str) -> int:
     if "kernel<double>" in kernel:  # for which two blocks must do
         return 128
-    if re.fullmatch(r"adamw_lean<.* stochastic, Codes.*>", kernel) and "+ 8" in kernel:  # two blocks
+    # Two blocks, on Blackwell also without low bits.
+    if re.fullmatch(r"adamw_lean<.* stochastic, Codes.*>", kernel) and ("+ 8" in kernel or int(arch) >= 100):
         return 128
     # Three blocks: moments in 8 bits, random bits; and what is no common case.
     three = r"adamw_lean<.*(stochastic|Codes).*>|(adamw_generic|selective_project)<.*>"

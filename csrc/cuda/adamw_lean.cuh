@@ -34,7 +34,7 @@ constexpr int kRun = W::kStochastic ? static_cast<int>(kPerPhilox) : 16 / (kWide
 template <typename W, typename M>
 constexpr int kRuns = kInBlocks<W, M> ? kBlock8 / (kWarp * kRun<W, M>) : 1;
 
-// As many bytes as they are, for arrays that a kind of weight does not have.
+// The dtype of low bits; where a kind of weight has none, one that nothing is read into.
 template <typename W>
 using LowOf = std::conditional_t<W::kLowBits == 0, uint8_t, typename W::Low>;
 
@@ -200,6 +200,7 @@ __device__ __forceinline__ void step_block(const Shared<float>& shared, bool tru
     }
     w.store(e, offset);
   }
+  asm volatile("" ::: "memory");  // nor are addresses held until here
   most1 = warp_max(most1);
   most2 = warp_max(most2);
   if (most1 == 0) return;
@@ -255,16 +256,18 @@ __device__ __forceinline__ void for_each_run(const Shared<float>& shared, const 
 }
 
 // Blocks to a multiprocessor: four hold a thread to 64 registers. Moments in 8 bits are held until the block's scale is
-// known, random bits until they are used: fewer blocks still keep more loads in flight than memory can serve. So do
-// three on Blackwell, for which ptxas takes a few registers more.
+// known, random bits until they are used: three, or even two, still keep about as many loads in flight as memory can
+// serve. On Blackwell ptxas takes a few registers more for everything.
 template <typename W, typename M>
-constexpr int kFewerBlocks = kInBlocks<W, M> && W::kStochastic && W::kLowBits != 0 ? 2 : 3;
+constexpr bool kHoldsMost = kInBlocks<W, M> && W::kStochastic;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <typename W, typename M>
-constexpr int kLeanBlocks = kFewerBlocks<W, M>;
+constexpr int kLeanBlocks = kHoldsMost<W, M> ? 2 : 3;
 #else
 template <typename W, typename M>
-constexpr int kLeanBlocks = kInBlocks<W, M> || W::kStochastic ? kFewerBlocks<W, M> : 4;
+constexpr int kLeanBlocks = kHoldsMost<W, M> && W::kLowBits != 0 ? 2
+                            : kInBlocks<W, M> || W::kStochastic  ? 3
+                                                                 : 4;
 #endif
 
 template <typename W, typename M, bool kMasked>

@@ -308,18 +308,16 @@ def few_bits(
         amsgrad=amsgrad,
         capturable=capturable,
     )
-    for i, p in enumerate(params):
-        if i % 3 == 1 and p.dim() > 1:
-            optimizer.set_update_mask(p, random.mask(p.shape[0]))
-        elif i % 3 == 2:
-            mask = random.mask(*p.shape)
-            mask.view(-1)[: p.numel() // 2] &= random.mask(
-                p.numel() // 2, live=0.004
-            )  # blocks with one element, or none
-            optimizer.set_update_mask(p, mask)
     draw = random.sixty_fourths if clip else random.values
     for step in range(5):
         for i, p in enumerate(params):
+            if step % 3 == 0 and i % 3 == 1 and p.dim() > 1:
+                optimizer.set_update_mask(p, random.mask(p.shape[0]))
+            elif step % 3 == 0 and i % 3 == 2:
+                mask, half = random.mask(*p.shape), p.numel() // 2
+                if step > 0:  # in blocks that have had live elements, one or none
+                    mask.view(-1)[:half] &= random.mask(half, live=0.004)
+                optimizer.set_update_mask(p, mask)
             grad = torch.empty_like(p, dtype=grad_dtype or dtype).copy_(draw(*p.shape, dtype=torch.float64))
             p.grad = None if i % 4 == 2 and step < 2 else as_grad(p, grad)
             if step == 3 and i % 2 == 0:

@@ -23,8 +23,8 @@ constexpr size_t kMaxParameterBytes = 32764;
 constexpr unsigned kMaxThreads = 1024, kWarp = 32;
 
 constexpr size_t kMaxSharedBytes = 128 << 10;  // of all kernels together; what each may have, nvcc knows
-constexpr unsigned kResident = 2;          // blocks that take turns
-constexpr size_t kStackBytes = 160 << 10;  // a kernel's parameter is copied to each thread's stack
+constexpr unsigned kResident = 2;              // blocks that take turns
+constexpr size_t kStackBytes = 160 << 10;      // a kernel's parameter is copied to each thread's stack
 
 enum class State { ready, at_barrier, in_shuffle, finished };
 
