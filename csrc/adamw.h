@@ -35,9 +35,8 @@ struct AdamWEntry {
 
   // Low bits beside a bfloat16 parameter (math/split.h): uint16 or uint8 with low_width 16 or 8; null with 0.
   void* low_bits;
-  // One for each chunk of live elements, as the backend cuts them: the sum of weight_term() over them, | 1, when last
-  // written; 0: not known. Where it is another now, somebody else has written the parameter, and the low bits count as
-  // 0.
+  // One for each unit of live elements (math/split.h): the sum of weight_term() over them, | 1, when last written; 0:
+  // not known. Where it is another now, somebody else has written the parameter, and the low bits of the unit become 0.
   uint32_t* weight_sums;
   // Scales of moments in 8 bits (math/block8.h), state_dtype u8: `blocks_per_row()` for each of numel / block_row rows.
   float *exp_avg_scales, *exp_avg_sq_scales;
@@ -50,6 +49,19 @@ struct AdamWEntry {
 
   int64_t live_numel() const { return rows ? live_rows * row_size : numel; }
   int64_t blocks_per_row() const { return (block_row + kBlock8 - 1) / kBlock8; }
+  // Units of live elements.
+  int64_t units() const {
+    if (state_dtype != DType::u8) return (live_numel() + kUnit - 1) / kUnit;
+    const int64_t rows = block_row > 0 ? live_numel() / block_row : 0;
+    return (rows * blocks_per_row() * kBlock8 + kUnit - 1) / kUnit;
+  }
+  // The live element that a unit begins with.
+  int64_t unit_begin(int64_t unit) const {
+    if (unit >= units()) return live_numel();
+    if (state_dtype != DType::u8) return unit * kUnit;
+    const int64_t block = unit * (kUnit / kBlock8), row = block / blocks_per_row();
+    return row * block_row + (block - row * blocks_per_row()) * kBlock8;
+  }
 };
 
 struct AdamWGroup {

@@ -229,7 +229,9 @@ void AdamWPlan::check_tensor(const Slot& slot, size_t i, bool counts_on_device) 
       break;
     }
     case Dtypes::sums: {
-      const int64_t least = p.numel / 4096 + 1;
+      const int64_t row = block_row(p), blocks = row > 0 ? p.numel / row * ((row + kBlock8 - 1) / kBlock8) : 0;
+      const bool codes = slot[Field::exp_avg].view().dtype == DType::u8;
+      const int64_t least = std::max(p.numel / 1024, codes ? blocks * kBlock8 / kUnit : 0) + 1;
       check(t.dtype == DType::int32 && t.numel >= least && t.contiguous() && t.device == p.device, who, ": ", rule.name,
             ": expected at least ", least, " int32 in one piece on ", p.device.str(), ", got ", t.numel, " ",
             name(t.dtype), " on ", t.device.str());

@@ -225,6 +225,28 @@ class Case:
         return live
 
     @property
+    def units(self) -> Tensor:
+        """The unit that each element belongs to, by which foreign writing is noticed; -1 in rows that are not live."""
+        numbers = torch.full(self.p.shape, -1)
+        rows = torch.arange(len(self.p)) if self.rows is None else self.rows
+        if self.moments == "8bit" and self.p.dim() > 1:
+            row = self.p[0].numel()
+            block = torch.arange(len(rows)).view(-1, 1) * -(-row // BLOCK) + torch.arange(row) // BLOCK
+            numbers.view(len(self.p), -1)[rows] = block // 16
+        else:
+            numbers[rows] = torch.arange(numbers[rows].numel()).view(numbers[rows].shape) // 4096
+        return numbers
+
+    def without_bits(self, units: Sequence[int]) -> Case:
+        """The same, but that these units' low bits are 0, and that nothing is known of who wrote the weights."""
+        clean, units_of = self.copy(), self.units
+        gone = torch.stack([units_of == unit for unit in units]).any(0)
+        low = clean.state["low_bits"]
+        clean.state["low_bits"] = torch.where(gone, torch.zeros(()), low.int()).to(low.dtype)
+        clean.state["weight_sums"].zero_()
+        return clean
+
+    @property
     def master(self) -> Tensor:
         return joined(self.p.detach(), self.state.get("low_bits"))
 
@@ -319,7 +341,7 @@ def made(
     if "split" in weights:
         dtype, most = (torch.uint16, 2**16) if weights == "split16" else (torch.uint8, 2**8)
         state["low_bits"] = torch.randint(0, most, tuple(shape), generator=g, dtype=torch.int32).to(dtype)
-        state["weight_sums"] = torch.zeros(p.numel() // 4096 + 1, dtype=torch.int32)
+        state["weight_sums"] = torch.zeros(p.numel() // 1024 + 1, dtype=torch.int32)
     for name in ("exp_avg", "exp_avg_sq"):
         if moments == "8bit":
             state[name] = torch.randint(0, 256, tuple(shape), generator=g, dtype=torch.int32).to(torch.uint8)

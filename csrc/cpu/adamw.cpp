@@ -13,12 +13,14 @@ namespace {
 constexpr int64_t kChunk = 32768;  // elements; below this a step is not worth a second thread
 
 struct Chunk {
-  int64_t entry, begin, end;
-  uint32_t* weight_sum;  // its own of the entry's
+  int64_t entry, begin, end, unit;  // unit: the first, of an entry with low bits
 };
 
-// Where the chunk that begins at `begin` ends: short of a block of 8-bit moments that it would cut.
-int64_t end_of_chunk(const AdamWEntry& e, int64_t begin) {
+constexpr int64_t kUnits = kChunk / kUnit;
+
+// Where the chunk that begins at `begin` ends: with a unit, or short of a block of 8-bit moments that it would cut.
+int64_t end_of_chunk(const AdamWEntry& e, int64_t begin, int64_t unit) {
+  if (e.low_width != 0) return e.unit_begin(unit + kUnits);
   const int64_t n = e.live_numel(), end = begin + kChunk;
   if (end >= n) return n;
   return e.state_dtype == DType::u8 ? end - end % e.block_row % kBlock8 : end;
@@ -29,11 +31,10 @@ std::vector<Chunk> chunks_of(const std::vector<AdamWEntry>& entries) {
   chunks.reserve(entries.size());
   for (size_t i = 0; i < entries.size(); ++i) {
     const AdamWEntry& e = entries[i];
-    uint32_t* weight_sum = e.weight_sums;
-    for (int64_t begin = 0, n = e.live_numel(); begin < n;) {
-      const int64_t end = end_of_chunk(e, begin);
-      chunks.push_back({static_cast<int64_t>(i), begin, end, weight_sum});
-      if (weight_sum) ++weight_sum;
+    int64_t unit = 0;
+    for (int64_t begin = 0, n = e.live_numel(); begin < n; unit += kUnits) {
+      const int64_t end = end_of_chunk(e, begin, unit);
+      chunks.push_back({static_cast<int64_t>(i), begin, end, unit});
       begin = end;
     }
   }
@@ -81,7 +82,7 @@ void project(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGrou
   const AdamWKernels& k = kernels();
   for_each_chunk(moved, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
-      k.project(entries[moved[i].entry], moved[i].begin, moved[i].end, pulls[moved[i].entry], moved[i].weight_sum);
+      k.project(entries[moved[i].entry], moved[i].begin, moved[i].end, moved[i].unit, pulls[moved[i].entry]);
   });
 }
 
@@ -119,8 +120,8 @@ bool adamw(const std::vector<AdamWEntry>& entries, const std::vector<AdamWGroup>
     for (int64_t i = first; i < last; ++i) {
       const AdamWEntry& e = entries[chunks[i].entry];
       const AdamWOptions& o = groups[e.group].options;
-      k.update(e, chunks[i].begin, chunks[i].end, o, adamw_grad_factor(scale, norm, control.max_grad_norm, o.maximize),
-               chunks[i].weight_sum, selective ? &sums[i] : nullptr);
+      k.update(e, chunks[i].begin, chunks[i].end, chunks[i].unit, o,
+               adamw_grad_factor(scale, norm, control.max_grad_norm, o.maximize), selective ? &sums[i] : nullptr);
     }
   });
   if (selective) project(entries, groups, chunks, sums);

@@ -118,19 +118,63 @@ struct SelectiveLanes {
   }
 };
 
-// Σ weight_term() over live elements [begin, end), | 1: how a chunk's weights are known again.
-inline uint32_t chunk_sum(const AdamWEntry& e, int64_t begin, int64_t end) {
-  uint32_t sum = 0, first = 0;
+// As for_each_run(), over live elements [begin, end) that are whole blocks where moments are in 8 bits: run(offset,
+// length, first), first: counted in the unit that begins at `begin` (weight_term).
+template <typename Run>
+inline void for_each_unit_run(const AdamWEntry& e, int64_t begin, int64_t end, const Run& run) {
+  uint32_t first = 0;
   for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
-    sum += weight_sum(e, offset, length, first);
-    first += static_cast<uint32_t>(length);
+    run(offset, length, first);
+    if (e.state_dtype != DType::u8) {
+      first += static_cast<uint32_t>(length);
+    } else {
+      for (int64_t at = offset, n; at < offset + length; at += n, first += kBlock8) n = Block8(e, at).n;
+    }
+  });
+}
+
+// Σ weight_term() over the unit of live elements [begin, end), | 1: how its weights are known again.
+inline uint32_t unit_sum(const AdamWEntry& e, int64_t begin, int64_t end) {
+  uint32_t sum = 0;
+  for_each_unit_run(e, begin, end, [&](int64_t offset, int64_t length, uint32_t first) {
+    if (e.state_dtype != DType::u8 || e.block_row % kBlock8 == 0) {
+      sum += weight_sum(e, offset, length, first);
+      return;
+    }
+    for (int64_t at = offset, n; at < offset + length; at += n, first += kBlock8) {
+      n = Block8(e, at).n;
+      sum += weight_sum(e, at, n, first);
+    }
   });
   return sum | 1u;
 }
 
+// work(begin, end, &its sum) for each unit of live elements [begin, end), of which the first is `unit`.
+template <typename Work>
+inline void for_each_unit(const AdamWEntry& e, int64_t begin, int64_t end, int64_t unit, const Work& work) {
+  for (int64_t next; begin < end; ++unit, begin = next) {
+    next = e.unit_begin(unit + 1);
+    work(begin, next, e.weight_sums + unit);
+  }
+}
+
+// Clears the low bits of a unit that somebody else has written since its sum was taken, also where they are masked out.
+inline void check_unit(const AdamWEntry& e, int64_t begin, int64_t end, const uint32_t* sum) {
+  if (*sum == 0 || *sum == unit_sum(e, begin, end)) return;
+  const int64_t size = e.low_width / 8;
+  for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
+    memset(static_cast<char*>(e.low_bits) + offset * size, 0, static_cast<size_t>(length * size));
+  });
+}
+
+inline void remember_units(const AdamWEntry& e, int64_t begin, int64_t end, int64_t unit) {
+  for_each_unit(e, begin, end, unit,
+                [&](int64_t first, int64_t last, uint32_t* sum) { *sum = unit_sum(e, first, last); });
+}
+
 template <typename T>
 void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
-               bool trusted, SelectiveLanes* lanes) {
+               SelectiveLanes* lanes) {
   const bool codes = e.state_dtype == DType::u8;
   const AdamWScalars<T> scalars = adamw_scalars<T>(options, e.bias1, e.bias2, e.anchoring);
   const UpdateElements<T> elements = choose<T>(form_of(e.anchoring), options.amsgrad, e.mask != nullptr);
@@ -145,7 +189,7 @@ void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptio
     for (int64_t at = offset, stop = offset + length, n; at < stop; at += n) {
       n = codes ? Block8(e, at).n : smaller(step, stop - at);
       const uint8_t* mask = e.mask ? e.mask + at : nullptr;
-      T* p = load_weights(e, trusted, at, n, p_);
+      T* p = load_weights(e, at, n, p_);
       T* g = load(e.grad, e.grad_dtype, at, n, g_);
       T *m = m_, *v = v_;
       if constexpr (std::is_same<T, float>::value)
@@ -167,30 +211,46 @@ void update_as(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptio
         store(v, e.exp_avg_sq, e.state_dtype, at, n, mask);
       }
       if (x) store(x, e.max_exp_avg_sq, e.state_dtype, at, n, mask);
-      if (lanes) lanes->add_after(load_weights(e, true, at, n, p_), a, n, mask);
+      if (lanes) lanes->add_after(load_weights(e, at, n, p_), a, n, mask);
     }
   });
 }
 
-void update(const AdamWEntry& e, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
-            uint32_t* weight_sum, SelectiveSums* sums) {
-  const bool trusted = weight_sum == nullptr || *weight_sum == 0 || *weight_sum == chunk_sum(e, begin, end);
-  if (const LeanRun lean = trusted ? lean_run(e, options) : nullptr) {
-    const AdamWScalars<float> scalars = adamw_scalars<float>(options, e.bias1, e.bias2, e.anchoring);
-    uint32_t sum = 0, first = 0;
+void update_lean(const LeanLoop& loop, const AdamWEntry& e, int64_t begin, int64_t end, int64_t unit,
+                 const AdamWOptions& options, float factor) {
+  const AdamWScalars<float> scalars = adamw_scalars<float>(options, e.bias1, e.bias2, e.anchoring);
+  LeanOffsets offsets;
+  if (loop.parts != 0) offsets.fill(e.t, loop.parts);
+  if (e.low_width == 0) {
+    uint32_t unused = 0;
     for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
-      lean(e, offset, length, static_cast<float>(grad_factor), scalars, first, &sum);
-      first += static_cast<uint32_t>(length);
+      loop.run(e, offset, length, factor, scalars, offsets, 0, &unused);
     });
-    if (weight_sum) *weight_sum = sum | 1u;
     return;
   }
+  for_each_unit(e, begin, end, unit, [&](int64_t first, int64_t last, uint32_t* sum) {
+    check_unit(e, first, last, sum);
+    uint32_t now = 0;
+    for_each_unit_run(e, first, last, [&](int64_t offset, int64_t length, uint32_t place) {
+      loop.run(e, offset, length, factor, scalars, offsets, place, &now);
+    });
+    *sum = now | 1u;
+  });
+}
+
+void update(const AdamWEntry& e, int64_t begin, int64_t end, int64_t unit, const AdamWOptions& options,
+            double grad_factor, SelectiveSums* sums) {
+  const LeanLoop lean = lean_loop(e, options);
+  if (lean.run) return update_lean(lean, e, begin, end, unit, options, static_cast<float>(grad_factor));
+  if (e.low_width != 0)
+    for_each_unit(e, begin, end, unit,
+                  [&](int64_t first, int64_t last, uint32_t* sum) { check_unit(e, first, last, sum); });
   const bool selective = form_of(e.anchoring) == AnchorForm::selective;
   SelectiveLanes lanes;
   const auto update = e.dtype == DType::f64 ? update_as<double> : update_as<float>;
-  update(e, begin, end, options, grad_factor, trusted, selective ? &lanes : nullptr);
+  update(e, begin, end, options, grad_factor, selective ? &lanes : nullptr);
   if (selective) *sums = {total(lanes.uphill), total(lanes.before), total(lanes.after)};
-  if (weight_sum) *weight_sum = chunk_sum(e, begin, end);
+  if (e.low_width != 0) remember_units(e, begin, end, unit);
 }
 
 template <typename T>
@@ -200,7 +260,7 @@ void project_as(const AdamWEntry& e, int64_t begin, int64_t end, T pull) {
     for (int64_t at = offset, stop = offset + length; at < stop; at += kBlock) {
       const int64_t n = smaller(kBlock, stop - at);
       const uint8_t* mask = e.mask ? e.mask + at : nullptr;
-      T* __restrict p = load_weights(e, true, at, n, p_);
+      T* __restrict p = load_weights(e, at, n, p_);
       const T* __restrict a = load(e.anchor, e.anchor_dtype, at, n, a_);
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
@@ -212,12 +272,12 @@ void project_as(const AdamWEntry& e, int64_t begin, int64_t end, T pull) {
   });
 }
 
-void project(const AdamWEntry& e, int64_t begin, int64_t end, double pull, uint32_t* weight_sum) {
+void project(const AdamWEntry& e, int64_t begin, int64_t end, int64_t unit, double pull) {
   if (e.dtype == DType::f64)
     project_as<double>(e, begin, end, pull);
   else
     project_as<float>(e, begin, end, static_cast<float>(pull));
-  if (weight_sum) *weight_sum = chunk_sum(e, begin, end);
+  if (e.low_width != 0) remember_units(e, begin, end, unit);
 }
 
 template <typename T>

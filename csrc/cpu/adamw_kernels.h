@@ -9,13 +9,12 @@ struct AdamWKernels {
   const char* instruction_set;
   // Σ grad² over live elements [begin, end) of the entry, in double.
   double (*sum_of_squares)(const AdamWEntry& entry, int64_t begin, int64_t end);
-  // The step over live elements [begin, end), which are a chunk; grad_factor carries unscaling, clipping and the sign.
-  // weight_sum: null, or where the chunk's sum stands (AdamWEntry::weight_sums). sums: where the entry is anchored
-  // selectively, those of the chunk.
-  void (*update)(const AdamWEntry& entry, int64_t begin, int64_t end, const AdamWOptions& options, double grad_factor,
-                 uint32_t* weight_sum, SelectiveSums* sums);
-  // Moves live elements [begin, end) to the anchor.
-  void (*project)(const AdamWEntry& entry, int64_t begin, int64_t end, double pull, uint32_t* weight_sum);
+  // The step over live elements [begin, end), with low bits whole units from `unit` on; grad_factor carries unscaling,
+  // clipping and the sign. sums: where the entry is anchored selectively, those of these elements.
+  void (*update)(const AdamWEntry& entry, int64_t begin, int64_t end, int64_t unit, const AdamWOptions& options,
+                 double grad_factor, SelectiveSums* sums);
+  // Moves them to the anchor.
+  void (*project)(const AdamWEntry& entry, int64_t begin, int64_t end, int64_t unit, double pull);
 };
 
 extern const AdamWKernels adamw_baseline;

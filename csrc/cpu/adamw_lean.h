@@ -44,15 +44,14 @@ struct LeanBlock {
 };
 
 // The offset8() of the elements of a block in this step, in the same order.
-template <int kParts>
 struct LeanOffsets {
   alignas(64) uint32_t first[kBlock8], second[kBlock8];
 
-  explicit LeanOffsets(double t) {
+  void fill(double t, uint32_t parts) {
     const uint32_t step = static_cast<uint32_t>(static_cast<uint64_t>(t));
     for (uint32_t i = 0; i < kBlock8; ++i) {
-      constexpr uint32_t kLanes = kLaneCount, kWide = kParts * kLanes;
-      const uint32_t element = i / kWide * kWide + i % kLanes * kParts + i % kWide / kLanes;
+      const uint32_t lanes = kLaneCount, wide = parts * lanes;
+      const uint32_t element = i / wide * wide + i % lanes * parts + i % wide / lanes;
       const uint32_t dither = dither8(step, element);
       first[i] = offset8(dither, kShift1);
       second[i] = offset8(dither, kShift2);
@@ -236,7 +235,7 @@ struct Lean {
   // Encodes the block's elements of the lanes from i on into m and v.
   static inline __attribute__((always_inline)) void encode_lanes(Moment* to_m, Moment* to_v, int64_t i,
                                                                  const LeanBlock& block, float inverse1, float inverse2,
-                                                                 const LeanOffsets<kParts>& offsets) {
+                                                                 const LeanOffsets& offsets) {
     FloatLanes m[kParts], root[kParts];
     WordLanes offset1[kParts], offset2[kParts], codes1, codes2;
     for (int k = 0; k < kParts; ++k) {
@@ -262,7 +261,7 @@ struct Lean {
 
   // Encodes the block's n elements.
   static void encode(const AdamWEntry& e, const Arrays& x, int64_t n, const LeanBlock& block,
-                     const LeanOffsets<kParts>& offsets) {
+                     const LeanOffsets& offsets) {
     uint32_t most1 = 0, most2 = 0;
     for (int j = 0; j < kLaneCount; ++j) {
       most1 = std::max(most1, static_cast<uint32_t>(block.most1[j]));
@@ -291,13 +290,12 @@ struct Lean {
             static_cast<const Anchor*>(e.anchor) + (kAnchored ? at : 0)};
   }
 
-  // Steps the elements [at, at + length) of the entry, the first of which is element `first` of its chunk, and adds the
+  // Steps the elements [at, at + length) of the entry, the first of which is element `first` of its unit, and adds the
   // weight_term() of each to *sum.
   static void run(const AdamWEntry& e, int64_t at, int64_t length, float factor, const AdamWScalars<float>& s,
-                  uint32_t first, uint32_t* sum) {
+                  const LeanOffsets& offsets, uint32_t first, uint32_t* sum) {
     RoundingBits rounding;
     if constexpr (kCodes) {
-      const LeanOffsets<kParts> offsets(e.t);
       LeanBlock block;
       for (const int64_t stop = at + length; at < stop;) {
         const Block8 place(e, at);
@@ -306,7 +304,7 @@ struct Lean {
         step(e, x, place.n, factor, s, &block, first, sum);
         encode(e, x, place.n, block, offsets);
         at += place.n;
-        first += static_cast<uint32_t>(place.n);
+        first += kBlock8;
       }
     } else {
       for (const int64_t stop = at + length; at < stop;) {
@@ -320,43 +318,47 @@ struct Lean {
   }
 };
 
-using LeanRun = void (*)(const AdamWEntry& e, int64_t at, int64_t length, float factor, const AdamWScalars<float>& s,
-                         uint32_t first, uint32_t* sum);
+struct LeanLoop {
+  using Run = void (*)(const AdamWEntry& e, int64_t at, int64_t length, float factor, const AdamWScalars<float>& s,
+                       const LeanOffsets& offsets, uint32_t first, uint32_t* sum);
+  Run run = nullptr;
+  uint32_t parts = 0;  // with 8-bit moments, those of its offsets
+};
 
 template <class Weight, typename Anchor>
-inline LeanRun lean_by_moment(DType state) {
+inline LeanLoop lean_by_moment(DType state) {
   switch (state) {
     case DType::f32:
-      return Lean<Weight, float, Anchor>::run;
+      return {Lean<Weight, float, Anchor>::run, 0};
     case DType::bf16:
-      return Lean<Weight, bfloat16, Anchor>::run;
+      return {Lean<Weight, bfloat16, Anchor>::run, 0};
     case DType::u8:
-      return Lean<Weight, uint8_t, Anchor>::run;
+      return {Lean<Weight, uint8_t, Anchor>::run, Lean<Weight, uint8_t, Anchor>::kParts};
     default:
-      return nullptr;
+      return {};
   }
 }
 
 template <class Weight>
-inline LeanRun lean_by_anchor(const AdamWEntry& e) {
+inline LeanLoop lean_by_anchor(const AdamWEntry& e) {
   if (e.anchor == nullptr) return lean_by_moment<Weight, Nothing>(e.state_dtype);
   if (e.anchor_dtype == DType::f32) return lean_by_moment<Weight, float>(e.state_dtype);
   if (std::is_same<typename Weight::Stored, bfloat16>::value && e.anchor_dtype == DType::bf16)
     return lean_by_moment<Weight, bfloat16>(e.state_dtype);
-  return nullptr;
+  return {};
 }
 
-// The loop for an entry whose low bits can be trusted; null where it has none.
-inline LeanRun lean_run(const AdamWEntry& e, const AdamWOptions& options) {
+// The loop for an entry; one without a run where there is none.
+inline LeanLoop lean_loop(const AdamWEntry& e, const AdamWOptions& options) {
   const AnchorForm form = form_of(e.anchoring);
-  if (e.mask || options.amsgrad || e.grad_dtype != e.dtype) return nullptr;
-  if (form != AnchorForm::none && form != AnchorForm::plain) return nullptr;
+  if (e.mask || options.amsgrad || e.grad_dtype != e.dtype) return {};
+  if (form != AnchorForm::none && form != AnchorForm::plain) return {};
   if (e.dtype == DType::f32) {
     // Plain loops over arrays of one dtype need none of this.
     const bool in_place = e.state_dtype == DType::f32 && (e.anchor == nullptr || e.anchor_dtype == DType::f32);
-    return in_place ? nullptr : lean_by_anchor<Weight<float>>(e);
+    return in_place ? LeanLoop{} : lean_by_anchor<Weight<float>>(e);
   }
-  if (e.dtype != DType::bf16) return nullptr;
+  if (e.dtype != DType::bf16) return {};
   if (e.low_width == 16) return lean_by_anchor<Weight<bfloat16, uint16_t>>(e);
   if (e.low_width == 8 && e.stochastic) return lean_by_anchor<Weight<bfloat16, uint8_t, true>>(e);
   if (e.low_width == 8) return lean_by_anchor<Weight<bfloat16, uint8_t>>(e);

@@ -67,11 +67,11 @@ inline void split_all(const AdamWEntry& e, int64_t at, int64_t n, const uint8_t*
   copy_live(low, static_cast<Low*>(e.low_bits) + at, n, mask);
 }
 
-// n elements of the parameter from `at` on: load(), or the masters. Without `trusted`, low bits count as 0.
+// n elements of the parameter from `at` on: load(), or the masters.
 template <typename T>
-inline T* load_weights(const AdamWEntry& e, bool trusted, int64_t at, int64_t n, T* buffer) {
+inline T* load_weights(const AdamWEntry& e, int64_t at, int64_t n, T* buffer) {
   if constexpr (std::is_same<T, float>::value) {
-    if (e.low_width != 0 && trusted) {
+    if (e.low_width != 0) {
       e.low_width == 16 ? join_all<uint16_t>(e.param, e.low_bits, at, n, buffer)
                         : join_all<uint8_t>(e.param, e.low_bits, at, n, buffer);
       return buffer;
@@ -115,16 +115,11 @@ inline void store_weights(const AdamWEntry& e, uint32_t pass, const T* values, i
   store(values, e.param, e.dtype, at, n, mask);
 }
 
-// Σ weight_term() over n elements from `at` on, of which the first is element `first` of its chunk.
+// Σ weight_term() over n elements from `at` on, of which the first is element `first` of its unit.
 inline uint32_t weight_sum(const AdamWEntry& e, int64_t at, int64_t n, uint32_t first) {
   const bfloat16* weights = static_cast<const bfloat16*>(e.param) + at;
   uint32_t sum = 0;
-  if (e.mask) {
-    const uint8_t* mask = e.mask + at;
-    for (int64_t i = 0; i < n; ++i) sum += mask[i] ? weight_term(weights[i], first + static_cast<uint32_t>(i)) : 0u;
-  } else {
-    for (int64_t i = 0; i < n; ++i) sum += weight_term(weights[i], first + static_cast<uint32_t>(i));
-  }
+  for (int64_t i = 0; i < n; ++i) sum += weight_term(weights[i], first + static_cast<uint32_t>(i));
   return sum;
 }
 

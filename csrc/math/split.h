@@ -17,8 +17,11 @@ namespace fastft {
 constexpr uint32_t kQuietNaN = 0x7fc00000u;
 
 // On plain numbers, for loops that hold each in a lane of 32 bits: weight in its lower half, low with its sign.
+// Low bits that would make a NaN belong to another weight (those below 0 beside a weight of 0 do): they count as 0.
 FASTFT_HD float join(uint32_t weight, int32_t low, int low_width) {
-  return bits_float((weight << 16) + (static_cast<uint32_t>(low) << (16 - low_width)));
+  const uint32_t high = weight << 16;
+  const float x = bits_float(high + (static_cast<uint32_t>(low) << (16 - low_width)));
+  return x == x ? x : bits_float(high);
 }
 FASTFT_HD float join(bfloat16 weight, uint16_t low) {
   return join(weight.bits, static_cast<int16_t>(low), 16);
@@ -56,8 +59,12 @@ FASTFT_HD void split(float x, uint32_t rounding, bfloat16* weight, uint8_t* low)
   *low = static_cast<uint8_t>(u >> 8);
 }
 
-// What element i of a chunk adds to the chunk's sum, by which a later step sees whether the weights are still those
-// that it wrote; even, so that sum | 1 is never 0.
+// Elements that one of the sums stands for by which a later step sees whether the weights are still those that it wrote:
+// so many consecutive live ones; with moments in blocks (block8.h) those of kUnit / kBlock8 consecutive blocks.
+constexpr int64_t kUnit = 4096;
+
+// What element i of a unit, masked out or not, adds to the unit's sum; even, so that sum | 1 is never 0. With moments
+// in blocks, i is that of a unit whose blocks are all of full length.
 FASTFT_HD uint32_t weight_term(bfloat16 weight, uint32_t i) {
   return weight.bits * (4u * i + 2u);
 }

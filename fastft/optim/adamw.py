@@ -391,11 +391,12 @@ class AdamW(torch.optim.AdamW):
                 gradient does not count in the norm. A step's cost follows the fraction of active rows.
         """
         (known,) = self._known_parameters([param], "set_update_mask")
-        if mask is None:
+        checked = None if mask is None else UpdateMask(mask, known, self._name_of(known))
+        self._weight_sums.set_mask(known, self.state.get(known, {}).get(LOW_BITS), checked)
+        if checked is None:
             self._masks.pop(known, None)
         else:
-            self._masks[known] = UpdateMask(mask, known, self._name_of(known))
-        self._weight_sums.forget(known)  # they are those of the elements that were live
+            self._masks[known] = checked
         self._forget_plan()
 
     def update_mask(self, param: Tensor) -> Tensor | None:

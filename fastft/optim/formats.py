@@ -26,9 +26,9 @@ NEAREST = 1 << 31  # a dither of half a step
 def join(weight: Tensor, low: Tensor) -> Tensor:
     """The masters (float32) of bfloat16 ``weight`` and its ``low`` bits, uint16 or uint8 of its shape."""
     high = weight.view(torch.int16).to(torch.int32) << 16
-    if low.dtype == torch.uint8:
-        return (high + (low.view(torch.int8).to(torch.int32) << 8)).view(torch.float32)
-    return (high + low.view(torch.int16).to(torch.int32)).view(torch.float32)
+    signed = low.view(torch.int8).to(torch.int32) << 8 if low.dtype == torch.uint8 else low.view(torch.int16)
+    master = (high + signed).view(torch.float32)
+    return torch.where(master.isnan(), high.view(torch.float32), master)  # as in split.h: bits of another weight
 
 
 def split(master: Tensor, width: int, rounding: Tensor | None = None) -> tuple[Tensor, Tensor]:

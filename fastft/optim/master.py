@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft import _C
-
 from .adamw import AdamW
-from .entries import Part
 from .formats import join
 from .low_precision import SIXTEEN_BIT
-from .state import CODED, LOW_BITS, MOMENTS, OWN_KEYS, moment_of, new_moment, spread_like
-from .step import take_step
-from .tensors import local, runs_kernels
+from .state import CODED, LOW_BITS, MOMENTS, OWN_KEYS, moment_of, spread_like
+from .tensors import local
 
 
 @torch.no_grad()
@@ -46,47 +42,9 @@ def master_weights(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
         if low is None or p.dtype != torch.bfloat16 or low.shape != p.shape:
             found[name] = p.detach().float()
             continue
-        part = local(p.detach())
-        kept = torch.empty_like(part, dtype=low.dtype).copy_(local(low))  # in its memory order
-        found[name] = spread_like(join(part, still_valid(optimizer, p, kept)), p, p.shape)
+        masters = join(local(p.detach()), optimizer._weight_sums.valid(p, low))
+        found[name] = spread_like(masters, p, p.shape)
     return found
-
-
-def still_valid(optimizer: AdamW, p: Tensor, low: Tensor) -> Tensor:
-    """``low``, low bits of this process's part of ``p``, but 0 where a step would take them as 0."""
-    sums = optimizer._weight_sums.known(p)
-    if sums is None or low.numel() == 0:
-        return low
-    # A step on a copy, which moves nothing, with moments in the format of the steps before: the core alone knows how
-    # it cuts a tensor into the chunks that it has sums for.
-    stepped = local(p.detach()).clone()
-    moments: dict[str, Any] = {}
-    for key, (codes, scales) in CODED.items():
-        made = {name: local(tensor) for name, tensor in new_moment(p, key, optimizer._precision).items()}
-        moments[key] = made.get(key, made.get(codes))
-        moments[f"{key}_scales"] = made.get(scales)
-    on_device = runs_kernels(stepped.device)
-    checked = low.clone()
-    mask = optimizer._masks.get(p)
-    update_mask, rows = (None, None) if mask is None else mask.for_core(p)
-    record = _C.AdamWRecord(
-        stepped,
-        0,
-        name="a copy",
-        counts_on_device=on_device,
-        stepped=stepped,
-        step=torch.zeros((), dtype=torch.float32, device=stepped.device if on_device else "cpu"),
-        low_bits=checked,
-        weight_sums=sums.clone(),
-        update_mask=update_mask,
-        rows=rows,
-        **moments,
-    )
-    part = Part([record])
-    part.plan.set_grad(0, torch.zeros_like(stepped))
-    nothing = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1.0, "weight_decay": 0.0, "anchor_decay": 0.0}
-    take_step([part], [{**nothing, "amsgrad": False, "maximize": False, "anchor_mode": "decoupled"}])
-    return checked
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def record_at(
         step=state["step"],
         counts_on_device=on_device,
         low_bits=state[LOW_BITS] if has_low_bits else None,
-        weight_sums=optimizer._weight_sums.of(p) if has_low_bits else None,
+        weight_sums=optimizer._weight_sums.of(p, bool(first[1]), optimizer._masks.get(p)) if has_low_bits else None,
         rounding_key=precision.key(p, position),
         anchor=anchor,
         importance=importance,

@@ -147,11 +147,15 @@ class MoFO:
     def _remember(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # A closure may bring gradients only during the step; frozen parameters without any will not move.
         self._before = [
-            (p, p.detach().clone(), low if low is None else low.clone())
+            (p, p.detach().clone(), low if low is None else self._valid(optimizer, p, low))
             for p in self._filtered(optimizer)
             if p.requires_grad or p.grad is not None
             for low in [optimizer.state.get(p, {}).get(LOW_BITS)]
         ]
+
+    @staticmethod
+    def _valid(optimizer: torch.optim.Optimizer, p: Tensor, low: Tensor) -> Tensor:
+        return optimizer._weight_sums.valid(p, low) if isinstance(optimizer, AdamW) else low.clone()
 
     @torch.no_grad()
     def _filter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -165,7 +169,7 @@ class MoFO:
                 if LOW_BITS in state and isinstance(optimizer, AdamW):
                     bits = state[LOW_BITS]
                     bits.copy_(torch.where(moved, bits, torch.zeros_like(bits) if low is None else low))
-                    optimizer._weight_sums.forget(p)  # written here, and rightly
+                    optimizer._weight_sums.renew(p, optimizer._masks.get(p))  # written here, and rightly
         finally:
             self._before = []
 

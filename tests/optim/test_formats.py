@@ -43,6 +43,18 @@ def test_16_low_bits_keep_every_float() -> None:
     assert (weight.float().abs() >= x.bfloat16().float().abs())[finite].all()  # which go away from zero
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_low_bits_of_another_weight_make_no_nan(dtype: torch.dtype) -> None:
+    low = torch.arange(256 if dtype == torch.uint8 else 65536, dtype=torch.int32).to(dtype)
+    for value in (0.0, -0.0, math.inf, -math.inf, 1.0, 3.3e38, 1e-40):
+        weight = torch.full(low.shape, value, dtype=BF16)
+        master = join(weight, low)
+        assert not master.isnan().any()
+        again = split(master, 8 * low.itemsize)[0]
+        assert same_bits(again, weight)  # which it is rounded to, as it belongs to it
+    assert join(torch.full(low.shape, math.nan, dtype=BF16), low).isnan().all()
+
+
 def test_8_low_bits_keep_24_bits_to_nearest_even() -> None:
     x = torch.cat([some_floats(), normal((1000,), seed=1)])
     weight, low = split(x, 8)
