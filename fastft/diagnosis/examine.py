@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastft.checks import check_not_negative, check_positive
 from fastft.names import named_tensors
-from fastft.optim import precision
+from fastft.optim import lost_changes
 from fastft.optim.low_precision import StateDtype
 from fastft.optim.tensors import local
 from fastft.weight_file import FILE_DTYPES, WeightFile
@@ -256,8 +256,8 @@ def flags(counted: torch.dtype, dtype: torch.dtype, kept: Weights, effect: str, 
     at = w.float() if on_average else w
     extra_bits = kept.extra_bits if dtype == torch.bfloat16 and not on_average else 0
     if effect == "step":
-        moved = sum(precision.moved(at, change, extra_bits).double() for change in (-rate, rate)) / 2
+        moved = sum(lost_changes.moved(at, change, extra_bits).double() for change in (-rate, rate)) / 2
         return torch.stack([moved * finite, finite.double()])
-    change = precision.pull(at, rate, distance=precision.DISTANCE if effect == "pull" else 1.0)
+    change = lost_changes.pull(at, rate, distance=lost_changes.DISTANCE if effect == "pull" else 1.0)
     wanting = finite & (w != 0)
-    return torch.stack([precision.moved(at, change, extra_bits) & wanting, wanting]).double()
+    return torch.stack([lost_changes.moved(at, change, extra_bits) & wanting, wanting]).double()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastft.optim.precision import DISTANCE
+from fastft.optim.lost_changes import DISTANCE
 from fastft.reports import Report
 from fastft.tables import aligned, markdown
 

@@ -20,9 +20,9 @@ from .checks import check_max_grad_norm, check_scalar
 from .entries import Part
 from .low_precision import Precision, Rounding, StateDtype, WeightSums
 from .masks import UpdateMask
-from .plans import plans_of
 from .state import LOW_BITS, as_kept, as_saved
 from .step import take_step
+from .step_plans import plans_of
 from .tensors import fit_grad, local, torch_device
 from .torch_step import TorchStep
 

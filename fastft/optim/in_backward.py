@@ -18,7 +18,7 @@ from fastft import _C
 from .adamw import AdamW, check_graph_capture
 from .checks import why_not_fused
 from .masks import UpdateMask
-from .plans import warn_of_idle_anchor, warn_of_idle_options, warn_of_rounding
+from .step_plans import warn_of_idle_anchor, warn_of_idle_options, warn_of_rounding
 from .tensors import local
 
 LATE = "runs_after_step_in_backward"

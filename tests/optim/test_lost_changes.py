@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastft import AdamW, Anchor
-from fastft.optim import precision
+from fastft.optim import lost_changes
 
 LR = 1e-5
 """Moves some weights of the usual size in each 16-bit dtype, and not others."""
@@ -22,7 +22,7 @@ def usual_weights(dtype: torch.dtype, shape: tuple[int, ...] = (8, 32)) -> torch
 def shares(*weights: torch.Tensor, extra_bits: int = 0, **options: Any) -> dict[str, tuple[float, float]]:
     """(moved, rate) by effect, of anchored parameters in one group."""
     group = {"lr": 1e-3, "weight_decay": 0.0, "anchor_decay": 0.0, "anchor_mode": "decoupled", **options}
-    found = precision.moved_shares([(group, w, True) for w in weights], extra_bits)
+    found = lost_changes.moved_shares([(group, w, True) for w in weights], extra_bits)
     assert found is not None
     return found
 
@@ -59,12 +59,12 @@ def test_half_the_gap_is_the_limit_for_every_weight(dtype: torch.dtype, extra_bi
         assert torch.equal((w.double() + change).to(dtype).double() - w.double(), change)
     if extra_bits < 16:  # otherwise half a gap is no float
         change = change.float()
-        assert torch.equal(precision.moved(w, change / 2 * 1.01, extra_bits), torch.ones_like(w, dtype=torch.bool))
-        assert not precision.moved(w, change / 2 * 0.99, extra_bits).any()
+        assert torch.equal(lost_changes.moved(w, change / 2 * 1.01, extra_bits), torch.ones_like(w, dtype=torch.bool))
+        assert not lost_changes.moved(w, change / 2 * 0.99, extra_bits).any()
         odd = (w.view(torch.int16) & 1).bool() if extra_bits == 0 else torch.zeros_like(w, dtype=torch.bool)
-        assert torch.equal(precision.moved(w, change / 2, extra_bits), odd)
+        assert torch.equal(lost_changes.moved(w, change / 2, extra_bits), odd)
     else:
-        assert precision.moved(w, change.float(), extra_bits).all()
+        assert lost_changes.moved(w, change.float(), extra_bits).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -76,7 +76,7 @@ def test_a_step_of_adamw_moves_that_share(dtype: torch.dtype, lr: float) -> None
         p = torch.nn.Parameter(w.clone())
         p.grad = torch.full_like(p, sign)
         AdamW([p], lr=lr, weight_decay=0.0).step()
-        assert torch.equal(p != w, precision.moved(w, -sign * lr))
+        assert torch.equal(p != w, lost_changes.moved(w, -sign * lr))
         moved += int((p != w).sum())
     if dtype in (torch.bfloat16, torch.float16):
         assert shares(w, lr=lr)["lr"][0] == pytest.approx(moved / (2 * w.numel()), abs=1e-6)
@@ -97,7 +97,7 @@ def without_gradient(w: torch.Tensor, **options: Any) -> torch.Tensor:
 def test_the_decay_of_adamw_moves_that_share(dtype: torch.dtype, rate: float) -> None:
     w = usual_weights(dtype)
     moved = without_gradient(w, weight_decay=rate / 1e-3)
-    assert torch.equal(moved, precision.moved(w, precision.pull(w, rate)))
+    assert torch.equal(moved, lost_changes.moved(w, lost_changes.pull(w, rate)))
     found = shares(w, weight_decay=rate / 1e-3)
     assert found["weight_decay"] == pytest.approx((moved.double().mean().item(), rate), abs=1e-6)
     assert 0.1 < found["weight_decay"][0] < 0.9 and "anchor_decay" not in found
@@ -107,7 +107,7 @@ def test_the_decay_of_adamw_moves_that_share(dtype: torch.dtype, rate: float) ->
 def test_the_anchor_of_adamw_moves_that_share(dtype: torch.dtype, rate: float) -> None:
     # Anchored where they are that far away.
     w = usual_weights(dtype).float()  # widened
-    home = w - w * precision.DISTANCE
+    home = w - w * lost_changes.DISTANCE
     p = torch.nn.Parameter(w.to(dtype))
     p.grad = torch.zeros_like(p)
     anchor = Anchor.snapshot([("p", home)])
@@ -125,8 +125,8 @@ def test_weights_of_zero_have_nowhere_to_decay_to() -> None:
     assert shares(w[1], weight_decay=10.0)["weight_decay"][0] == 1.0
     assert shares(w, lr=1e-4)["lr"][0] == 0.75
     group = {"lr": 0.1, "weight_decay": 0.1, "anchor_decay": 0.0}
-    assert precision.moved_shares([(group, torch.zeros(0, dtype=torch.bfloat16), False)]) is None
-    assert precision.moved_shares([({**group, "lr": 0.0}, w, False)]) is None
+    assert lost_changes.moved_shares([(group, torch.zeros(0, dtype=torch.bfloat16), False)]) is None
+    assert lost_changes.moved_shares([({**group, "lr": 0.0}, w, False)]) is None
 
 
 def test_tensors_count_by_their_size_and_groups_by_their_rates() -> None:
@@ -136,7 +136,7 @@ def test_tensors_count_by_their_size_and_groups_by_their_rates() -> None:
     # 1 - 1e-5 is another weight with 8 extra bits, 1 + 1e-5 is not.
     assert shares(small, large, lr=1e-5, extra_bits=8)["lr"] == (pytest.approx(3005 / 3010), 1e-5)
     group = {"lr": 1e-2, "weight_decay": 1.0, "anchor_decay": 1.0, "anchor_mode": "decoupled"}
-    found = precision.moved_shares([(group, small, False), ({**group, "lr": 1e-5}, large, False)])
+    found = lost_changes.moved_shares([(group, small, False), ({**group, "lr": 1e-5}, large, False)])
     # At the first one's lr decay moves weights, at the second one's it does not.
     assert found == {
         "weight_decay": (pytest.approx(10 / 3010), 1e-2),
@@ -153,10 +153,10 @@ def test_a_sample_of_a_large_tensor_is_like_the_whole(shape: tuple[int, ...], tr
     places = torch.arange(w.numel()).view(shape)
     if transposed:
         w, places = w.t(), places.t()
-    taken = precision.sample(places, {}).tolist()
-    assert len(set(taken)) == len(taken) == precision.sample(w, {}).numel() <= 4 * precision.SAMPLE
-    assert len(taken) >= min(w.numel(), precision.SAMPLE) and max(taken) > 0.99 * (w.numel() - 1)
-    moved = precision.moved(w, 1e-4).double().mean().item()
+    taken = lost_changes.sample(places, {}).tolist()
+    assert len(set(taken)) == len(taken) == lost_changes.sample(w, {}).numel() <= 4 * lost_changes.SAMPLE
+    assert len(taken) >= min(w.numel(), lost_changes.SAMPLE) and max(taken) > 0.99 * (w.numel() - 1)
+    moved = lost_changes.moved(w, 1e-4).double().mean().item()
     assert 0.1 < moved < 0.9
     assert shares(w, lr=1e-4)["lr"][0] == pytest.approx(moved, abs=0.05)
 

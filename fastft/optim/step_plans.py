@@ -12,8 +12,8 @@ from fastft import _C
 
 from .checks import refuse_unusable, why_not_fused
 from .entries import Part, parts_of, record_of
+from .lost_changes import stands_still
 from .low_precision import SIXTEEN_BIT
-from .precision import stands_still
 from .state import CODED, LOW_BITS, prepare_state
 from .tensors import local
 from .torch_step import TorchStep
