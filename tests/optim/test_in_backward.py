@@ -744,7 +744,7 @@ def test_the_warning_of_an_idle_anchor_comes_once(decays: tuple[float, float]) -
 
 
 def in_two_processes(rank: int, port: str) -> None:
-    """What both ranks run."""
+    """The run of both ranks."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -853,7 +853,7 @@ def test_weights_that_are_not_finite_and_ends_of_the_range() -> None:
 
 @pytest.mark.parametrize("setting", ["split16", "8bit_split8_stochastic", "8bit"])
 def test_momentum_filtered_steps(setting: str) -> None:
-    """What MoFO takes back it takes back with its low bits, and what moved keeps them."""
+    """MoFO takes weights back with their low bits, and those that moved keep theirs."""
     dtype, options = SETTINGS[setting]
     (p,), (q,) = parameters(dtype, [(40, 128)]), parameters(dtype, [(40, 128)])
     filtered, plain = (fastft.AdamW([x], lr=1e-3, weight_decay=0.1, **options) for x in (p, q))
