@@ -109,9 +109,9 @@ def moved_shares(
 def of_batch(found: list[tuple[Tensor, tuple[float, ...]]], extra_bits: int) -> Tensor:
     """[effects, (elements that are moved, elements that are to be moved)] of samples on one device: float64."""
     w = torch.cat([part for part, _ in found])
-    lengths = torch.tensor([part.numel() for part, _ in found])
-    numbers = torch.tensor([row for _, row in found]).t().repeat_interleave(lengths, 1).to(w.device)
-    counts, anchor_rate, decay_rate, lr = numbers
+    lengths = torch.tensor([part.numel() for part, _ in found], device="cpu")
+    numbers = torch.tensor([row for _, row in found], dtype=torch.float32, device="cpu").t()
+    counts, anchor_rate, decay_rate, lr = numbers.repeat_interleave(lengths, 1).to(w.device)
     effects = ([pull(w, anchor_rate, DISTANCE)], [pull(w, decay_rate)], [lr, -lr])
     sums = []
     for changes in effects:

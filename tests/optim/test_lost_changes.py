@@ -161,6 +161,16 @@ def test_a_sample_of_a_large_tensor_is_like_the_whole(shape: tuple[int, ...], tr
     assert shares(w, lr=1e-4)["lr"][0] == pytest.approx(moved, abs=0.05)
 
 
+def test_the_default_dtype_does_not_matter() -> None:
+    w = usual_weights(torch.bfloat16)
+    expected = shares(w, extra_bits=8, lr=1e-7, weight_decay=0.1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert shares(w, extra_bits=8, lr=1e-7, weight_decay=0.1) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_it_is_fast_and_reads_the_result_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [usual_weights(torch.bfloat16, (64, 64)) for _ in range(200)]
     shares(*weights)
