@@ -113,7 +113,6 @@ def recipe(
         anchor_decay=anchor_decay,
         max_grad_norm=max_grad_norm,
         extra_bits=16 if exact else 0,
-        state_dtype=torch.float32 if exact else None,
     )
     scheduler = LambdaLR(optimizer, warm_up_then_decay(total_steps, warmup))
     return Recipe(optimizer, scheduler, Unfreezer(model, optimizer, opening, groups=groups, mode=mode), anchor)

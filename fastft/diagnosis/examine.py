@@ -138,7 +138,7 @@ def choices(dtype: torch.dtype) -> list[Weights]:
 def state_dtypes(kept: Weights) -> list[StateDtype]:
     """The moments that the report shows beside these weights."""
     if kept.extra_bits == 16:
-        return [torch.float32, torch.bfloat16, "8bit"]
+        return [None, torch.bfloat16, "8bit"]
     if kept.dtype == torch.float32:
         return [None, "8bit"]
     if kept.extra_bits == 8:  # with either rounding it takes as much

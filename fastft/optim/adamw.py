@@ -98,12 +98,12 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: clip to this global 2-norm over all groups and devices, or None. What is frozen or
             masked does not count.
         skip_nonfinite: leave everything as it is in a step whose gradients' norm is inf or NaN.
-        state_dtype: of the moments: None, the parameter's dtype, as in torch; ``torch.float32``; ``torch.bfloat16``; or
-            ``"8bit"``: codes of 8 bits with a float32 scale for each block of up to 256 elements of a row, as Dettmers
-            et al. 2021 (https://arxiv.org/abs/2110.02861) have them. Moments of less than 4096 elements, of rows
-            (``p[i]``; a tensor of one dimension is one row) below 64, not contiguous, or sharded with one dimension,
-            are float32 instead. float64 parameters have float64 moments always. With ``"8bit"``, amsgrad and
-            ``"selective"`` raise a ``ValueError``.
+        state_dtype: of the moments: None, the parameter's dtype, as in torch, or float32 beside one with extra bits;
+            ``torch.float32``; ``torch.bfloat16``; or ``"8bit"``: codes of 8 bits with a float32 scale for each block of
+            up to 256 elements of a row, as Dettmers et al. 2021 (https://arxiv.org/abs/2110.02861) have them. Moments
+            of less than 4096 elements, of rows (``p[i]``; a tensor of one dimension is one row) below 64, not
+            contiguous, or sharded with one dimension, are float32 instead. float64 parameters have float64 moments
+            always. With ``"8bit"``, amsgrad and ``"selective"`` raise a ``ValueError``.
         extra_bits: 8 or 16 low bits kept beside each bfloat16 parameter, which steps are added to, so that those far
             below the weight's last bit are not lost (cf. Zamirai et al. 2020, https://arxiv.org/abs/2010.06192). With
             16, weight and bits together are exactly a float32 weight; with 8, one of 24 bits. What somebody else

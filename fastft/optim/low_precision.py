@@ -62,8 +62,10 @@ class Precision:
     # -- what is kept for a parameter --------------------------------------------------------------------------
 
     def moments(self, p: Tensor) -> torch.dtype | Literal["8bit"]:
-        """How the moments of ``p`` are kept."""
-        if self.state_dtype is None or p.dtype not in (torch.float32, *SIXTEEN_BIT):
+        """How the moments of ``p`` are kept: without ``state_dtype`` in the dtype of ``p``, or of its master."""
+        if self.state_dtype is None:
+            return p.dtype if self.low_dtype(p) is None else torch.float32
+        if p.dtype not in (torch.float32, *SIXTEEN_BIT):
             return p.dtype
         if isinstance(self.state_dtype, torch.dtype):
             wide = self.state_dtype == torch.float32 and p.dtype == torch.float32
