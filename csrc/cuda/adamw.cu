@@ -13,17 +13,11 @@ namespace {
 
 constexpr uint64_t kBytesPerEntry = sizeof(void*) + sizeof(uint16_t);
 
-// Blocks of 8-bit moments in a chunk: such as hold kChunk elements, or, where rows are shorter than a block is long,
-// some more, so that there are never more chunks than weight_sums has places for.
-int64_t chunk_blocks_of(const AdamWEntry& e) {
-  return std::max(kChunkBlocks, (4096 + e.block_row - 1) / std::max<int64_t>(1, e.block_row));
-}
-
 uint32_t chunks_of(const AdamWEntry& e) {
   int64_t items = e.live_numel(), per_chunk = kChunk;
   if (e.state_dtype == DType::u8) {
     items = e.block_row > 0 ? items / e.block_row * e.blocks_per_row() : 0;
-    per_chunk = chunk_blocks_of(e);
+    per_chunk = kChunkBlocks;
   }
   return static_cast<uint32_t>(std::max<int64_t>(1, (items + per_chunk - 1) / per_chunk));
 }
@@ -149,7 +143,6 @@ void AdamWTable::set_entries(const std::vector<AdamWEntry>& entries, void* strea
     d.first_chunk = first_chunk_[i];
     d.chunks = first_chunk_[i + 1] - first_chunk_[i];
     d.chunk_size = static_cast<uint32_t>(chunk_size_of(e));
-    d.chunk_blocks = static_cast<uint32_t>(chunk_blocks_of(e));
     d.dtype = e.dtype;
     d.state_dtype = e.state_dtype;
     d.grad_dtype = e.grad_dtype;

@@ -75,9 +75,9 @@ struct Blocks {
   __device__ __forceinline__ void find(const DeviceEntry& e, uint32_t chunk) {
     rows = e.rows;
     row_size = e.row_size;
-    const int64_t per_row = e.blocks_per_row(), begin = static_cast<int64_t>(chunk) * e.chunk_blocks;
+    const int64_t per_row = e.blocks_per_row(), begin = static_cast<int64_t>(chunk) * kChunkBlocks;
     const int64_t all = row_size > 0 ? e.live_numel / row_size * per_row : 0, left = all - begin;
-    count = static_cast<uint32_t>(left < 0 ? 0 : left < e.chunk_blocks ? left : e.chunk_blocks);
+    count = static_cast<uint32_t>(left < 0 ? 0 : left < kChunkBlocks ? left : kChunkBlocks);
     walk.begin(begin, per_row);
   }
   __device__ __forceinline__ BlockPlace place(uint32_t block) const {
@@ -100,7 +100,9 @@ struct Shared {
   uint32_t t;
   bool skip;
   Chunk chunk;
-  Blocks blocks;  // in place of `chunk`, with moments in 8 bits
+  Blocks blocks;                           // in place of `chunk`, with moments in 8 bits
+  uint32_t* kept_sums;                     // from one step to the next, those of its units
+  uint32_t before[kUnits], after[kUnits];  // the sums of its units
 };
 
 __device__ __forceinline__ double read_scalar(const void* data, DType dtype) {
@@ -139,6 +141,7 @@ __device__ __noinline__ void prepare(const Args& args, uint32_t chunk, uint32_t 
   }
   out->scalars = adamw_scalars<T>(options, bias1, bias2, e.anchoring);
   out->grad_factor = static_cast<T>(adamw_grad_factor(scale, norm, control.max_grad_norm, options.maximize));
+  if (e.weight_sums) out->kept_sums = e.weight_sums + static_cast<uint64_t>(chunk - e.first_chunk) * kUnits;
   if (e.in_blocks())
     out->blocks.find(e, chunk - e.first_chunk);
   else
@@ -153,6 +156,7 @@ __device__ __forceinline__ bool begin_step(const Args& args, uint32_t chunk, uin
   if (threadIdx.x < kWords)
     reinterpret_cast<uint64_t*>(&shared.entry)[threadIdx.x] =
         reinterpret_cast<const uint64_t*>(args.entries + index)[threadIdx.x];
+  if (threadIdx.x < kUnits) shared.before[threadIdx.x] = shared.after[threadIdx.x] = 0;
   __syncthreads();
   if (threadIdx.x == 0) prepare(args, chunk, index, &shared);
   __syncthreads();
@@ -173,16 +177,55 @@ __device__ __forceinline__ void count_step(const Args& args, uint32_t index, con
 // -- low bits
 // ----------------------------------------------------------------------------------------------------------
 
-// Whether a chunk's weights, whose terms add up to `sum` over all threads, are those that the last step wrote.
-__device__ __forceinline__ bool are_ours(const DeviceEntry& e, uint32_t chunk, uint32_t sum) {
-  const uint32_t known = *global(e.weight_sums + (chunk - e.first_chunk));
-  const uint32_t now = block_total(sum) | 1u;
-  return known == 0 || known == now;
+// A chunk's items (blocks, with moments in 8 bits; else elements) from `first` to `last`: those of one of its units.
+struct Unit {
+  uint32_t number, first, last;
+};
+
+// work(unit) for each of the chunk's units, the same for all threads.
+template <typename T, typename Work>
+__device__ __forceinline__ void for_each_unit(const Shared<T>& shared, const Work& work) {
+#pragma unroll 1
+  for (uint32_t number = 0;; ++number) {
+    asm volatile("" ::: "memory");  // what is read of `shared` is not held in registers from unit to unit
+    const bool in_blocks = shared.entry.in_blocks();
+    const uint32_t count = in_blocks ? shared.blocks.count : shared.chunk.count, size = in_blocks ? kUnitBlocks : kUnit;
+    const uint32_t first = number * size;
+    if (first >= count) break;
+    work(Unit{number, first, first + size < count ? first + size : count});
+  }
 }
 
-__device__ __forceinline__ void remember_sum(const DeviceEntry& e, uint32_t chunk, uint32_t sum) {
-  sum = block_total(sum);
-  if (threadIdx.x == 0) *global(e.weight_sums + (chunk - e.first_chunk)) = sum | 1u;
+// Every thread of the warp must call it.
+__device__ __forceinline__ void add_to_unit(uint32_t* sum, uint32_t term) {
+  term = warp_total(term);
+  if (threadIdx.x % kWarp == 0) atomicAdd(sum, term);
+}
+
+// clear(unit) for those of the chunk's units that somebody else has written since their sums were kept. terms(unit):
+// this thread's part of the sum now. Every thread of the block must call it.
+template <typename T, typename Terms, typename Clear>
+__device__ __forceinline__ void check_units(Shared<T>& shared, const Terms& terms, const Clear& clear) {
+  for_each_unit(shared, [&](const Unit& unit) { add_to_unit(&shared.before[unit.number], terms(unit)); });
+  __syncthreads();
+  for_each_unit(shared, [&](const Unit& unit) {
+    const uint32_t known = *global(shared.kept_sums + unit.number);
+    if (known != 0 && known != (shared.before[unit.number] | 1u)) clear(unit);
+  });
+}
+
+// Keeps the sums that all threads of the block have added up.
+template <typename T>
+__device__ __forceinline__ void keep_sums(const Shared<T>& shared) {
+  __syncthreads();
+  for_each_unit(shared, [&](const Unit& unit) {
+    if (threadIdx.x == unit.number) *global(shared.kept_sums + unit.number) = shared.after[unit.number] | 1u;
+  });
+}
+
+// weight_term() of an element of the chunk by its place there.
+__device__ __forceinline__ uint32_t term_at(bfloat16 weight, uint32_t position) {
+  return weight_term(weight, position % static_cast<uint32_t>(kUnit));
 }
 
 // -- stochastic rounding

@@ -103,12 +103,12 @@ __device__ __forceinline__ bfloat16& bfloat16_of(const DeviceEntry& e, int64_t o
   return *global(static_cast<bfloat16*>(e.param) + offset);
 }
 
-// The parameter's element, with its low bits if they are to be trusted.
+// The parameter's element, with its low bits.
 template <typename T>
-__device__ __forceinline__ T read_weight(const DeviceEntry& e, bool trusted, int64_t offset) {
+__device__ __forceinline__ T read_weight(const DeviceEntry& e, int64_t offset) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (e.low_width == 16 && trusted) return join(bfloat16_of(e, offset), low_of<uint16_t>(e, offset));
-    if (e.low_width == 8 && trusted) return join(bfloat16_of(e, offset), low_of<uint8_t>(e, offset));
+    if (e.low_width == 16) return join(bfloat16_of(e, offset), low_of<uint16_t>(e, offset));
+    if (e.low_width == 8) return join(bfloat16_of(e, offset), low_of<uint8_t>(e, offset));
   }
   return read_one<T>(e.param, e.dtype, offset);
 }
@@ -140,13 +140,18 @@ struct Tile {
   BlockPlace block;  // with moments in 8 bits
   uint32_t first, count;
 
-  // Whether the lane's k-th element exists, and is live; and where it lies.
+  // Whether the lane's k-th element exists, and where it lies.
   template <typename T>
   __device__ __forceinline__ bool find(const Shared<T>& shared, uint32_t k, int64_t* offset) const {
     const uint32_t i = k * kWarp + threadIdx.x % kWarp;
     if (i >= count) return false;
     *offset = shared.entry.in_blocks() ? block.offset + i : shared.chunk.place(first + i);
-    return shared.entry.mask == nullptr || *global(shared.entry.mask + *offset) != 0;
+    return true;
+  }
+  // Whether it exists and is live.
+  template <typename T>
+  __device__ __forceinline__ bool find_live(const Shared<T>& shared, uint32_t k, int64_t* offset) const {
+    return find(shared, k, offset) && (shared.entry.mask == nullptr || *global(shared.entry.mask + *offset) != 0);
   }
   // Of that element, in the chunk.
   __device__ __forceinline__ uint32_t position(uint32_t k) const { return first + k * kWarp + threadIdx.x % kWarp; }
@@ -171,19 +176,37 @@ __device__ __forceinline__ Tile tile(const Shared<T>& shared, uint32_t number) {
   return t;
 }
 
-// This thread's part of the sum of a chunk's weights.
-template <typename T>
-__device__ __forceinline__ uint32_t terms(const Shared<T>& shared) {
-  uint32_t sum = 0;
-  for (uint32_t number = threadIdx.x / kWarp, n = tiles(shared); number < n; number += kWarps) {
+// work(offset, position) for each of this thread's elements of a unit, live or not; position: counted in the chunk.
+template <typename T, typename Work>
+__device__ __forceinline__ void for_each_element(const Shared<T>& shared, const Unit& unit, const Work& work) {
+  constexpr uint32_t kTiles = kUnit / kTile;
+  const uint32_t end = (unit.number + 1) * kTiles, all = tiles(shared);
+  for (uint32_t number = unit.number * kTiles + threadIdx.x / kWarp; number < (end < all ? end : all);
+       number += kWarps) {
     const Tile t = tile(shared, number);
 #pragma unroll 1
     for (uint32_t k = 0; k < kLanes; ++k) {
       int64_t offset;
-      if (t.find(shared, k, &offset)) sum += weight_term(bfloat16_of(shared.entry, offset), t.position(k));
+      if (t.find(shared, k, &offset)) work(offset, t.position(k));
     }
   }
+}
+
+// This thread's part of the sum of a unit's weights.
+template <typename T>
+__device__ __forceinline__ uint32_t terms(const Shared<T>& shared, const Unit& unit) {
+  uint32_t sum = 0;
+  for_each_element(shared, unit, [&](int64_t offset, uint32_t position) {
+    sum += term_at(bfloat16_of(shared.entry, offset), position);
+  });
   return sum;
+}
+
+// Each thread reads what itself has written. Every thread of the block must call it.
+template <typename T>
+__device__ __forceinline__ void remember_units(Shared<T>& shared) {
+  for_each_unit(shared, [&](const Unit& unit) { add_to_unit(&shared.after[unit.number], terms(shared, unit)); });
+  keep_sums(shared);
 }
 
 // -- the step
@@ -203,7 +226,7 @@ struct Largest {
 
 // For tensors that are projected selectively; or for all others.
 template <typename T, bool kSelective>
-__device__ __forceinline__ void step_tile(const Shared<T>& shared, const Tile& t, bool trusted, SelectiveSums& sums) {
+__device__ __forceinline__ void step_tile(const Shared<T>& shared, const Tile& t, SelectiveSums& sums) {
   const DeviceEntry& e = shared.entry;
   const bool amsgrad = e.max_exp_avg_sq != nullptr, in_blocks = sizeof(T) == sizeof(float) && e.in_blocks();
   const AnchorForm form = kSelective     ? AnchorForm::selective
@@ -224,8 +247,8 @@ __device__ __forceinline__ void step_tile(const Shared<T>& shared, const Tile& t
     for (uint32_t k = 0; k < kLanes; ++k) {
       asm volatile("" ::: "memory");  // the entry stays in shared memory: held in registers it would not fit
       int64_t offset;
-      if (!t.find(shared, k, &offset)) continue;
-      T p = read_weight<T>(e, trusted, offset), m, v, vmax = T(0);
+      if (!t.find_live(shared, k, &offset)) continue;
+      T p = read_weight<T>(e, offset), m, v, vmax = T(0);
       const T g = read_one<T>(shared.grad, e.grad_dtype, offset);
       const T a = e.anchor ? read_one<T>(e.anchor, e.anchor_dtype, offset) : T(0);
       const T f = form == AnchorForm::weighted ? read_one<T>(e.importance, e.importance_dtype, offset) : T(0);
@@ -250,7 +273,7 @@ __device__ __forceinline__ void step_tile(const Shared<T>& shared, const Tile& t
       }
       write_weight(e, shared.t, 0, offset, p);
       if constexpr (kSelective) {
-        const double delta = static_cast<double>(read_weight<T>(e, true, offset)) - static_cast<double>(a);
+        const double delta = static_cast<double>(read_weight<T>(e, offset)) - static_cast<double>(a);
         sums.after = madd(delta, delta, sums.after);
       }
       if (in_blocks) {
@@ -320,11 +343,21 @@ __global__ void __launch_bounds__(kThreads, 3) adamw_generic(const __grid_consta
     return;
   }
   const bool has_low = sizeof(T) == sizeof(float) && e.low_width != 0;
-  const bool trusted = !has_low || are_ours(e, chunk, terms(shared));
+  if (has_low)
+    check_units(
+        shared, [&](const Unit& unit) { return terms(shared, unit); },
+        [&](const Unit& unit) {  // what a thread clears, it reads itself
+          for_each_element(shared, unit, [&](int64_t offset, uint32_t) {
+            if (e.low_width == 16)
+              low_of<uint16_t>(e, offset) = 0;
+            else
+              low_of<uint8_t>(e, offset) = 0;
+          });
+        });
   SelectiveSums sums = {};
   for (uint32_t number = threadIdx.x / kWarp, n = tiles(shared); number < n; number += kWarps)
-    step_tile<T, kSelective>(shared, tile(shared, number), trusted, sums);
-  if (has_low) remember_sum(e, chunk, terms(shared));  // each thread reads what itself has written
+    step_tile<T, kSelective>(shared, tile(shared, number), sums);
+  if (has_low) remember_units(shared);
   if constexpr (kSelective)
     finish_sums(args, chunk, index, e, sums);
   else
@@ -349,12 +382,12 @@ __global__ void __launch_bounds__(kThreads, 3) selective_project(const __grid_co
     for (uint32_t k = 0; k < kLanes; ++k) {
       asm volatile("" ::: "memory");  // as in step_tile
       int64_t offset;
-      if (!at.find(shared, k, &offset)) continue;
+      if (!at.find_live(shared, k, &offset)) continue;
       const T a = read_one<T>(e.anchor, e.anchor_dtype, offset);
-      write_weight(e, t, 1, offset, selective_element(read_weight<T>(e, true, offset), a, pull));
+      write_weight(e, t, 1, offset, selective_element(read_weight<T>(e, offset), a, pull));
     }
   }
-  if (sizeof(T) == sizeof(float) && e.low_width != 0) remember_sum(e, chunk, terms(shared));
+  if (sizeof(T) == sizeof(float) && e.low_width != 0) remember_units(shared);
 }
 
 }  // namespace

@@ -13,6 +13,9 @@ namespace fastft::cuda {
 
 constexpr int64_t kChunk = 16384;  // live elements per block
 constexpr int64_t kChunkBlocks = kChunk / kBlock8;
+constexpr uint32_t kUnits = kChunk / kUnit;  // of weights with low bits (math/split.h)
+constexpr uint32_t kUnitBlocks = kUnit / kBlock8;
+static_assert(kChunk % kUnit == 0, "a chunk is whole units");
 
 // An entry as the kernels read it.
 struct alignas(8) DeviceEntry {
@@ -28,8 +31,7 @@ struct alignas(8) DeviceEntry {
   uint64_t rounding_key;
   ElementIndex index;
   uint32_t first_chunk, chunks;
-  uint32_t chunk_size;    // live elements of a chunk; with moments in 8 bits, of what sums over gradients take for one
-  uint32_t chunk_blocks;  // with moments in 8 bits: blocks of a chunk
+  uint32_t chunk_size;  // live elements of a chunk; with moments in 8 bits, of what sums over gradients take for one
   DType dtype, state_dtype, grad_dtype, anchor_dtype, importance_dtype;
   Anchoring anchoring;
   bool stochastic;

@@ -42,8 +42,12 @@ using LowOf = std::conditional_t<W::kLowBits == 0, uint8_t, typename W::Low>;
 struct Numbers {
   AdamWScalars<float> scalars;
   float grad_factor;
-  bool anchored, trusted;
+  bool anchored;
 };
+
+__device__ __forceinline__ Numbers numbers_of(const Shared<float>& shared) {
+  return {shared.scalars, shared.grad_factor, shared.entry.anchor != nullptr};
+}
 
 // N consecutive elements of one tensor: what is read of them, and written back.
 template <typename W, int N, bool kMasked>
@@ -87,9 +91,9 @@ struct Weights {
 
   __device__ __forceinline__ bool is_live(int i) const { return !kMasked || live[i] != 0; }
 
-  __device__ __forceinline__ float get(int i, const Numbers& numbers) const {
+  __device__ __forceinline__ float get(int i) const {
     if constexpr (W::kLowBits != 0)
-      return join(p[i], numbers.trusted ? low[i] : LowOf<W>(0));
+      return join(p[i], low[i]);
     else
       return widen(p[i]);
   }
@@ -107,14 +111,21 @@ struct Weights {
       narrow(x, &p[i]);
   }
 
-  // The step of element i, if it is live, with moments m and v. Adds to the chunk's sum.
-  __device__ __forceinline__ void step(int i, uint32_t position, float& m, float& v, const Numbers& numbers,
-                                       uint32_t& sum) {
-    float x = get(i, numbers), unused = 0.0f;
+  // The step of element i, if it is live, with moments m and v.
+  __device__ __forceinline__ void step(int i, float& m, float& v, const Numbers& numbers) {
+    float x = get(i), unused = 0.0f;
     adamw_element(x, widen(g[i]), m, v, unused, numbers.anchored ? a[i % kPart] : 0.0f, 0.0f,
                   numbers.anchored ? AnchorForm::plain : AnchorForm::none, false, numbers.grad_factor, numbers.scalars);
     set(i, x);
-    if constexpr (W::kLowBits != 0) sum += weight_term(p[i], position + i);
+  }
+
+  // What they add to the sum of their unit, where there is one.
+  __device__ __forceinline__ uint32_t terms(uint32_t position) const {
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if constexpr (W::kLowBits != 0) sum += term_at(p[i], position + i);
+    return sum;
   }
 
   __device__ __forceinline__ void store(const DeviceEntry& e, int64_t offset) const {
@@ -123,17 +134,14 @@ struct Weights {
   }
 };
 
-// Σ weight_term() over the live ones of N elements.
-template <int N, bool kMasked>
+// Σ weight_term() over N elements.
+template <int N>
 __device__ __forceinline__ uint32_t terms(const DeviceEntry& e, int64_t offset, uint32_t position) {
   bfloat16 p[N];
-  uint8_t live[N];
   read(e.param, offset, p);
-  if constexpr (kMasked) read(e.mask, offset, live);
   uint32_t sum = 0;
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-    if (!kMasked || live[i]) sum += weight_term(p[i], position + i);
+  for (int i = 0; i < N; ++i) sum += term_at(p[i], position + i);
   return sum;
 }
 
@@ -153,10 +161,11 @@ __device__ __forceinline__ void step_run(const Shared<float>& shared, const Numb
     w.load_anchor(i, e, numbers, offset);
     if (!w.is_live(i)) continue;  // its bits stay as they were read
     float mi = widen(m[i]), vi = widen(v[i]);
-    w.step(i, position, mi, vi, numbers, sum);
+    w.step(i, mi, vi, numbers);
     narrow(mi, &m[i]);
     narrow(vi, &v[i]);
   }
+  sum += w.terms(position);
   w.store(e, offset);
   write(e.exp_avg, offset, m);
   write(e.exp_avg_sq, offset, v);
@@ -164,12 +173,12 @@ __device__ __forceinline__ void step_run(const Shared<float>& shared, const Numb
 
 // A warp's block of moments in 8 bits.
 template <typename W, bool kMasked>
-__device__ __forceinline__ void step_block(const Shared<float>& shared, bool trusted, const BlockPlace& block,
-                                           uint32_t position, uint32_t& sum) {
+__device__ __forceinline__ void step_block(const Shared<float>& shared, const BlockPlace& block, uint32_t position,
+                                           uint32_t& sum) {
   constexpr int N = kRun<W, Codes>, kCount = kRuns<W, Codes>;
   asm volatile("" ::: "memory");  // as in step_run, and so do the scalars
   const DeviceEntry& e = shared.entry;
-  const Numbers numbers = {shared.scalars, shared.grad_factor, e.anchor != nullptr, trusted};
+  const Numbers numbers = numbers_of(shared);
   const int first = static_cast<int>(threadIdx.x % kWarp) * N;
   const float scale1 = *global(e.exp_avg_scales + block.scale), scale2 = *global(e.exp_avg_sq_scales + block.scale);
   float m[kCount][N], v[kCount][N];
@@ -191,13 +200,14 @@ __device__ __forceinline__ void step_block(const Shared<float>& shared, bool tru
       w.load_anchor(i, e, numbers, offset);
       m[r][i] = decode_first(code1[i], scale1);
       v[r][i] = decode_second(code2[i], scale2);
-      if (!kMasked || w.live[i]) w.step(i, position + at, m[r][i], v[r][i], numbers, sum);
+      if (!kMasked || w.live[i]) w.step(i, m[r][i], v[r][i], numbers);
       v[r][i] = square_root(v[r][i]);
       const uint32_t live = !kMasked || w.live[i] ? 0xffffffffu : 0u;
       const uint32_t u1 = (float_bits(m[r][i]) << 1 | 1u) & live, u2 = float_bits(v[r][i]) & 0x7fffffffu & live;
       most1 = u1 > most1 ? u1 : most1;
       most2 = u2 > most2 ? u2 : most2;
     }
+    sum += w.terms(position + at);
     w.store(e, offset);
   }
   asm volatile("" ::: "memory");  // nor are addresses held until here
@@ -231,13 +241,15 @@ __device__ __forceinline__ void step_block(const Shared<float>& shared, bool tru
   }
 }
 
-// work(offset, position, N) over a chunk's live elements, a run of N at a time; position: counted in the chunk.
+// work(offset, position, N) over some of a chunk's items, a run of N elements at a time; position: counted in the
+// chunk.
 template <typename W, typename M, typename Work>
-__device__ __forceinline__ void for_each_run(const Shared<float>& shared, const Work& work) {
+__device__ __forceinline__ void for_each_run(const Shared<float>& shared, uint32_t first, uint32_t last,
+                                             const Work& work) {
   constexpr uint32_t N = kRun<W, M>;
   using Whole = std::integral_constant<int, N>;
   if constexpr (kInBlocks<W, M>) {
-    for (uint32_t b = threadIdx.x / kWarp; b < shared.blocks.count; b += kWarps) {
+    for (uint32_t b = first + threadIdx.x / kWarp; b < last; b += kWarps) {
       const BlockPlace block = shared.blocks.place(b);
 #pragma unroll
       for (int r = 0; r < kRuns<W, M>; ++r) {
@@ -247,12 +259,27 @@ __device__ __forceinline__ void for_each_run(const Shared<float>& shared, const 
     }
   } else {
     const Chunk& chunk = shared.chunk;
-    const uint32_t count = chunk.count;
-    uint32_t i = threadIdx.x * N;
-    for (; i + N <= count; i += kThreads * N) work(chunk.place(i), i, Whole());
-    i = count / N * N + threadIdx.x;
-    if (i < count) work(chunk.place(i), i, std::integral_constant<int, 1>());
+    uint32_t i = first + threadIdx.x * N;
+    for (; i + N <= last; i += kThreads * N) work(chunk.place(i), i, Whole());
+    i = last / N * N + threadIdx.x;
+    if (i < last) work(chunk.place(i), i, std::integral_constant<int, 1>());
   }
+}
+
+// Steps some of a chunk's items. Returns this thread's part of the sum of their weights.
+template <typename W, typename M, bool kMasked>
+__device__ __forceinline__ uint32_t step_items(const Shared<float>& shared, uint32_t first, uint32_t last) {
+  uint32_t sum = 0;
+  if constexpr (kInBlocks<W, M>) {
+    for (uint32_t b = first + threadIdx.x / kWarp; b < last; b += kWarps)
+      step_block<W, kMasked>(shared, shared.blocks.place(b), b * kBlock8, sum);
+  } else {
+    const Numbers numbers = numbers_of(shared);
+    for_each_run<W, M>(shared, first, last, [&](int64_t offset, uint32_t position, auto n) {
+      step_run<W, M, kMasked, decltype(n)::value>(shared, numbers, offset, position, sum);
+    });
+  }
+  return sum;
 }
 
 // Blocks to a multiprocessor: four hold a thread to 64 registers. Moments in 8 bits are held until the block's scale is
@@ -272,32 +299,32 @@ constexpr int kLeanBlocks = kHoldsMost<W, M> && W::kLowBits != 0 ? 2
 
 template <typename W, typename M, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kLeanBlocks<W, M>) adamw_lean(const __grid_constant__ Args args) {
-  const uint32_t chunk = chunk_of_block(args);
-  const uint32_t index = args.chunk_entry[chunk];
   __shared__ Shared<float> shared;
-  if (!begin_step(args, chunk, index, shared)) return;
+  if (!begin_step(args, chunk_of_block(args), args.chunk_entry[chunk_of_block(args)], shared)) return;
   const DeviceEntry& e = shared.entry;
-
-  Numbers numbers = {shared.scalars, shared.grad_factor, e.anchor != nullptr, true};
   if constexpr (W::kLowBits != 0) {
-    uint32_t sum = 0;
-    for_each_run<W, M>(shared, [&](int64_t offset, uint32_t position, auto n) {
-      sum += terms<decltype(n)::value, kMasked>(e, offset, position);
+    const auto terms_of = [&](const Unit& unit) {
+      uint32_t sum = 0;
+      for_each_run<W, M>(shared, unit.first, unit.last, [&](int64_t offset, uint32_t position, auto n) {
+        sum += terms<decltype(n)::value>(e, offset, position);
+      });
+      return sum;
+    };
+    check_units(shared, terms_of, [&](const Unit& unit) {  // what a thread clears, it reads itself
+      for_each_run<W, M>(shared, unit.first, unit.last, [&](int64_t offset, uint32_t, auto n) {
+        const LowOf<W> none[decltype(n)::value] = {};
+        write(e.low_bits, offset, none);
+      });
     });
-    numbers.trusted = are_ours(e, chunk, sum);
-  }
-
-  uint32_t sum = 0;
-  if constexpr (kInBlocks<W, M>) {
-    for (uint32_t b = threadIdx.x / kWarp; b < shared.blocks.count; b += kWarps)
-      step_block<W, kMasked>(shared, numbers.trusted, shared.blocks.place(b), b * kBlock8, sum);
+    for_each_unit(shared, [&](const Unit& unit) {
+      const uint32_t sum = step_items<W, M, kMasked>(shared, unit.first, unit.last);
+      add_to_unit(&shared.after[unit.number], sum);
+    });
+    keep_sums(shared);
   } else {
-    for_each_run<W, M>(shared, [&](int64_t offset, uint32_t position, auto n) {
-      step_run<W, M, kMasked, decltype(n)::value>(shared, numbers, offset, position, sum);
-    });
+    step_items<W, M, kMasked>(shared, 0, kInBlocks<W, M> ? shared.blocks.count : shared.chunk.count);
   }
-  if constexpr (W::kLowBits != 0) remember_sum(e, chunk, sum);
-  count_step(args, index, e);
+  count_step(args, args.chunk_entry[chunk_of_block(args)], e);
 }
 
 }  // namespace

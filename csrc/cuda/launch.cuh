@@ -129,17 +129,15 @@ __device__ __forceinline__ double block_sum(double x) {
   return total;
 }
 
-// The sum over the block's threads, in each of them. Every thread must call it.
-__device__ __forceinline__ uint32_t block_total(uint32_t x) {
-  __shared__ uint32_t warp_sums[kThreads / kWarp];
+// The sum over the warp's threads, in each of them. Every thread must call it.
+__device__ __forceinline__ uint32_t warp_total(uint32_t x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(0xffffffffu, x);
+#else
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  uint32_t total = 0;
-  for (int w = 0; w < kThreads / kWarp; ++w) total += warp_sums[w];
-  __syncthreads();
-  return total;
+  return x;
+#endif
 }
 
 // The largest over the warp's threads, in each of them. Every thread must call it.

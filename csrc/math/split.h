@@ -59,8 +59,8 @@ FASTFT_HD void split(float x, uint32_t rounding, bfloat16* weight, uint8_t* low)
   *low = static_cast<uint8_t>(u >> 8);
 }
 
-// Elements that one of the sums stands for by which a later step sees whether the weights are still those that it wrote:
-// so many consecutive live ones; with moments in blocks (block8.h) those of kUnit / kBlock8 consecutive blocks.
+// Elements that one of the sums stands for by which a later step sees whether the weights are still those that it
+// wrote: so many consecutive live ones; with moments in blocks (block8.h) those of kUnit / kBlock8 consecutive blocks.
 constexpr int64_t kUnit = 4096;
 
 // What element i of a unit, masked out or not, adds to the unit's sum; even, so that sum | 1 is never 0. With moments

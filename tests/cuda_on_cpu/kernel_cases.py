@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fastft
 
 CHUNK = 16384
+UNIT = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Dtypes of parameters and moments.
 COMBINATIONS = (
@@ -261,7 +262,7 @@ def format_name(dtype: torch.dtype, state_dtype: Any, extra_bits: int, rounding:
 
 def blocky_parameters(random: Random, dtype: torch.dtype, device: str = "cpu") -> list[nn.Parameter]:
     """Rows that blocks of 8-bit moments and random bits divide, and rows that they do not; below and above a chunk."""
-    shapes = [(7,), (CHUNK + 1,), (24, 704), (70, 64), (20, 300), (33, 17), (2 * CHUNK + 24,), (40, 512), (65, 72)]
+    shapes = [(7,), (CHUNK + 1,), (24, 704), (70, 64), (40, 257), (33, 17), (2 * CHUNK + 24,), (40, 512), (65, 72)]
     tensors = [random.values(*shape, dtype=dtype).to(device) for shape in shapes]
     tensors.append(misaligned(random.values(4104, dtype=dtype).to(device)))
     tensors.append(random.values(30, 200, dtype=dtype).to(device).t())
@@ -322,6 +323,8 @@ def few_bits(
             p.grad = None if i % 4 == 2 and step < 2 else as_grad(p, grad)
             if step == 3 and i % 2 == 0:
                 p.data.mul_(1.25)
+            elif step == 2 or step == 4:  # a row, or an element
+                p.data[p.shape[0] // 2 if step == 2 else (p.shape[0] // 3,) * p.dim()] += 0.5
         if clip:
             optimizer.grad_scale = torch.tensor(4.0, device=device)
             optimizer.found_inf = torch.tensor(1.0 if step == 1 else 0.0, device=device)

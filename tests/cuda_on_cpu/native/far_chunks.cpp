@@ -135,7 +135,6 @@ void blocks() {
       DeviceEntry entry = {};
       entry.row_size = width;
       entry.live_numel = rows * width;
-      entry.chunk_blocks = 64;
       const int64_t per_row = entry.blocks_per_row(), last = rows * per_row - 1;
       Blocks found;
       found.find(entry, static_cast<uint32_t>(last / 64));
