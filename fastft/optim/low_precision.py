@@ -84,7 +84,7 @@ class Precision:
     def beyond_torch(self, p: Tensor) -> dict[str, bool]:
         """Which of the options change the step of ``p``, so that torch's own cannot take it."""
         return {
-            "state_dtype": self.moments(p) != p.dtype,
+            "state_dtype": self.state_dtype is not None and self.moments(p) != p.dtype,
             "extra_bits": self.low_dtype(p) is not None,
             "rounding": self.key(p, 0) is not None,
         }

@@ -114,7 +114,8 @@ def test_what_is_kept_of_each_dtype(state_dtype: Any, extra_bits: int) -> None:
         state = optimizer.state[p]
         low = {8: torch.uint8, 16: torch.uint16}.get(extra_bits) if p.dtype == BF16 else None
         assert (state["low_bits"].dtype if "low_bits" in state else None) == low
-        wanted = p.dtype if state_dtype is None or p.dtype == torch.float64 else state_dtype
+        plain = torch.float32 if low else p.dtype
+        wanted = plain if state_dtype is None or p.dtype == torch.float64 else state_dtype
         found = {"8bit" if "exp_avg_codes" in state else state["exp_avg"].dtype}
         assert found == {wanted}
 
