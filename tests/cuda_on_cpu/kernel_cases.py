@@ -324,7 +324,7 @@ def few_bits(
             if step == 3 and i % 2 == 0:
                 p.data.mul_(1.25)
             elif step == 2 or step == 4:  # a row, or an element
-                p.data[p.shape[0] // 2 if step == 2 else (p.shape[0] // 3,) * p.dim()] += 0.5
+                p.data[p.shape[0] // 2 if step == 2 else tuple(n // 3 for n in p.shape)] += 0.5
         if clip:
             optimizer.grad_scale = torch.tensor(4.0, device=device)
             optimizer.found_inf = torch.tensor(1.0 if step == 1 else 0.0, device=device)

@@ -1068,3 +1068,96 @@ def test_master_weights_of_each_kind() -> None:
     assert torch.equal(found["2.weight"], model[2].weight.float()) and torch.equal(found["1.bias"], model[1].bias)
     with pytest.raises(TypeError, match=r"^optimizer: expected a fastft.AdamW, got AdamW$"):
         master_weights(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
+
+
+# -- weights written between a step and a change of the mask ------------------------------------------------------------
+
+
+def stepped_alone(
+    shape: tuple[int, ...], setting: str, mask: Tensor | None = None
+) -> tuple[nn.Parameter, fastft.AdamW]:
+    dtype, options = SETTINGS[setting]
+    (p,) = parameters(dtype, [shape])
+    optimizer = fastft.AdamW([p], lr=1e-2, weight_decay=0.1, **options)
+    optimizer.set_update_mask(p, mask)
+    for step in range(2):
+        give_grads([p], step)
+        optimizer.step()
+    return p, optimizer
+
+
+def masters(p: nn.Parameter, optimizer: fastft.AdamW) -> Tensor:
+    return master_weights(nn.ParameterDict({"p": p}), optimizer)["p"]
+
+
+MASKS: dict[str, Callable[[], Tensor | None]] = {
+    "none": lambda: None,
+    "elements": lambda: torch.rand(80, 257, generator=torch.Generator().manual_seed(3)) < 0.5,
+    "rows": lambda: torch.arange(80) % 3 > 0,
+}
+
+
+@pytest.mark.parametrize("setting", ["split16", "8bit_split16", "8bit_split8_stochastic"])
+@pytest.mark.parametrize("before", MASKS)
+@pytest.mark.parametrize("after", MASKS)
+def test_foreign_writes_before_a_change_of_the_mask_are_noticed(setting: str, before: str, after: str) -> None:
+    """Also in rows that were left out; what nobody wrote keeps its bits, and the next step trusts what is left."""
+    p, optimizer = stepped_alone((80, 257), setting, MASKS[before]())
+    if before == "rows":  # so that rows that are left out have low bits too
+        p, optimizer = stepped_alone((80, 257), setting)
+        optimizer.set_update_mask(p, MASKS[before]())
+        give_grads([p], 2)
+        optimizer.step()
+    was = masters(p, optimizer)
+    assert ((was != p.float()).float().mean(1) > 0.3).all()
+    p.data[:3].zero_()
+    found = masters(p, optimizer)
+    assert torch.equal(found[:3], torch.zeros(3, 257))
+    assert torch.equal(found[-3:], was[-3:])
+    low = optimizer.state[p]["low_bits"]
+    optimizer.set_update_mask(p, MASKS[after]())
+    assert optimizer.state[p]["low_bits"] is low
+    assert torch.equal(join(p.detach(), low), found)
+    assert torch.equal(masters(p, optimizer), found)
+    p.data[1].fill_(0.5)  # and one more, before the step
+    assert torch.equal(masters(p, optimizer)[1], p.detach()[1].float())
+    p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    again = masters(p, optimizer)
+    assert torch.equal(again[1], p.detach()[1].float())
+    assert torch.equal(again[-3:], found[-3:])
+    assert again.isfinite().all()
+
+
+def test_a_mask_set_before_the_first_step_after_loading_trusts_the_bits() -> None:
+    """A model may be loaded after its optimizer, and this one's low bits belong to it."""
+    p, optimizer = stepped_alone((80, 257), "split16")
+    was, weights = masters(p, optimizer), p.detach().clone()
+    q = nn.Parameter(torch.zeros_like(p))
+    other = fastft.AdamW([q], lr=1e-2, extra_bits=16)
+    other.load_state_dict(optimizer.state_dict())
+    other.set_update_mask(q, MASKS["rows"]())
+    q.data.copy_(weights)
+    assert torch.equal(masters(q, other), was)
+
+
+@pytest.mark.parametrize("setting", ["split16", "8bit_split8_stochastic"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_momentum_filtered_steps_notice_foreign_writes(setting: str, mask: str) -> None:
+    p, optimizer = stepped_alone((80, 257), setting, MASKS[mask]())
+    MoFO(optimizer, fraction=0.3)
+    for step in range(2, 4):
+        give_grads([p], step)
+        optimizer.step()
+    was = masters(p, optimizer)
+    assert torch.equal(join(p.detach(), optimizer.state[p]["low_bits"]), was)  # its own writing is none
+    p.data[:2].zero_()
+    assert torch.equal(masters(p, optimizer)[:2], torch.zeros(2, 257))
+    give_grads([p], 4)
+    optimizer.step()
+    found = masters(p, optimizer)
+    still = p.detach()[:2] == 0
+    assert 0.3 < still.float().mean()
+    assert (found[:2][still].abs() < 1e-30).all()
+    assert found.isfinite().all()
