@@ -1070,7 +1070,7 @@ def test_master_weights_of_each_kind() -> None:
         master_weights(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
 
 
-# -- weights written between a step and a change of the mask ------------------------------------------------------------
+# -- weights written between a step and a change of the mask -----------------------------------------------------------
 
 
 def stepped_alone(
@@ -1158,6 +1158,6 @@ def test_momentum_filtered_steps_notice_foreign_writes(setting: str, mask: str) 
     optimizer.step()
     found = masters(p, optimizer)
     still = p.detach()[:2] == 0
-    assert 0.3 < still.float().mean()
+    assert still.float().mean() > 0.3
     assert (found[:2][still].abs() < 1e-30).all()
     assert found.isfinite().all()
