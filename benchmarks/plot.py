@@ -26,7 +26,7 @@ SPEED = RESULTS / "speed"
 LOADERS = RESULTS / "data" / "loaders"
 """Files of ``bench_data.py``, likewise."""
 PRECISION = RESULTS / "precision"
-"""What ``python -m benchmarks.precision`` writes."""
+"""Where ``python -m benchmarks.precision`` writes."""
 GENERATED = ROOT / "docs" / "_generated"
 DATA_PLOT = "replay-and-augmentation.png"
 RETENTION_PLOT = "retention.png"
@@ -270,7 +270,7 @@ def retention_results() -> tuple[Any, list[str], Any]:
 
 
 def precision_results(folder: Path) -> Any:
-    """What 16-bit weights keep, bytes and speed: as many of the experiments as have results."""
+    """Of 16-bit weights what is kept, bytes and speed: as many of the experiments as have results."""
     from benchmarks.precision import report
 
     return report.PrecisionResults(folder)

@@ -76,7 +76,7 @@ def recipe(
     most layers are closed at first, it also takes less time than to train all of them.
 
     Rounded to bfloat16, weights would lose most steps and all of the anchor's pull. Such weights get ``extra_bits=16``
-    and float32 moments, and so the steps of float32 weights.
+    and float32 moments, and so the steps of float32 weights, unless there are float16 weights beside them.
 
     Fit a new head first, by :func:`fastft.retention.fit_head_`, as was done there: the knowledge that training with a
     random head costs is not brought back.
@@ -103,7 +103,8 @@ def recipe(
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup: expected a part of the steps from 0 to below 1, got {warmup!r}")
     anchor = Anchor.snapshot(model, exclude=exclude)
-    exact = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    dtypes = {p.dtype for p in model.parameters()}
+    exact = torch.bfloat16 in dtypes and torch.float16 not in dtypes  # which can have no extra bits
     optimizer = AdamW(
         model.named_parameters(),
         lr=lr,
@@ -112,7 +113,6 @@ def recipe(
         anchor_decay=anchor_decay,
         max_grad_norm=max_grad_norm,
         extra_bits=16 if exact else 0,
-        state_dtype=torch.float32 if exact else None,
     )
     scheduler = LambdaLR(optimizer, warm_up_then_decay(total_steps, warmup))
     return Recipe(optimizer, scheduler, Unfreezer(model, optimizer, opening, groups=groups, mode=mode), anchor)

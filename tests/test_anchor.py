@@ -1141,7 +1141,7 @@ def test_a_step_through_staged_parts_is_the_step_without(
             model.parameters(), lr=1e-2, anchor=anchor, anchor_decay=3.0, max_grad_norm=0.7, skip_nonfinite=True
         )
         if staged:
-            monkeypatch.setattr(fastft.optim.plans, "parts_of", all_offloaded)
+            monkeypatch.setattr(fastft.optim.step_plans, "parts_of", all_offloaded)
         for step in range(4):
             give_grads(model.parameters(), step)
             optimizer.step()

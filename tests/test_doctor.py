@@ -195,7 +195,7 @@ def test_large_tensors_take_the_bytes_of_the_design() -> None:
     }
     for (bits, state), each in expected.items():
         found = memory_of(tensors, Weights(torch.bfloat16, bits), state, main=None, anchored=False)
-        assert found.total() / found.elements == pytest.approx(each, abs=6e-3)
+        assert found.total() / found.elements == pytest.approx(each, abs=7e-3)
 
 
 def test_frozen_parameters_take_only_their_own_bytes_and_are_not_asked() -> None:

@@ -160,6 +160,13 @@ def test_wrong_numbers(model: Net, changes: dict[str, Any], said: str) -> None:
     fastft.recipe(model, STEPS, exclude="head", groups=GROUPS)  # nothing of the first attempt is in its way
 
 
+def test_float16_beside_bfloat16_gets_no_extra_bits(model: Net) -> None:
+    model.bfloat16()
+    next(model.parameters()).data = next(model.parameters()).data.half()
+    optimizer = fastft.recipe(model, STEPS, exclude="head", groups=GROUPS).optimizer
+    assert "extra_bits: 0" in repr(optimizer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bfloat16_weights_learn_and_are_pulled_as_float32_weights_are(model: Net, dtype: torch.dtype) -> None:
     """By gradients that bfloat16 holds: the weights are the float32 ones, rounded."""

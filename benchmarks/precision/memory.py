@@ -50,7 +50,7 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept in memory beside weights and gradients."""
+    """Formats in memory, and what lies there beside weights and gradients."""
 
     weights: str
     moments: str

@@ -40,7 +40,7 @@ Result = dict[str, Any]
 
 
 class PrecisionResults:
-    """What has been measured, as sections of a page."""
+    """The measurements, as sections of a page."""
 
     names = SECTIONS
     """Of the sections, and of their markers in the page."""

@@ -18,7 +18,7 @@ from fastft.commands.bench import environment
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "precision"
 WORK = ROOT / "build" / "precision"
-"""What could be made again: base models, results of ``--quick``."""
+"""For what could be made again: base models, results of ``--quick``."""
 
 MOMENTS: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"}
 """By the name under which results list them: the value of ``state_dtype``."""

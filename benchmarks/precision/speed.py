@@ -90,7 +90,7 @@ def ours(shapes: tuple[tuple[int, ...], ...], weights: Weights, moments: str, an
 
 
 def composition(shapes: tuple[tuple[int, ...], ...]) -> tuple[Work, None]:
-    """What a torch user writes: clipping, the pull and the step, each over all of memory."""
+    """The code of a torch user: clipping, the pull and the step, each over all of memory."""
     params: list[nn.Parameter] = list(model_of(shapes, torch.bfloat16).parameters())
     anchors = [p.detach().clone() for p in params]
     tensors: list[Tensor] = list(params)

@@ -59,7 +59,7 @@ struct LeanOffsets {
   }
 };
 
-// What adds up over the lanes of a run.
+// Sums and maxima of a run, in lanes.
 template <int kParts>
 struct LeanLanes {
   // Σ weight_term() is that of sum + 4·later, over the lanes; later: of the weights in part 1.

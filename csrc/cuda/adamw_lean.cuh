@@ -34,7 +34,7 @@ constexpr int kRun = W::kStochastic ? static_cast<int>(kPerPhilox) : 16 / (kWide
 template <typename W, typename M>
 constexpr int kRuns = kInBlocks<W, M> ? kBlock8 / (kWarp * kRun<W, M>) : 1;
 
-// As many bytes as they are, for arrays that a kind of weight does not have.
+// The dtype of low bits; where a kind of weight has none, one that nothing is read into.
 template <typename W>
 using LowOf = std::conditional_t<W::kLowBits == 0, uint8_t, typename W::Low>;
 

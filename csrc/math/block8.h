@@ -16,7 +16,7 @@
 // threshold of rounding moves with the step count by the golden ratio (a Weyl sequence): over the steps each value is
 // rounded up as often as it lies nearer to the upper code. It depends on (step, element of the block) alone.
 //
-// Block-wise scales: Dettmers et al. 2022 (https://arxiv.org/abs/2110.02861). The root of v, and a second moment that
+// Block-wise scales: Dettmers et al. 2021 (https://arxiv.org/abs/2110.02861). The root of v, and a second moment that
 // is never 0: Li et al. 2023 (https://arxiv.org/abs/2309.01507).
 #pragma once
 

@@ -1,4 +1,4 @@
-"""``doctor``: counts the weights of a model by their bits, and asks of each value whether a step can move it."""
+"""``doctor``: counts the weights of a model by their bits, and computes for each value whether a step can move it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastft.checks import check_not_negative, check_positive
 from fastft.names import named_tensors
-from fastft.optim import precision
+from fastft.optim import lost_changes
 from fastft.optim.low_precision import StateDtype
 from fastft.optim.tensors import local
 from fastft.weight_file import FILE_DTYPES, WeightFile
@@ -42,7 +42,7 @@ def doctor(
     """Before training: what share of the weights a step can move, and the memory that each setting takes.
 
     A weight in few bits that is rounded to nearest moves only if a step exceeds half the distance to its neighbour;
-    otherwise it stands still for good. This asks it of every weight of the model, for a step of lr in either direction
+    otherwise it stands still for good. Counted are all weights of the model, for a step of lr in either direction
     (|m̂/√v̂| of Adam is 1 in the first step and smaller later: the shares are upper bounds), for the decay lr ·
     weight_decay · \\|w\\|, and for the pull lr · anchor_decay of a weight 2 % away from its anchor; the last two by
     themselves, as where a gradient is 0. Only the numbers in the files are read, a tensor at a time, with no network.
@@ -123,7 +123,7 @@ def read_memory(text: float | str) -> int:
 
 
 def choices(dtype: torch.dtype) -> list[Weights]:
-    """What the report compares: the dtype as it is first."""
+    """The ways to keep weights that the report compares: the dtype as it is first."""
     bits = [
         Weights(torch.bfloat16, extra_bits=8),
         Weights(torch.bfloat16, extra_bits=8, rounding="stochastic"),
@@ -138,7 +138,7 @@ def choices(dtype: torch.dtype) -> list[Weights]:
 def state_dtypes(kept: Weights) -> list[StateDtype]:
     """The moments that the report shows beside these weights."""
     if kept.extra_bits == 16:
-        return [torch.float32, torch.bfloat16, "8bit"]
+        return [None, torch.bfloat16, "8bit"]
     if kept.dtype == torch.float32:
         return [None, "8bit"]
     if kept.extra_bits == 8:  # with either rounding it takes as much
@@ -256,8 +256,8 @@ def flags(counted: torch.dtype, dtype: torch.dtype, kept: Weights, effect: str, 
     at = w.float() if on_average else w
     extra_bits = kept.extra_bits if dtype == torch.bfloat16 and not on_average else 0
     if effect == "step":
-        moved = sum(precision.moved(at, change, extra_bits).double() for change in (-rate, rate)) / 2
+        moved = sum(lost_changes.moved(at, change, extra_bits).double() for change in (-rate, rate)) / 2
         return torch.stack([moved * finite, finite.double()])
-    change = precision.pull(at, rate, distance=precision.DISTANCE if effect == "pull" else 1.0)
+    change = lost_changes.pull(at, rate, distance=lost_changes.DISTANCE if effect == "pull" else 1.0)
     wanting = finite & (w != 0)
-    return torch.stack([precision.moved(at, change, extra_bits) & wanting, wanting]).double()
+    return torch.stack([lost_changes.moved(at, change, extra_bits) & wanting, wanting]).double()

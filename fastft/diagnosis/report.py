@@ -1,4 +1,4 @@
-"""What ``doctor`` found: a table of movement, a table of memory, and a sentence of advice."""
+"""The report of ``doctor``: a table of movement, a table of memory, and a sentence of advice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastft.optim.precision import DISTANCE
+from fastft.optim.lost_changes import DISTANCE
 from fastft.reports import Report
 from fastft.tables import aligned, markdown
 
@@ -66,7 +66,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class DoctorReport(Report):
-    """What :func:`fastft.doctor` found; ``str()`` of it is for a terminal."""
+    """The findings of :func:`fastft.doctor`; ``str()`` of it is for a terminal."""
 
     model: str
     tensors: int
@@ -98,8 +98,6 @@ class DoctorReport(Report):
             found = Recommendation(memory, in_backward, on_host)
             if self.gpu_memory is None or found.total <= (1 - ROOM) * self.gpu_memory:
                 return found
-            if on_host and not memory.anchor:
-                continue
         return None
 
     @property
@@ -194,7 +192,7 @@ class DoctorReport(Report):
             found.append(f"{self.left_out:,} tensors of integers or in 8 bits and less are left out.")
         if self.trainable < self.elements:
             frozen = self.elements - self.trainable
-            found.append(f"{frozen:,} weights are frozen: they take only their own bytes, and are not asked to move.")
+            found.append(f"{frozen:,} weights are frozen: they take only their own bytes, and count in no share.")
         if plain.step < 0.9995:
             least = [f"{kind.kind} ({percent(kind.step)})" for kind in self.kinds[:SHOWN_KINDS]]
             found.append(f"Moved least by the step: {', '.join(least)}.")

@@ -82,7 +82,7 @@ class Memory:
     @property
     def moments_as(self) -> str:
         """``"float32"``, ``"8bit"``."""
-        dtype = self.state_dtype or self.kept.dtype
+        dtype = self.state_dtype or (torch.float32 if self.kept.extra_bits else self.kept.dtype)
         return dtype if isinstance(dtype, str) else name_of(dtype)
 
     def options(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -19,9 +20,9 @@ from .checks import check_max_grad_norm, check_scalar
 from .entries import Part
 from .low_precision import Precision, Rounding, StateDtype, WeightSums
 from .masks import UpdateMask
-from .plans import plans_of
-from .state import LOW_BITS, after_pickle, for_pickle
+from .state import LOW_BITS, as_kept, as_saved
 from .step import take_step
+from .step_plans import plans_of
 from .tensors import fit_grad, local, torch_device
 from .torch_step import TorchStep
 
@@ -60,7 +61,8 @@ class AdamW(torch.optim.AdamW):
         p  = p − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + eps)
 
     Everything is computed in float32 (float64 for float64 parameters) whatever the dtype it is stored in. State
-    dicts are exchanged with ``torch.optim.AdamW`` in both directions, mid-run.
+    dicts are exchanged with ``torch.optim.AdamW`` in both directions, mid-run; with ``state_dtype="8bit"`` torch's
+    loads that of :func:`fastft.optim.full_precision_state`.
 
     Args:
         params: parameters, named parameters or group dicts, as for any torch optimizer. float32, bfloat16,
@@ -96,25 +98,27 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: clip to this global 2-norm over all groups and devices, or None. What is frozen or
             masked does not count.
         skip_nonfinite: leave everything as it is in a step whose gradients' norm is inf or NaN.
-        state_dtype: of the moments: None, the parameter's dtype, as in torch; ``torch.float32``; ``torch.bfloat16``; or
-            ``"8bit"``: codes of 8 bits with a float32 scale for each block of up to 256 elements of a row, as Dettmers
-            et al. 2021 (https://arxiv.org/abs/2110.02861) have them. Moments of less than 4096 elements, of rows
-            (``p[i]``; a tensor of one dimension is one row) below 64, not contiguous, or sharded with one dimension,
-            are float32 instead. float64 parameters have float64 moments always. With ``"8bit"``, amsgrad and
-            ``"selective"`` raise a ``ValueError``.
+        state_dtype: of the moments: None, the parameter's dtype, as in torch, or float32 beside one with extra bits;
+            ``torch.float32``; ``torch.bfloat16``; or ``"8bit"``: codes of 8 bits with a float32 scale for each block of
+            up to 256 elements of a row, as Dettmers et al. 2021 (https://arxiv.org/abs/2110.02861) have them. Moments
+            of less than 4096 elements, of rows (``p[i]``; a tensor of one dimension is one row) below 64, not
+            contiguous, or sharded with one dimension, are float32 instead. float64 parameters have float64 moments
+            always. With ``"8bit"``, amsgrad and ``"selective"`` raise a ``ValueError``.
         extra_bits: 8 or 16 low bits kept beside each bfloat16 parameter, which steps are added to, so that those far
             below the weight's last bit are not lost (cf. Zamirai et al. 2020, https://arxiv.org/abs/2010.06192). With
             16, weight and bits together are exactly a float32 weight; with 8, one of 24 bits. What somebody else
-            writes into the parameter between steps is noticed, and its bits start at 0. float32 and float64 parameters
+            writes into the parameter between steps is noticed, and its bits start at 0; but not between
+            ``load_state_dict`` and the next step, so load the weights first. float32 and float64 parameters
             have none; float16 ones raise a ``ValueError``. :func:`fastft.optim.master_weights` gives the float32.
         rounding: of 16-bit parameters, with 8 extra bits of the 24: ``"nearest"``, or ``"stochastic"``: up or down at
             random, right on average, by ``rounding_seed``, the step number and the place of the element in the whole
-            tensor alone: the same on every device and for any sharding. With ``extra_bits=16`` nothing is rounded, and
-            ``"stochastic"`` raises a ``ValueError``.
-        rounding_seed: any integer.
+            tensor alone: the same on every device, and however DTensors are sharded. With ``extra_bits=16`` nothing is
+            rounded, and ``"stochastic"`` raises a ``ValueError``.
+        rounding_seed: any integer. It is in state dicts; the optimizer that loads one goes on with that seed.
 
-    These four hold for all groups. Where 16-bit weights are rounded to nearest without extra bits, and decay or the
-    decoupled anchor's pull are lost in that, the first step warns.
+    These four hold for all groups. The first step warns where 16-bit weights are rounded to nearest and steps, decay or
+    the decoupled anchor's pull are lost in that for most of them; and where one of these options changes nothing, since
+    no parameter is of the dtype or size that it is for.
 
     After a step with clipping or skipping, :attr:`grad_norm` and :attr:`skipped_steps` hold its outcome, without
     having waited for the GPU.
@@ -221,6 +225,12 @@ class AdamW(torch.optim.AdamW):
         if self._in_backward is None or any(p.grad is not None for group in self.param_groups for p in group["params"]):
             self._step()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. With ``step_in_backward`` it also begins a step anew, after a backward pass that failed."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.begin()
 
     @property
     def anchor(self) -> Anchor | None:
@@ -490,14 +500,17 @@ class AdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        return {**kept, "state": for_pickle(kept["state"]), **{key: self.__dict__[key] for key in OWN_ATTRIBUTES}}
+        saved = defaultdict(dict, {p: as_saved(state) for p, state in kept["state"].items()})
+        return {**kept, "state": saved, **{key: self.__dict__[key] for key in OWN_ATTRIBUTES}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by load_state_dict, with the new state and groups: torch's know no anchor_decay.
         before = self.__dict__.get("param_groups", [])
         self._forget_plan()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        after_pickle(self.state)
+        for p, kept in self.state.items():
+            if LOW_BITS in kept:
+                kept[LOW_BITS] = as_kept(kept[LOW_BITS], p)
         for index, group in enumerate(self.param_groups):
             known = before[index] if index < len(before) else self._anchor_defaults
             for key in self._anchor_defaults:
@@ -507,14 +520,17 @@ class AdamW(torch.optim.AdamW):
             loading.apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, and under the key ``"fastft"`` the anchor, masks, frozen set and counters.
+        """torch's state dict, and under the key ``"fastft"`` the anchor, masks, frozen set, counters and rounding seed.
 
-        ``torch.optim.AdamW`` loads it and ignores that key. An anchor that came from a file is saved as the
-        file's path and content hash, any other with its tensors.
+        ``torch.optim.AdamW`` loads it and ignores that key; but with ``state_dtype="8bit"``, or where an unfreezer has
+        dropped moments and left low bits, it takes :func:`fastft.optim.full_precision_state`. An anchor that came from
+        a file is saved as the file's path and content hash, any other with its tensors. 16 low bits are given as bytes,
+        of one more dimension; tensors are not copied.
         """
 
         # A hook put first, so that the user's own hooks see the whole dict.
         def add_own_state(_: Any, packed: dict[str, Any]) -> None:
+            packed["state"] = {i: as_saved(state) for i, state in packed["state"].items()}
             packed[checkpoint.KEY] = checkpoint.own_state(self)
 
         handle = self.register_state_dict_post_hook(add_own_state, prepend=True)
@@ -526,12 +542,13 @@ class AdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, which resumes exactly, or of ``torch.optim.AdamW``.
 
-        One of torch's leaves the anchor, the masks, the frozen set and the anchor's options as they are. An
-        anchor that came from a file is read from there again, after its content has been verified; if the file
-        was moved, give the optimizer an ``Anchor.from_safetensors`` of its new place first. Moments and low bits are
-        brought into the formats that this optimizer's ``state_dtype`` and ``extra_bits`` ask for, from any other; low
-        bits that were not saved start at 0, and those that are not kept here are dropped with a warning. On an error
-        nothing has changed.
+        Load the weights too, those that were saved together with it: low bits are taken to belong to the weights that
+        the next step finds. One of torch's leaves the anchor, the masks, the frozen set and the anchor's options as
+        they are. An anchor that came from a file is read from there again, after its content has been verified; if the
+        file was moved, give the optimizer an ``Anchor.from_safetensors`` of its new place first. Moments and low bits
+        are brought into the formats that this optimizer's ``state_dtype`` and ``extra_bits`` ask for, from any other;
+        low bits that were not saved start at 0, and those that are not kept here are dropped with a warning. On an
+        error nothing has changed.
         """
 
         def check_own_state(_: Any, loaded: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
-"""The part of a state dict of ``AdamW`` that torch's lacks: the anchor, masks, the frozen set, counters."""
+"""The part of a state dict of ``AdamW`` that torch's lacks: anchor, masks, frozen set, counters, rounding seed."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from .state import (
     MOMENTS,
     OWN_KEYS,
     add_low_bits,
+    as_kept,
     bring_moments,
     check_moment,
     check_own_state,
@@ -43,6 +45,7 @@ def own_state(optimizer: AdamW) -> dict[str, Any]:
         "masks": {positions[id(p)]: mask.mask for p, mask in optimizer._masks.items() if id(p) in positions},
         "frozen": sorted(positions[id(p)] for p in optimizer._frozen if id(p) in positions),
         "skipped_steps": optimizer.skipped_steps.cpu() if optimizer._skipped is not None else None,
+        "rounding_seed": optimizer._precision.rounding_seed,
     }
 
 
@@ -72,10 +75,12 @@ class Loading:
         precision = self.optimizer._precision
         kept, low = precision.moments(p), precision.low_dtype(p)
         tensors = {key: saved[key] for key in (*MOMENTS, *OWN_KEYS) if isinstance(saved.get(key), Tensor)}
+        if LOW_BITS in tensors:
+            tensors[LOW_BITS] = as_kept(tensors[LOW_BITS], p)
         own = any(key in saved for key in OWN_KEYS)
         if not tensors or (kept == p.dtype and low is None and not own):
             return
-        check_own_state(saved, p, where)
+        check_own_state({**saved, **tensors}, p, where)
         if kept == "8bit":
             for key in CODED:
                 if key in tensors:
@@ -97,6 +102,8 @@ class Loading:
             check_mask(mask, self.params[i], names[i])
             self.masks[self.params[i]] = UpdateMask(mask, self.params[i], names[i])
         self.frozen = {self.params[i] for i in self.own["frozen"]}
+        known = self.optimizer._precision  # older state dicts have no seed
+        self.precision = replace(known, rounding_seed=self.own.get("rounding_seed", known.rounding_seed))
         self.anchor = self.optimizer._anchor
         if self.own["anchor"] is not None:
             # A copy, so that on an error nothing has changed; it may know where the file lies now.
@@ -126,6 +133,7 @@ class Loading:
             optimizer._anchor = self.anchor
             optimizer._masks = self.masks
             optimizer._frozen = self.frozen
+            optimizer._precision = self.precision
             skipped = self.own["skipped_steps"]
             device = optimizer._skipped.device if optimizer._skipped is not None else None
             optimizer._skipped = None if skipped is None else skipped.to(device, torch.int64, copy=True)

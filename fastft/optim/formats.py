@@ -1,4 +1,4 @@
-"""What low bits, 8-bit codes and stochastic rounding stand for, in plain PyTorch and bit for bit.
+"""Low bits, 8-bit codes and stochastic rounding in plain PyTorch, bit for bit.
 
 The formulas are those of csrc/math/split.h, stochastic.h and block8.h, where they are explained. ``reference`` and the
 conversion of checkpoints go by them; the kernels are tested against them.
@@ -173,7 +173,7 @@ def code8(x: Tensor, kind: Format8, dither_bits: Tensor) -> Tensor:
 
 
 def value8(code: Tensor, kind: Format8) -> Tensor:
-    """What codes without their sign stand for, before scaling: float32."""
+    """The numbers of codes without their sign, before scaling: float32."""
     return (FLOOR_BITS + (code.to(torch.int32) << kind.shift)).view(torch.float32) - FLOOR
 
 

@@ -18,7 +18,7 @@ from fastft import _C
 from .adamw import AdamW, check_graph_capture
 from .checks import why_not_fused
 from .masks import UpdateMask
-from .plans import warn_of_idle_anchor, warn_of_rounding
+from .step_plans import warn_of_idle_anchor, warn_of_idle_options, warn_of_rounding
 from .tensors import local
 
 LATE = "runs_after_step_in_backward"
@@ -60,9 +60,11 @@ def step_in_backward(optimizer: AdamW) -> StepInBackward:
         ValueError: where the result could not be exact, because the step needs all gradients at once or gradients
             that arrive later: ``max_grad_norm``, ``skip_nonfinite``, ``differentiable``, step pre-hooks, parameters
             that share memory, DistributedDataParallel, FullyShardedDataParallel; or if it is on already. What of it
-            comes only later is refused by the next backward pass or ``step()``, and so are a ``GradScaler`` and
-            closures. A second gradient for a parameter that was stepped since the last ``optimizer.step()`` raises a
-            ``RuntimeError``.
+            comes only later is refused by the next backward pass or ``step()``, and so are closures. A ``GradScaler``
+            is noticed only at ``scaler.step(optimizer)``, when scaled gradients have been used: weights and state have
+            to be loaded again. A second gradient for a parameter that was stepped since the last ``optimizer.step()``
+            or ``optimizer.zero_grad()`` raises a ``RuntimeError``. After a backward pass that failed (out of memory),
+            ``zero_grad()`` and the next batch go on; what had been stepped until then stays.
     """
     return StepInBackward(optimizer)
 
@@ -195,7 +197,8 @@ class StepInBackward:
             raise RuntimeError(
                 f"{view._name}: expected one gradient for each optimizer.step(), got a second one; it was stepped by "
                 "the first. Put all backward passes but the last into `with handle.accumulate():`, and call "
-                "optimizer.step() after the last; with reentrant gradient checkpointing, use use_reentrant=False"
+                "optimizer.step() after the last; after a backward pass that failed, call optimizer.zero_grad(); with "
+                "reentrant gradient checkpointing, use use_reentrant=False"
             )
         if self._accumulating:
             return
@@ -251,12 +254,17 @@ class StepInBackward:
         scaled = [vars(optimizer).pop(key, None) is not None for key in ("grad_scale", "found_inf")]
         if any(scaled):
             raise ValueError(
-                "step_in_backward: expected gradients without a scale, got a GradScaler's, by which parameters may "
-                f"have been stepped in this backward pass; use bfloat16, which needs no scaler, or {PLAIN}"
+                "step_in_backward: expected gradients without a scale, got a GradScaler's: this backward pass has "
+                "stepped by scaled gradients, and weights and state are spoilt; load them again, and use bfloat16, "
+                f"which needs no scaler, or {PLAIN}"
             )
         self._check(optimizer)
 
     def _after_step(self, *_: Any) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Take the next gradients as those of another step."""
         self._begun = False
         self._stepped.clear()
 
@@ -315,6 +323,7 @@ def warn_before_first_step(optimizer: AdamW) -> None:
     """The warnings of the plain step about options that do nothing, before any parameter is written."""
     if not optimizer.state:
         warn_of_idle_anchor(optimizer)
+        warn_of_idle_options(optimizer)
     stepped = [entry for entry in fused_parameters(optimizer) if entry[1].requires_grad]
     with torch.no_grad():
         warn_of_rounding(optimizer, [entry for entry in stepped if entry[1] not in optimizer._frozen])

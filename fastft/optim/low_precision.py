@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .formats import row_of
 from .masks import UpdateMask
-from .precision import DISTANCE, cannot_move
 from .tensors import is_dtensor, local
 from .units import clear_units, unit_sums
 
@@ -44,7 +44,7 @@ class Precision:
             raise ValueError(
                 f'state_dtype: expected None, torch.float32, torch.bfloat16 or "8bit", got {self.state_dtype!r}'
             )
-        if isinstance(self.extra_bits, bool) or self.extra_bits not in LOW_DTYPES:
+        if type(self.extra_bits) is not int or self.extra_bits not in LOW_DTYPES:
             raise ValueError(f"extra_bits: expected 0, 8 or 16, got {self.extra_bits!r}")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f'rounding: expected "nearest" or "stochastic", got {self.rounding!r}')
@@ -62,12 +62,10 @@ class Precision:
     # -- what is kept for a parameter --------------------------------------------------------------------------
 
     def moments(self, p: Tensor) -> torch.dtype | Literal["8bit"]:
-        """How the moments of ``p`` are kept.
-
-        Raises:
-            ValueError: for a DTensor whose processes would hold parts of rows, with 8-bit moments.
-        """
-        if self.state_dtype is None or p.dtype not in (torch.float32, *SIXTEEN_BIT):
+        """How the moments of ``p`` are kept: without ``state_dtype`` in the dtype of ``p``, or of its master."""
+        if self.state_dtype is None:
+            return p.dtype if self.low_dtype(p) is None else torch.float32
+        if p.dtype not in (torch.float32, *SIXTEEN_BIT):
             return p.dtype
         if isinstance(self.state_dtype, torch.dtype):
             wide = self.state_dtype == torch.float32 and p.dtype == torch.float32
@@ -86,10 +84,23 @@ class Precision:
     def beyond_torch(self, p: Tensor) -> dict[str, bool]:
         """Which of the options change the step of ``p``, so that torch's own cannot take it."""
         return {
-            "state_dtype": self.moments(p) != p.dtype,
+            "state_dtype": self.state_dtype is not None and self.moments(p) != p.dtype,
             "extra_bits": self.low_dtype(p) is not None,
             "rounding": self.key(p, 0) is not None,
         }
+
+    def idle(self, params: Sequence[Tensor]) -> list[str]:
+        """For each option that changes nothing for any of the parameters: the option, and what it is for."""
+        found = []
+        if self.state_dtype is not None and all(self.moments(p) != self.state_dtype for p in params):
+            sizes = f"contiguous tensors from {SMALLEST} elements on, with rows from {SHORTEST_ROW} on"
+            dtypes = "parameters in float32, bfloat16 and float16"
+            found.append(f"state_dtype={self.state_dtype!r} is for {sizes if self.state_dtype == '8bit' else dtypes}")
+        if self.extra_bits and all(self.low_dtype(p) is None for p in params):
+            found.append(f"extra_bits={self.extra_bits} is for bfloat16 parameters")
+        if self.rounding == "stochastic" and all(self.key(p, 0) is None for p in params):
+            found.append('rounding="stochastic" is for bfloat16 and float16 parameters')
+        return found
 
     # -- checks ------------------------------------------------------------------------------------------------
 
@@ -124,8 +135,8 @@ class Precision:
 
 def has_codes_shape(p: Tensor) -> bool:
     """Whether a tensor and its rows are large enough for 8-bit moments, and lie in the order of their indices."""
-    row = p.shape[1:].numel() if p.dim() > 1 else p.numel()
-    return p.dim() > 0 and p.numel() >= SMALLEST and row >= SHORTEST_ROW and local(p).is_contiguous()
+    large = p.dim() > 0 and p.numel() >= SMALLEST and row_of(p.shape) >= SHORTEST_ROW
+    return large and local(p).is_contiguous()
 
 
 def takes_codes(p: Tensor) -> bool:
@@ -316,56 +327,6 @@ def new_sums(stepped: Tensor) -> Tensor:
 
 
 def layout(p: Tensor) -> tuple[Any, ...]:
-    """Where and in which memory order it lies."""
+    """Where, as which numbers and in which memory order it lies."""
     stepped = local(p)
     return stepped.device, stepped.dtype, tuple(stepped.shape), stepped.stride()
-
-
-# -- a warning ---------------------------------------------------------------------------------------------------
-
-
-def stands_still(parameters: Iterable[tuple[dict[str, Any], Tensor, bool]], extra_bits: int) -> str | None:
-    """The warning that decay or anchor move no typical weight, since it is rounded to nearest; "" if they do.
-
-    None where there is neither of them, or no number for lr without waiting for a GPU.
-
-    Args:
-        parameters: (group, 16-bit parameter, whether it is anchored).
-        extra_bits: low bits that are kept beside these: 0 or 8.
-    """
-    lost = {"anchor_decay": 0.0, "weight_decay": 0.0}
-    sizes = dict.fromkeys(lost, 0)
-    rates = dict.fromkeys(lost, 0.0)
-    dtypes = set()
-    for group, p, anchored in parameters:
-        lr = group.get("initial_lr", group["lr"])  # a warm-up begins at 0
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            continue
-        stepped = local(p)
-        if stepped.is_cuda and torch.cuda.is_current_stream_capturing():
-            continue
-        for option, distance in (("anchor_decay", DISTANCE), ("weight_decay", 1.0)):
-            if option == "anchor_decay" and not (anchored and group["anchor_mode"] == "decoupled"):
-                continue
-            rate = float(lr) * float(group.get(f"initial_{option}", group[option]))
-            if rate > 0.0 and stepped.numel():
-                lost[option] += stepped.numel() * cannot_move(stepped, rate, distance=distance, extra_bits=extra_bits)
-                sizes[option] += stepped.numel()
-                rates[option] = max(rates[option], rate)
-                dtypes.add(p.dtype)
-    if not dtypes:
-        return None
-    still = [option for option in lost if lost[option] > 0.5 * sizes[option]]
-    if not still:
-        return ""
-    said = " and ".join(
-        f"lr * {option} = {rates[option]:.2g} moves {1 - lost[option] / sizes[option]:.0%} of the weights"
-        for option in still
-    )
-    remedy = 'rounding="stochastic"' if torch.float16 in dtypes else 'extra_bits=16 or rounding="stochastic"'
-    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    kept = f" with {extra_bits} extra bits" if extra_bits else ""
-    return (
-        f"{', '.join(still)}: {said} by itself: {names} weights{kept} are rounded to nearest, and so small a change is "
-        f"lost; pass {remedy}"
-    )

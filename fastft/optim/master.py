@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from .adamw import AdamW
 from .formats import join
+from .low_precision import SIXTEEN_BIT
 from .state import CODED, LOW_BITS, MOMENTS, OWN_KEYS, moment_of, spread_like
 from .tensors import local
-
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -28,6 +27,9 @@ def master_weights(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
         Float32 tensors (DTensors of sharded parameters) under the names of ``model.named_parameters()``, to be saved or
         loaded into a float32 model. Parameters without low bits are only widened, and those that somebody else has
         written since the last step are as they were written. Float32 parameters are not copied.
+
+    To resume, save ``model.state_dict()`` beside the optimizer's instead: rounded to bfloat16 again, a float32 weight
+    half-way between two may become another one than that which the low bits belong to.
 
     Raises:
         TypeError: the optimizer is no :class:`fastft.AdamW`.

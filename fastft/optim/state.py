@@ -2,13 +2,13 @@
 
 Keys of ``optimizer.state[p]``: ``step``; the moments ``exp_avg``, ``exp_avg_sq`` and, with amsgrad,
 ``max_exp_avg_sq``; in 8 bits, in place of a moment, its ``_codes`` (uint8, like p) and ``_scales`` (float32, of
-``formats.scales_shape``); ``low_bits`` beside a bfloat16 parameter (uint16 or uint8, like p).
+``formats.scales_shape``); ``low_bits`` beside a bfloat16 parameter (uint16 or uint8, like p). In a state dict and in
+a pickle, 16 low bits are bytes: uint8 with one more dimension of 2. ``pickle``, gloo and NCCL do not take uint16.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,8 +70,7 @@ def prepare_state(
     as_codes = precision.moments(p) == "8bit"
     if any((CODED[key][0] in state) != as_codes for key in CODED):
         bring_moments(state, p, precision, f"{name}: state")
-    if precision.low_dtype(p) is not None:
-        add_low_bits(state, p, precision)
+    add_low_bits(state, p, precision)
     for key in (*names, LOW_BITS, *(codes for codes, _ in CODED.values())):
         if key in state and not is_dtensor(p) and state[key].shape == p.shape:
             state[key] = laid_out_like(state[key], p)
@@ -178,25 +177,40 @@ def spread_like(part: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
 
 
-def for_pickle(state: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
-    """A state whose uint16 tensors are given as int16: ``pickle`` cannot bring back those of torch."""
-    found: dict[Tensor, Any] = defaultdict(dict)
-    for p, kept in state.items():
-        found[p] = {**kept, LOW_BITS: as_int16(kept[LOW_BITS])} if LOW_BITS in kept else kept
-    return found
+def as_saved(kept: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state with 16 low bits as bytes, which lie in the same memory; itself if it has none."""
+    low = kept.get(LOW_BITS)
+    if not isinstance(low, Tensor) or low.dtype != torch.uint16:
+        return kept
+    strides = (*(2 * stride for stride in low.stride()), 1)
+    return {**kept, LOW_BITS: viewed(low, lambda part: part.unsqueeze(-1).view(torch.uint8), (*low.shape, 2), strides)}
 
 
-def as_int16(low: Tensor) -> Tensor:
-    """The same memory, if it is a plain uint16 tensor."""
-    return low.view(torch.int16) if low.dtype == torch.uint16 and not is_dtensor(low) else low
+def as_kept(low: Tensor, p: Tensor) -> Tensor:
+    """Low bits of ``p`` out of a state dict as the step reads them: bytes as uint16, others as they are."""
+    if low.dtype != torch.uint8 or low.dim() != p.dim() + 1 or low.shape[-1] != 2:
+        return low
+    strides = tuple(stride // 2 for stride in low.stride()[:-1])
+    return viewed(low, joined_bytes, tuple(low.shape[:-1]), strides)
 
 
-def after_pickle(state: Mapping[Tensor, Any]) -> None:
-    """The inverse of :func:`for_pickle`, in place."""
-    for kept in state.values():
-        low = kept.get(LOW_BITS)
-        if isinstance(low, Tensor) and low.dtype == torch.int16:
-            kept[LOW_BITS] = low.view(torch.uint16)
+def joined_bytes(part: Tensor) -> Tensor:
+    """uint16 out of plain bytes; in the same memory where they lie in pairs."""
+    in_pairs = part.stride(-1) == 1 and part.storage_offset() % 2 == 0 and not any(s % 2 for s in part.stride()[:-1])
+    return (part if in_pairs else part.clone(memory_format=torch.contiguous_format)).view(torch.uint16).squeeze(-1)
+
+
+def viewed(
+    tensor: Tensor, view: Callable[[Tensor], Tensor], shape: tuple[int, ...], strides: tuple[int, ...]
+) -> Tensor:
+    """``view`` of a tensor; of a DTensor, of this process's part of it, with the shape and strides of the whole."""
+    if not is_dtensor(tensor):
+        return view(tensor)
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    whole = torch.Size(shape)
+    return DTensor.from_local(view(local(tensor)), mesh, placements, run_check=False, shape=whole, stride=strides)
 
 
 def moments_of(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ def clear_units(low: Tensor, units: Tensor, coded: bool, rows: Tensor | None = N
 
 
 def widths(t: Tensor, coded: bool, rows: Tensor | None) -> tuple[int, int]:
-    """(elements of a row, the same with its last block filled up); (1, 1) where rows do not matter."""
+    """(elements of a row, the same with its last block filled up); (1, 1) if that changes nothing."""
     row = row_of(t.shape) if rows is None else t.shape[1:].numel()
     filled = -(-row // BLOCK) * BLOCK if coded else row
     return (1, 1) if rows is None and (row == filled or row == t.numel()) else (row, filled)

@@ -292,7 +292,10 @@ CONSTRUCTION: list[tuple[dict[str, Any], str]] = [
         ({"state_dtype": bad}, f'^state_dtype: expected None, torch.float32, torch.bfloat16 or "8bit", got {bad!r}$')
         for bad in (torch.float64, torch.float16, "float32", 8)
     ],
-    *[({"extra_bits": bad}, f"^extra_bits: expected 0, 8 or 16, got {bad!r}$") for bad in (4, -8, True, "8", None)],
+    *[
+        ({"extra_bits": bad}, f"^extra_bits: expected 0, 8 or 16, got {re.escape(repr(bad))}$")
+        for bad in (4, -8, True, "8", None, 16.0, [8])
+    ],
     *[
         ({"rounding": bad}, f'^rounding: expected "nearest" or "stochastic", got {bad!r}$')
         for bad in (None, "up", True)

@@ -458,15 +458,42 @@ def test_a_second_gradient_is_an_error_until_the_step() -> None:
     said = r"3\.bias: expected one gradient for each optimizer\.step\(\), got a second one.*handle\.accumulate\(\)"
     with pytest.raises(RuntimeError, match=said):
         loss_of(model, BATCHES[1]).backward()
-    optimizer.zero_grad()
+    model.zero_grad()
     with pytest.raises(RuntimeError, match=said), handle.accumulate():
         loss_of(model, BATCHES[1]).backward()
     assert_same(model.state_dict(), before)
-    optimizer.zero_grad()
+    model.zero_grad()
     optimizer.step()
     assert_same(model.state_dict(), before)
     loss_of(model, BATCHES[1]).backward()
     assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+class OutOfMemory(RuntimeError):
+    pass
+
+
+def test_after_a_backward_pass_that_failed() -> None:
+    """The output side was stepped by then, and the next batch steps all."""
+    model = net()
+    optimizer = fastft.AdamW(model.named_parameters(), **OPTIONS)
+    step_in_backward(optimizer)
+
+    def fail(grad: Tensor) -> Tensor:
+        raise OutOfMemory
+
+    before = copy.deepcopy(model.state_dict())
+    hook = model[0].register_full_backward_hook(lambda *_: fail(_[0]))
+    with pytest.raises(OutOfMemory):
+        loss_of(model, BATCHES[0]).backward()
+    hook.remove()
+    moved = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
+    assert moved["3.weight"] and not moved["0.weight"]
+    optimizer.zero_grad()
+    loss_of(model, BATCHES[1]).backward()
+    optimizer.step()
+    steps = {name: int(optimizer.state[p]["step"]) for name, p in model.named_parameters()}
+    assert steps == {name: 1 + moved[name] for name in moved}
 
 
 def test_step_counts_for_hooks_and_schedulers() -> None:
@@ -628,7 +655,7 @@ def test_a_grad_scaler_is_refused_at_its_step() -> None:
     scaler.step(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(loss_of(model, BATCHES[0])).backward()
-    with pytest.raises(ValueError, match=r"got a GradScaler's.*bfloat16"):
+    with pytest.raises(ValueError, match=r"got a GradScaler's.*spoilt; load them again, and use bfloat16"):
         scaler.step(optimizer)
     handle.undo()  # and nothing of the scaler's stays behind
     loss_of(model, BATCHES[0]).backward()
@@ -717,7 +744,7 @@ def test_the_warning_of_an_idle_anchor_comes_once(decays: tuple[float, float]) -
 
 
 def in_two_processes(rank: int, port: str) -> None:
-    """What both ranks run."""
+    """The run of both ranks."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

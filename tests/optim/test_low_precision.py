@@ -114,7 +114,8 @@ def test_what_is_kept_of_each_dtype(state_dtype: Any, extra_bits: int) -> None:
         state = optimizer.state[p]
         low = {8: torch.uint8, 16: torch.uint16}.get(extra_bits) if p.dtype == BF16 else None
         assert (state["low_bits"].dtype if "low_bits" in state else None) == low
-        wanted = p.dtype if state_dtype is None or p.dtype == torch.float64 else state_dtype
+        plain = torch.float32 if low else p.dtype
+        wanted = plain if state_dtype is None or p.dtype == torch.float64 else state_dtype
         found = {"8bit" if "exp_avg_codes" in state else state["exp_avg"].dtype}
         assert found == {wanted}
 
@@ -212,7 +213,7 @@ STATE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "exp_avg_codes: expected uint8 of shape [40, 128], got NoneType",
     ),
     "low_bits_dtype": (
-        lambda s: s.update(low_bits=s["low_bits"].int()),
+        lambda s: s.update(low_bits=torch.zeros(40, 128, dtype=torch.int32)),
         "low_bits: expected uint16 or uint8 of shape [40, 128], got int32 of shape [40, 128]",
     ),
     "low_bits_shape": (
@@ -853,7 +854,7 @@ def test_weights_that_are_not_finite_and_ends_of_the_range() -> None:
 
 @pytest.mark.parametrize("setting", ["split16", "8bit_split8_stochastic", "8bit"])
 def test_momentum_filtered_steps(setting: str) -> None:
-    """What MoFO takes back it takes back with its low bits, and what moved keeps them."""
+    """MoFO takes weights back with their low bits, and those that moved keep theirs."""
     dtype, options = SETTINGS[setting]
     (p,), (q,) = parameters(dtype, [(40, 128)]), parameters(dtype, [(40, 128)])
     filtered, plain = (fastft.AdamW([x], lr=1e-3, weight_decay=0.1, **options) for x in (p, q))
@@ -898,6 +899,43 @@ def test_state_that_is_dropped_leaves_the_low_bits() -> None:
     assert {int(run.optimizer.state[p]["step"]) for p in run.params} == {1}
 
 
+def test_low_bits_alone_are_no_state() -> None:
+    """A closed layer whose moments were dropped gets none as long as it has no gradient."""
+    params = parameters(BF16)
+    optimizer = fastft.AdamW(named(params), lr=1e-3, extra_bits=16, state_dtype="8bit")
+    give_grads(params, 0)
+    optimizer.step()
+    moments.drop(optimizer, params[:1])
+    give_grads(params, 1)
+    params[0].grad = None
+    before = photograph(params[:1], optimizer)
+    optimizer.step()
+    assert_unchanged(before, photograph(params[:1], optimizer))
+    assert set(optimizer.state[params[0]]) == {"low_bits"} and "step" in optimizer.state[params[1]]
+
+
+@pytest.mark.parametrize("state_dtype", ["8bit", torch.float32], ids=str)
+def test_a_model_that_becomes_float32_has_no_low_bits_any_more(state_dtype: Any) -> None:
+    model = nn.ParameterList(parameters(BF16))
+    optimizer = fastft.AdamW(named(list(model)), lr=1e-3, extra_bits=16, state_dtype=state_dtype)
+    for step in range(2):
+        give_grads(list(model), step)
+        optimizer.step()
+    model.float()
+    give_grads(list(model), 2)
+    optimizer.step()
+    assert not any("low_bits" in state for state in optimizer.state.values())
+    # And back: nothing that was known of the weights when they last were bfloat16 counts.
+    model.bfloat16()
+    found = master_weights(model, optimizer)
+    assert all(same_bits(found[name], p.float()) for name, p in model.named_parameters())
+    p = model[0]
+    sums = optimizer._weight_sums.known(p)
+    assert sums is not None  # in this layout it is known
+    p.data = p.data.half()
+    assert optimizer._weight_sums.known(p) is None
+
+
 # -- the warning -------------------------------------------------------------------------------------------------
 
 
@@ -905,7 +943,7 @@ def warned(
     dtype: torch.dtype = BF16, steps: int = 2, change: Callable[[Any], Any] = lambda o: None, **options: Any
 ) -> list[str]:
     params = parameters(dtype)
-    optimizer = fastft.AdamW(named(params), **{"lr": 1e-4, "weight_decay": 0.0, **options})
+    optimizer = fastft.AdamW(named(params), **{"lr": 1e-2, "weight_decay": 0.0, **options})
     change(optimizer)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -919,15 +957,69 @@ def warned(
 def test_a_pull_that_does_nothing_is_said_once() -> None:
     (said,) = warned(weight_decay=0.1)
     assert said.startswith(
-        "weight_decay: lr * weight_decay = 1e-05 moves 0% of the weights by itself: bfloat16 weights are rounded"
+        "weight_decay: lr * weight_decay = 0.001 moves 0% of the weights by itself: bfloat16 weights are rounded"
     )
     assert said.endswith('pass extra_bits=16 or rounding="stochastic"')
-    (said,) = warned(anchor="init", anchor_decay=30.0, weight_decay=0.1)
-    assert said.startswith("anchor_decay, weight_decay: lr * anchor_decay = 0.003 moves 0% of the weights and ")
-    (said,) = warned(torch.float16, anchor="init", anchor_decay=30.0)
+    (said,) = warned(anchor="init", anchor_decay=3.0, weight_decay=0.1)
+    assert said.startswith(
+        "anchor_decay, weight_decay: lr * anchor_decay = 0.03 moves 0% of the weights by itself, lr "
+    )
+    (said,) = warned(torch.float16, anchor="init", anchor_decay=1.0)
     assert said.startswith("anchor_decay: ") and said.endswith('pass rounding="stochastic"')
-    (said,) = warned(extra_bits=8, weight_decay=0.01)
+    (said,) = warned(extra_bits=8, weight_decay=1e-4)
     assert "moves 0% of the weights by itself: bfloat16 weights with 8 extra bits are rounded" in said
+    (said,) = warned(lr=1e-6)
+    assert said.startswith("lr: lr = 1e-06 moves ") and " of the weights by itself: bfloat16 weights are" in said
+    (said,) = warned(lr=1e-6, weight_decay=0.1)
+    assert said.startswith("weight_decay, lr: lr * weight_decay = 1e-07 moves 0% of the weights by itself, lr = 1e-06 ")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "said"),
+    [
+        (torch.float32, {"extra_bits": 16}, ["extra_bits=16 is for bfloat16 parameters"]),
+        (torch.float32, {"rounding": "stochastic"}, ['rounding="stochastic" is for bfloat16 and float16 parameters']),
+        (BF16, {"state_dtype": "8bit"}, ["state_dtype='8bit' is for contiguous tensors from 4096 elements on, with "]),
+        (torch.float64, {"state_dtype": BF16}, ["state_dtype=torch.bfloat16 is for parameters in float32, bfloat16 "]),
+        (
+            torch.float32,
+            {"state_dtype": "8bit", "extra_bits": 8, "rounding": "stochastic"},
+            ["state_dtype='8bit' is for ", "extra_bits=8 is for ", 'rounding="stochastic" is for '],
+        ),
+        (torch.float32, {"state_dtype": torch.float32}, []),
+        (torch.float16, {"rounding": "stochastic"}, []),
+        (BF16, {"extra_bits": 16}, []),
+    ],
+)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_an_option_that_changes_nothing_is_said_once(
+    dtype: torch.dtype, options: dict[str, Any], said: list[str], in_backward: bool
+) -> None:
+    p, other = (nn.Parameter(normal((10, 20), seed=seed).to(dtype)) for seed in range(2))
+    optimizer = fastft.AdamW([p, other], lr=0.01, weight_decay=0.0, **options)
+    handle = fastft.optim.step_in_backward(optimizer) if in_backward else None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            (p.sum() + other.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer._forget_plan()
+    assert len(seen) == len(said)
+    for warning, start in zip(seen, said, strict=True):
+        assert str(warning.message).startswith(start)
+        assert str(warning.message).endswith("; the optimizer has none, so this changes nothing")
+    if handle is not None:
+        handle.undo()
+
+
+def test_an_option_that_one_parameter_can_use_is_no_mistake() -> None:
+    params = [nn.Parameter(torch.zeros(64, 64)), nn.Parameter(torch.zeros(8, dtype=BF16))]
+    optimizer = fastft.AdamW(params, lr=0.01, state_dtype="8bit", extra_bits=16)
+    params[1].grad = torch.ones_like(params[1])  # the other one may have a gradient later
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
 
 
 def test_it_is_said_for_the_learning_rate_that_a_warm_up_goes_to() -> None:
@@ -978,7 +1070,7 @@ def test_master_weights_of_each_kind() -> None:
         master_weights(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
 
 
-# -- weights written between a step and a change of the mask ---------------------------------------------------------
+# -- weights written between a step and a change of the mask -----------------------------------------------------------
 
 
 def stepped_alone(

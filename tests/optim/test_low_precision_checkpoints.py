@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimize
 import fastft
 from fastft.optim import formats, full_precision_state, master_weights
 from fastft.optim.formats import join
-from fastft.optim.state import moments_of
+from fastft.optim.state import as_kept, moments_of
 
 EACH = pytest.mark.parametrize("setting", SETTINGS)
 OPTIONS: dict[str, Any] = {
@@ -77,6 +78,11 @@ def by_torch_save(saved: dict[str, Any], folder: Path) -> dict[str, Any]:
     return loaded
 
 
+def by_pickle(saved: dict[str, Any], folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = pickle.loads(pickle.dumps(saved))
+    return loaded
+
+
 def by_safetensors(saved: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The state's tensors in a file, the rest beside it."""
     tensors = {f"{i}.{key}": value for i, state in saved["state"].items() for key, value in state.items()}
@@ -89,7 +95,7 @@ def by_safetensors(saved: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @EACH
-@pytest.mark.parametrize("through", [by_torch_save, by_safetensors])
+@pytest.mark.parametrize("through", [by_torch_save, by_pickle, by_safetensors])
 def test_a_run_resumes_to_the_bit(
     setting: str, through: Callable[[dict[str, Any], Path], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -106,6 +112,92 @@ def test_a_run_resumes_to_the_bit(
     for run in ((model, optimizer), (other, resumed)):
         train(*run, range(3, 6))
     assert_same_run((list(other), resumed), (list(model), optimizer))
+
+
+@pytest.mark.parametrize("setting", ["stochastic", "8bit_split8_stochastic"])
+def test_the_rounding_seed_is_resumed(setting: str) -> None:
+    model, optimizer = start(setting, rounding_seed=7)
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    other, resumed = start(setting, list(model), rounding_seed=8)
+    train(other, resumed, range(1))  # a plan with the other seed
+    with torch.no_grad():
+        for p, q in zip(other, model, strict=True):
+            p.copy_(q)
+    resumed.load_state_dict(saved)
+    for run in ((model, optimizer), (other, resumed)):
+        train(*run, range(2, 4))
+    assert_same_run((list(other), resumed), (list(model), optimizer))
+    assert repr(resumed) == repr(optimizer)
+
+
+def test_a_state_dict_without_a_seed_or_with_a_wrong_one() -> None:
+    model, optimizer = start("stochastic", rounding_seed=7)
+    train(model, optimizer, range(1))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["fastft"]["rounding_seed"] = "7"
+    before = photograph(model, optimizer)
+    with pytest.raises(ValueError, match=r"^rounding_seed: expected an integer, got '7'"):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(before, photograph(model, optimizer))
+    del saved["fastft"]["rounding_seed"]
+    optimizer.load_state_dict(saved)
+    assert "rounding_seed: 7" in repr(optimizer)
+
+
+@pytest.mark.parametrize("kind", ["", "channels_last", "transposed", "scalar", "empty", "pair"])
+def test_16_low_bits_are_saved_as_bytes_of_the_same_memory(kind: str) -> None:
+    shape = {"scalar": (), "empty": (0, 3), "pair": (2,)}.get(kind, (4, 3, 5, 2))
+    p = nn.Parameter(normal(shape, seed=1).to(BF16))
+    if kind == "channels_last":
+        p.data = p.data.to(memory_format=torch.channels_last)
+    elif kind == "transposed":
+        p.data = p.data.transpose(0, 3)
+    optimizer = fastft.AdamW([p], lr=1e-3, extra_bits=16)
+    give_grads([p], 0)
+    optimizer.step()
+    before = photograph([p], optimizer)
+    saved = optimizer.state_dict()["state"][0]["low_bits"]
+    assert_unchanged(before, photograph([p], optimizer))
+    low = optimizer.state[p]["low_bits"]
+    assert low.dtype == torch.uint16 and low.shape == p.shape and low.stride() == p.stride()
+    assert saved.dtype == torch.uint8 and saved.shape == (*p.shape, 2) and saved.data_ptr() == low.data_ptr()
+    assert same_bits(as_kept(saved, p), low) and as_kept(saved, p).data_ptr() == low.data_ptr()
+    assert same_bits(as_kept(torch.stack(saved.unbind(-1)).movedim(0, -1), p), low)
+
+
+@pytest.mark.parametrize("extra_bits", [8, 16])
+@pytest.mark.parametrize("form", ["bytes", "plain"])
+def test_low_bits_are_loaded_from_either_form(extra_bits: int, form: str) -> None:
+    model, optimizer = start("split16", extra_bits=extra_bits)
+    model.append(nn.Parameter(normal((64, 2), seed=3).to(BF16)))  # whose last dimension is as that of bytes
+    optimizer.add_param_group({"params": [("p4", model[4])]})
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    if form == "plain":
+        for i, p in enumerate(model):
+            saved["state"][i]["low_bits"] = optimizer.state[p]["low_bits"].clone()
+    other, loaded = start("split16", list(model)[:4], extra_bits=extra_bits)
+    other.append(nn.Parameter(model[4].detach().clone()))
+    loaded.add_param_group({"params": [("p4", other[4])]})
+    loaded.load_state_dict(saved)
+    assert_same_run((list(other), loaded), (list(model), optimizer))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_is_loaded_into_the_memory_of_the_state(tmp_path: Path) -> None:
+    """As DCP does with what ``state_dict()`` gives; low bits do not count for the weights that were there before."""
+    model, optimizer = start("split16")
+    train(model, optimizer, range(2))
+    dcp.save({"optimizer": optimizer.state_dict()["state"]}, checkpoint_id=tmp_path, no_dist=True)
+    saved = copy.deepcopy(model.state_dict())
+    expected = master_weights(model, optimizer)
+    train(model, optimizer, range(2, 4))
+    given = optimizer.state_dict()
+    dcp.load({"optimizer": given["state"]}, checkpoint_id=tmp_path, no_dist=True)
+    model.load_state_dict(saved)
+    optimizer.load_state_dict(given)
+    assert all(map(same_bits, master_weights(model, optimizer).values(), expected.values()))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -239,7 +331,8 @@ def test_low_bits_are_trusted_after_loading() -> None:
     optimizer.load_state_dict(saved[1])
     found = master_weights(model, optimizer)
     for name, p in model.named_parameters():
-        assert same_bits(found[name], join(p.detach(), saved[1]["state"][int(name)]["low_bits"]))
+        low = as_kept(saved[1]["state"][int(name)]["low_bits"], p)
+        assert same_bits(found[name], join(p.detach(), low))
     train(model, optimizer, range(2, 4))
     again, other = start("split16")
     train(again, other, range(4))

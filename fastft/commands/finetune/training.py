@@ -101,9 +101,8 @@ def prepare(
         no_decay=biases_and_norms,
         weight_decay=options.weight_decay,
     )
-    exact: dict[str, Any] = {}
-    if any(p.dtype == torch.bfloat16 for p in model.parameters()):  # the steps are those of float32 weights
-        exact = {"extra_bits": 16, "state_dtype": torch.float32}
+    # Then the steps are those of float32 weights.
+    extra_bits = 16 if any(p.dtype == torch.bfloat16 for p in model.parameters()) else 0
     optimizer = optimizer_cls_and_kwargs(
         args,
         model,
@@ -113,7 +112,7 @@ def prepare(
         anchor_mode=options.anchor_mode,
         max_grad_norm=options.max_grad_norm or None,
         skip_nonfinite=True,
-        **exact,
+        extra_bits=extra_bits,
     )
     unfreeze = None
     if options.unfreeze is not None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fastft import _C
 
 from .checks import refuse_unusable, why_not_fused
 from .entries import Part, parts_of, record_of
-from .low_precision import SIXTEEN_BIT, stands_still
+from .lost_changes import stands_still
+from .low_precision import SIXTEEN_BIT
 from .state import CODED, LOW_BITS, prepare_state
 from .tensors import local
 from .torch_step import TorchStep
@@ -34,11 +36,12 @@ def plans_of(optimizer: AdamW, counts_on_device: bool) -> tuple[list[Part], Torc
     """
     if not optimizer.state:
         warn_of_idle_anchor(optimizer)
+        warn_of_idle_options(optimizer)
     live: dict[int, tuple[int, Tensor, str]] = {}
     records: list[_C.AdamWRecord] = []
     torch_step = TorchStep()
     for position, (group_index, p, name) in enumerate(optimizer._parameters()):
-        has_state = bool(optimizer.state.get(p))
+        has_state = bool(optimizer.state.get(p, {}).keys() - {LOW_BITS})  # which are a part of the weight
         frozen = p in optimizer._frozen
         dormant = p.grad is None and not has_state and not frozen
         records.append(_C.AdamWRecord(p, group_index, dormant=dormant))
@@ -123,8 +126,15 @@ def warn_of_idle_anchor(optimizer: AdamW) -> None:
         )
 
 
+def warn_of_idle_options(optimizer: AdamW) -> None:
+    """Say, before the first step, that an option is for other parameters than there are."""
+    params = [p for _, p, _ in optimizer._parameters() if p.layout == torch.strided]
+    for idle in optimizer._precision.idle(params) if params else []:
+        warnings.warn(f"{idle}; the optimizer has none, so this changes nothing", stacklevel=2)
+
+
 def warn_of_rounding(optimizer: AdamW, live: list[tuple[int, Tensor, str]]) -> None:
-    """Say, once, that decay or anchor do nothing to 16-bit weights that are rounded to nearest.
+    """Say, once, that steps, decay or anchor do nothing to most 16-bit weights, as these are rounded to nearest.
 
     Args:
         optimizer: whose groups are read.
