@@ -1070,7 +1070,7 @@ def test_master_weights_of_each_kind() -> None:
         master_weights(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
 
 
-# -- weights written between a step and a change of the mask -----------------------------------------------------------
+# -- weights written between a step and a change of the mask ---------------------------------------------------
 
 
 def stepped_alone(
