@@ -28,7 +28,7 @@ enum class Dtypes : uint8_t {
   count,     // float32, or float64 on the CPU
   low_bits,  // uint16 or uint8, with a bfloat16 parameter
   scales,    // float32, one for each block of each row
-  sums,      // int32, at least one for each chunk
+  sums,      // int32, at least one for each unit
 };
 
 // Who keeps a tensor alive: the plan; or the optimizer's state, from which a user may take it at any time. (What a
