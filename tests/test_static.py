@@ -60,6 +60,8 @@ def most_registers(kernel: str, arch: str) -> int:
     # Two blocks, on Blackwell also without low bits.
     if re.fullmatch(r"adamw_lean<.* stochastic, Codes.*>", kernel) and ("+ 8" in kernel or int(arch) >= 100):
         return 128
+    if re.fullmatch(r"adamw_lean<.* \+ 16, Codes.*>", kernel) and int(arch) >= 100:
+        return 128
     # Three blocks: moments in 8 bits, random bits; and what is no common case.
     three = r"adamw_lean<.*(stochastic|Codes).*>|(adamw_generic|selective_project)<.*>"
     if re.fullmatch(rf"dropout_add_norm_backward_kernel<b?float16>|{three}", kernel):

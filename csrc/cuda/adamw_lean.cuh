@@ -289,7 +289,7 @@ template <typename W, typename M>
 constexpr bool kHoldsMost = kInBlocks<W, M> && W::kStochastic;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <typename W, typename M>
-constexpr int kLeanBlocks = kHoldsMost<W, M> ? 2 : 3;
+constexpr int kLeanBlocks = kHoldsMost<W, M> || (kInBlocks<W, M> && W::kLowBits == 16) ? 2 : 3;
 #else
 template <typename W, typename M>
 constexpr int kLeanBlocks = kHoldsMost<W, M> && W::kLowBits != 0 ? 2
