@@ -286,7 +286,7 @@ class Case:
         return after
 
     def differing(self, other: Case) -> list[str]:
-        """What is not the same to the bit; the sums, which a backend cuts as it likes, aside."""
+        """The tensors that differ in any bit, with how many bytes. The sums of weights are left out: oracles have none."""
         mine, theirs = {"p": self.p, **self.state}, {"p": other.p, **other.state}
         assert mine.keys() == theirs.keys()
         return [

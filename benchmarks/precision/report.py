@@ -161,7 +161,7 @@ def pull_section(result: Result) -> str:
 
 def plot_pull(result: Result, path: Path) -> None:
     names = list(dict.fromkeys(row["weights"] for row in result["rows"]))
-    # What lies on one another is told apart by its size.
+    # Smaller markers over larger ones, so that all are seen where they lie on one another.
     with figure(path, 8, 3.6, dpi=130) as axes:
         for k, name in enumerate(names):
             rows = [row for row in result["rows"] if row["weights"] == name]

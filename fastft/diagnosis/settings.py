@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastft.optim.low_precision import Precision, Rounding, StateDtype, new_sums
+from fastft.optim.low_precision import Precision, Rounding, StateDtype
 from fastft.optim.state import MOMENTS, new_moment
+from fastft.optim.weight_sums import new_sums
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -18,13 +18,14 @@ from . import checkpoint
 from .anchoring import ANCHOR_MODES, AnchorMode, check_anchor_options, check_pull
 from .checks import check_max_grad_norm, check_scalar
 from .entries import Part
-from .low_precision import Precision, Rounding, StateDtype, WeightSums
+from .low_precision import Precision, Rounding, StateDtype
 from .masks import UpdateMask
 from .state import LOW_BITS, as_kept, as_saved
 from .step import take_step
 from .step_plans import plans_of
 from .tensors import fit_grad, local, torch_device
 from .torch_step import TorchStep
+from .weight_sums import WeightSums
 
 # torch's warning about steps captured without capturable=True; newer ones renamed it.
 check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(

@@ -14,11 +14,12 @@ from .anchoring import AnchorMode, check_anchor_options, check_pull
 from .checks import check_numbers, refuse_unusable
 from .entries import Part, record_of
 from .formats import scales_shape
-from .low_precision import Precision, Rounding, new_sums
+from .low_precision import Precision, Rounding
 from .masks import UpdateMask
 from .state import CODED, check_like
 from .step import take_step
 from .tensors import KERNEL_DTYPES, fit_grad, is_dense, is_wrapper, runs_kernels
+from .weight_sums import new_sums
 
 
 @torch.no_grad()

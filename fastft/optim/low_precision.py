@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from .formats import row_of
-from .masks import UpdateMask
 from .tensors import is_dtensor, local
-from .units import clear_units, unit_sums
 
 StateDtype = torch.dtype | Literal["8bit"] | None
 Rounding = Literal["nearest", "stochastic"]
@@ -22,7 +20,6 @@ ROUNDINGS = ("nearest", "stochastic")
 LOW_DTYPES = {0: None, 8: torch.uint8, 16: torch.uint16}
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 SMALLEST, SHORTEST_ROW = 4096, 64  # elements of a tensor, and of a row, from which on moments are kept in 8 bits
-SUMS_EVERY = 1024  # elements, at least, that one of `weight_sums` stands for
 MASK64 = (1 << 64) - 1
 
 
@@ -222,111 +219,3 @@ def element_index(p: Tensor, name: str) -> tuple[int, int, int] | None:
     within = order[inner:]
     first = sum(offsets[d] * strides[d] for d in order)
     return math.prod(sizes[d] for d in within), math.prod(p.shape[d] for d in within), first
-
-
-# -- what is remembered of the weights as they were written -----------------------------------------------------
-
-
-@dataclass
-class Known:
-    """What is known of a parameter."""
-
-    layout: tuple[Any, ...]
-    coded: bool  # whether its moments are kept in 8 bits
-    sums: Tensor  # int32, which the core reads and writes; 0: not known
-    rows: Tensor | None = None  # that are live, if not all
-    left_out: Tensor | None = None  # the other ones, and their sums
-    left_out_sums: Tensor | None = None
-
-
-class WeightSums:
-    """The sums by which a step sees that somebody else has written a parameter: of an optimizer, not saved.
-
-    They hold for the memory order that the parameter has; in another they start anew, and the low bits are trusted for
-    one step. Rows that a mask leaves out have sums of their own, which are looked at when somebody asks, and when the
-    mask changes.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[Tensor, Known] = {}
-
-    def of(self, p: Tensor, coded: bool, mask: UpdateMask | None) -> Tensor:
-        """Those of ``p``, for the core to read and write: int32, zeros where nothing is known.
-
-        Args:
-            p: the parameter.
-            coded: whether its moments are kept in 8 bits.
-            mask: its update mask.
-        """
-        known = self._current(p)
-        if known is None:
-            known = self._known[p] = Known(layout(p), coded, new_sums(local(p)))
-            leave_out(known, p, mask)
-        return known.sums
-
-    def known(self, p: Tensor) -> Tensor | None:
-        """Those of ``p`` as it lies now; None where there are none."""
-        known = self._current(p)
-        return None if known is None else known.sums
-
-    def valid(self, p: Tensor, low: Tensor) -> Tensor:
-        """A copy of what this process holds of low bits of ``p``, in its memory order.
-
-        They are 0 in units that somebody else has written since the last step.
-        """
-        known, weights = self._current(p), local(p.detach())
-        checked = torch.empty_like(weights, dtype=low.dtype).copy_(local(low))
-        if known is None:
-            return checked
-        for rows, sums in ((known.rows, known.sums), (known.left_out, known.left_out_sums)):
-            if sums is not None:
-                now = unit_sums(weights, known.coded, rows)
-                was = sums[: len(now)]
-                clear_units(checked, (was != 0) & (was != now), known.coded, rows)
-        return checked
-
-    def set_mask(self, p: Tensor, low: Tensor | None, mask: UpdateMask | None) -> None:
-        """Bring low bits of ``p`` to what is :meth:`valid`, in place, and :meth:`renew` the sums."""
-        if low is not None and self._current(p) is not None:
-            local(low).copy_(self.valid(p, low))
-        self.renew(p, mask)
-
-    def renew(self, p: Tensor, mask: UpdateMask | None) -> None:
-        """Take ``p`` as it is now for written by the optimizer, if sums were kept, with ``mask`` from now on."""
-        known = self._current(p)
-        if known is None:
-            self._known.pop(p, None)
-            return
-        leave_out(known, p, mask)
-        now = unit_sums(local(p.detach()), known.coded, known.rows)
-        known.sums.zero_()[: len(now)] = now
-
-    def clear(self) -> None:
-        """Let the next step trust all low bits; plans made before hold sums of their own."""
-        self._known.clear()
-
-    def _current(self, p: Tensor) -> Known | None:
-        known = self._known.get(p)
-        return None if known is None or known.layout != layout(p) else known
-
-
-def leave_out(known: Known, p: Tensor, mask: UpdateMask | None) -> None:
-    """Note the rows that are live, and the sums of the others."""
-    known.rows = None if mask is None else mask.for_core(p)[1]
-    known.left_out = known.left_out_sums = None
-    if known.rows is not None:
-        others = torch.ones(p.shape[0], dtype=torch.bool, device=p.device)
-        others[known.rows] = False
-        known.left_out = others.nonzero().flatten()
-        known.left_out_sums = unit_sums(p, known.coded, known.left_out)
-
-
-def new_sums(stepped: Tensor) -> Tensor:
-    """Sums of which none is known, for a plain tensor."""
-    return torch.zeros(stepped.numel() // SUMS_EVERY + 2, dtype=torch.int32, device=stepped.device)
-
-
-def layout(p: Tensor) -> tuple[Any, ...]:
-    """Where, as which numbers and in which memory order it lies."""
-    stepped = local(p)
-    return stepped.device, stepped.dtype, tuple(stepped.shape), stepped.stride()

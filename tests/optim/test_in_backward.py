@@ -217,7 +217,7 @@ def test_what_is_changed_between_steps_counts_from_then_on() -> None:
         for step, change in enumerate(changes):
             loss = loss_of(model, BATCHES[step % 6])
             (loss + (extra * loss.detach()).sum() if step > 5 else loss).backward()
-            # What has just been added may have come before its hook.
+            # A group added in this round may get its gradient before it has a hook.
             assert handle is None or all(p.grad is None for p in model.parameters())
             assert handle is None or step == 6 or extra.grad is None
             optimizer.step()

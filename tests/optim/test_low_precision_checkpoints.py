@@ -322,7 +322,7 @@ def test_low_bits_are_brought_into_the_width_that_is_asked_for(before: int, afte
 
 
 def test_low_bits_are_trusted_after_loading() -> None:
-    """The sums that tell of other writers are those of the weights before: weights and state come from one file."""
+    """Sums of the weights before loading do not count: weights and state come from one file."""
     model, optimizer = start("split16")
     train(model, optimizer, range(2))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))

@@ -16,7 +16,7 @@ from low_precision_cases import MOMENTS, WEIGHTS, Case, grads, joined, kept, mad
 from optim_cases import threads
 
 from fastft import _C
-from fastft.optim.units import clear_units, unit_sums
+from fastft.optim.weight_sums import clear_units, unit_sums
 
 SPLIT = [name for name in WEIGHTS if "split" in name]
 STOCHASTIC = [name for name in WEIGHTS if name.startswith("stochastic")]
