@@ -286,7 +286,7 @@ class Case:
         return after
 
     def differing(self, other: Case) -> list[str]:
-        """The tensors that differ in any bit, with how many bytes. The sums of weights are left out: oracles have none."""
+        """The tensors that differ in any bit, with how many bytes; without the sums of weights, which oracles lack."""
         mine, theirs = {"p": self.p, **self.state}, {"p": other.p, **other.state}
         assert mine.keys() == theirs.keys()
         return [
