@@ -128,7 +128,7 @@ struct Lean {
           if constexpr (sizeof(Low) == 2)
             master = master_bits(pk);
           else if constexpr (Weight::kStochastic)
-            master = master_bits(pk, eight_bits(part<kParts>(random[j], k)));
+            master = master_bits(pk, rounding_byte(part<kParts>(random[j], k)));
           else
             master = master_bits(pk, nearest_rounding(pk));
           constexpr uint32_t kMask = kPairs ? (1u << 8 * sizeof(Low)) - 1u : ~0u;

@@ -40,11 +40,6 @@ class RoundingBits {
   alignas(64) uint16_t bits_[kBlock];
 };
 
-// The random bits that a weight with 8 low bits takes.
-inline uint32_t eight_bits(uint32_t random) {
-  return random & 0xffu;
-}
-
 template <typename Low>
 inline void join_all(const void* weights, const void* low, int64_t offset, int64_t n, float* __restrict to) {
   const bfloat16* w = static_cast<const bfloat16*>(weights) + offset;
@@ -100,7 +95,7 @@ inline void store_weights(const AdamWEntry& e, uint32_t pass, const T* values, i
       if (e.low_width == 16) {
         split_all<uint16_t>(e, at, n, mask, [=](int64_t i) { return master_bits(values[i]); });
       } else if (e.low_width == 8 && random) {
-        split_all<uint8_t>(e, at, n, mask, [=](int64_t i) { return master_bits(values[i], eight_bits(random[i])); });
+        split_all<uint8_t>(e, at, n, mask, [=](int64_t i) { return master_bits(values[i], rounding_byte(random[i])); });
       } else if (e.low_width == 8) {
         split_all<uint8_t>(e, at, n, mask,
                            [=](int64_t i) { return master_bits(values[i], nearest_rounding(values[i])); });

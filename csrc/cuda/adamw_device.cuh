@@ -175,7 +175,6 @@ __device__ __forceinline__ void count_step(const Args& args, uint32_t index, con
 }
 
 // -- low bits
-// ----------------------------------------------------------------------------------------------------------
 
 // A chunk's items (blocks, with moments in 8 bits; else elements) from `first` to `last`: those of one of its units.
 struct Unit {
@@ -229,7 +228,6 @@ __device__ __forceinline__ uint32_t term_at(bfloat16 weight, uint32_t position) 
 }
 
 // -- stochastic rounding
-// -----------------------------------------------------------------------------------------------
 
 // Of the element at `offset`, in the whole tensor; a tensor that is whole needs no division.
 __device__ __forceinline__ uint64_t index_of(const DeviceEntry& e, int64_t offset) {

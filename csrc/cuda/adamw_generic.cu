@@ -6,7 +6,6 @@ namespace fastft::cuda {
 namespace {
 
 // -- the norm
-// ----------------------------------------------------------------------------------------------------------
 
 struct SumOfSquares {
   const void* grad;
@@ -67,7 +66,6 @@ __global__ void __launch_bounds__(kThreads) grad_sum_of_squares(const __grid_con
 }
 
 // -- one element
-// -------------------------------------------------------------------------------------------------------
 
 template <typename T>
 __device__ __forceinline__ T read_one(const void* data, DType dtype, int64_t offset) {
@@ -120,7 +118,7 @@ __device__ __forceinline__ void write_weight(const DeviceEntry& e, uint32_t t, u
     if (e.low_width == 16) return split(x, &bfloat16_of(e, offset), &low_of<uint16_t>(e, offset));
     const uint32_t random = e.stochastic ? random_of(e, t, pass, offset) : 0;
     if (e.low_width == 8)
-      return split(x, e.stochastic ? random & 0xffu : nearest_rounding(x), &bfloat16_of(e, offset),
+      return split(x, e.stochastic ? rounding_byte(random) : nearest_rounding(x), &bfloat16_of(e, offset),
                    &low_of<uint8_t>(e, offset));
     if (e.stochastic && e.dtype == DType::bf16) return narrow_stochastic(x, random, &bfloat16_of(e, offset));
     if (e.stochastic && e.dtype == DType::f16)
@@ -130,7 +128,6 @@ __device__ __forceinline__ void write_weight(const DeviceEntry& e, uint32_t t, u
 }
 
 // -- tiles
-// -------------------------------------------------------------------------------------------------------------
 
 // What a warp takes at a time: a block of moments in 8 bits, or as many elements in a row of live ones, of which each
 // lane has every 32nd.
@@ -210,7 +207,6 @@ __device__ __forceinline__ void remember_units(Shared<T>& shared) {
 }
 
 // -- the step
-// ----------------------------------------------------------------------------------------------------------
 
 // The largest moments of a block in 8 bits, as integers, in which absolute values have the same order and NaN is the
 // largest. `first` has a 1 behind, so that 0 is what a block without live elements has.

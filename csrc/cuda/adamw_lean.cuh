@@ -104,7 +104,7 @@ struct Weights {
     if constexpr (W::kLowBits == 16)
       split(x, &p[i], &low[i]);
     else if constexpr (W::kLowBits == 8)
-      split(x, W::kStochastic ? bits & 0xffu : nearest_rounding(x), &p[i], &low[i]);
+      split(x, W::kStochastic ? rounding_byte(bits) : nearest_rounding(x), &p[i], &low[i]);
     else if constexpr (W::kStochastic)
       narrow_stochastic(x, bits, &p[i]);
     else

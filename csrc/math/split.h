@@ -36,7 +36,7 @@ FASTFT_HD uint32_t master_bits(float x) {
   return x != x ? kQuietNaN : float_bits(x);
 }
 // With 8 low bits the float is first rounded to 24 bits: up where the 8 bits that go, plus `rounding` (below 256),
-// carry. That is a random number for stochastic rounding, or nearest_rounding().
+// carry. That is rounding_byte() for stochastic rounding, or nearest_rounding().
 FASTFT_HD uint32_t master_bits(float x, uint32_t rounding) {
   return x != x ? kQuietNaN : (float_bits(x) + rounding) & 0xffffff00u;
 }

@@ -37,6 +37,11 @@ FASTFT_HD uint32_t rounding_bits(const PhiloxWords& words, int k) {
   return (words.at[k / 2] >> (k % 2 * 16)) & 0xffffu;
 }
 
+// Those of them that round a weight with 8 low bits (split.h).
+FASTFT_HD uint32_t rounding_byte(uint32_t random) {
+  return random & 0xffu;
+}
+
 // random: 16 bits. The bfloat16 in the upper half of a word; what is in the lower half goes.
 FASTFT_HD uint32_t stochastic_high(float x, uint32_t random) {
   return x != x ? 0x7fc00000u : float_bits(x) + random;
