@@ -1,4 +1,4 @@
-"""Check a wheel: it is small, has machine code for every architecture, and is linked to the C and C++ runtimes only.
+"""Check a wheel: it holds the whole package, is small, has machine code for every architecture, and links little.
 
 Usage: ``python scripts/check_wheel.py dist/fastft-*.whl``. Needs ``readelf`` (binutils), and ``cuobjdump`` from a
 CUDA toolkit or the package nvidia-cuda-cuobjdump.
@@ -38,7 +38,7 @@ def main() -> int:
             problems.append(f"links {sorted(foreign)}")
     if wheel.stat().st_size > LARGEST:
         problems.append(f"{wheel.stat().st_size:,} bytes, more than {LARGEST:,}")
-    for wanted in ("fastft/py.typed", "fastft/problems/data/LICENSE.WordNet.txt", "licenses/LICENSE"):
+    for wanted in [*package_files(), "licenses/LICENSE"]:
         if not any(name.endswith(wanted) for name in names):
             problems.append(f"lacks {wanted}")
     if stray := [name for name in names if name.split("/")[0] not in ("fastft",) and ".dist-info/" not in name]:
@@ -47,6 +47,12 @@ def main() -> int:
         print(f"{wheel.name}: {problem}", file=sys.stderr)
     print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, code for {', '.join(sorted(found, key=natural))}")
     return 1 if problems else 0
+
+
+def package_files() -> list[str]:
+    """The files of the source package, but for what is made from them."""
+    files = (path.relative_to(ROOT) for path in (ROOT / "fastft").rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in files if path.suffix != ".so" and "__pycache__" not in path.parts)
 
 
 def default_architectures() -> list[str]:
