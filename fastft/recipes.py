@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from fastft.layers.groups import GroupPatterns
 from fastft.optim import AdamW, warm_up_then_decay
 from fastft.unfreeze import GradualUnfreeze, Unfreezer
 from fastft.unfreeze.unfreezer import current_mode
+from fastft.warning import warn
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Recipe:
 
     def close(self) -> None:
         """The old name of :meth:`undo`."""
-        warnings.warn("Recipe.close() is called undo() now", DeprecationWarning, stacklevel=2)
+        warn("Recipe.close() is called undo() now", DeprecationWarning)
         self.undo()
 
     def state_dict(self) -> dict[str, Any]:

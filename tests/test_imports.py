@@ -22,6 +22,7 @@ ORDER = [
         "plotting",
         "reports",
         "tables",
+        "warning",
         "weight_file",
     },
     {"layers"},

@@ -187,9 +187,9 @@ class DoctorReport(Report):
         plain = self.movements[0]
         found = []
         if self.not_finite:
-            found.append(f"{self.not_finite:,} weights are inf or NaN: the model is damaged.")
+            found.append(f"The model is damaged: {plural(self.not_finite, 'weight')} of inf or NaN.")
         if self.left_out:
-            found.append(f"{self.left_out:,} tensors of integers or in 8 bits and less are left out.")
+            found.append(f"Left out, being integers or in 8 bits or less: {plural(self.left_out, 'tensor')}.")
         if self.trainable < self.elements:
             frozen = self.elements - self.trainable
             found.append(f"{frozen:,} weights are frozen: they take only their own bytes, and count in no share.")
@@ -274,7 +274,8 @@ class DoctorReport(Report):
     @property
     def title(self) -> str:
         """Of the report."""
-        return f"{self.model}: {self.elements:,} weights in {self.tensors:,} tensors, stored in {self.stored}"
+        size = f"{plural(self.elements, 'weight')} in {plural(self.tensors, 'tensor')}"
+        return f"{self.model}: {size}, stored in {self.stored}"
 
     def shares(self, found: Movement | Kind) -> list[float]:
         """The shares that there are, in the order of the columns."""
@@ -297,7 +298,7 @@ class DoctorReport(Report):
         parts = ["weights", "gradients", "moments", "low bits", *(["anchor"] if self.anchor_decay else [])]
         titles = [f"memory in {unit}, kept as", "moments as", *parts, "total", "bytes each", "in backward"]
         if self.gpu_memory is not None:
-            titles.append(f"left of {self.gpu_memory / divisor:.5g} {unit}")
+            titles.append(f"left of {self.gpu_memory / divisor:,.5g} {unit}")
         rows = []
         for m in self.memories:
             sizes = [
@@ -342,6 +343,11 @@ def percent(share: float | None) -> str:
     if share in (0.0, 1.0):
         return "all" if share else "none"
     return "<0.1%" if share < 0.001 else ">99.9%" if share > 0.999 else f"{share:.1%}"
+
+
+def plural(count: int, noun: str) -> str:
+    """``"1 tensor"``, ``"1,000 tensors"``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def listed(clauses: list[str]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from fastft.unfreeze import Unfreezer
+from fastft.warning import warn
 
 
 def go_on(unfreezer: Unfreezer, saved: Mapping[str, Any] | None, step: int, epoch: float) -> None:
@@ -19,10 +19,9 @@ def go_on(unfreezer: Unfreezer, saved: Mapping[str, Any] | None, step: int, epoc
     if step == 0:
         return
     if saved is None or saved["step"] != step:
-        warnings.warn(
+        warn(
             f"no state of an UnfreezeCallback was saved at step {step}: its policy goes on there, without what was "
-            "measured before",
-            stacklevel=3,
+            "measured before"
         )
         saved = {**unfreezer.state_dict(), "step": step, "epoch": epoch}
     unfreezer.load_state_dict(saved)

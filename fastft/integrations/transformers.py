@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,6 +31,7 @@ from fastft.optim import AdamW
 from fastft.optim.anchoring import check_anchor_options, check_pull
 from fastft.unfreeze import Policy, Unfreezer
 from fastft.unfreeze.unfreezer import unwrapped
+from fastft.warning import warn
 
 try:
     from accelerate.state import AcceleratorState
@@ -252,7 +252,7 @@ class UnfreezeCallback(TrainerCallback):
 
     def close(self) -> None:
         """The old name of :meth:`undo`."""
-        warnings.warn("UnfreezeCallback.close() is called undo() now", DeprecationWarning, stacklevel=2)
+        warn("UnfreezeCallback.close() is called undo() now", DeprecationWarning)
         self.undo()
 
     def undo(self) -> None:
@@ -293,8 +293,7 @@ def warn_of_clipping(args: TrainingArguments, unfreezer: Unfreezer) -> None:
         trouble = "the norm that the Trainer clips by counts closed groups, too"
     else:
         return
-    warnings.warn(
+    warn(
         f"{trouble}: pass max_grad_norm to fastft.AdamW and max_grad_norm=0.0 to TrainingArguments (it is "
-        f"{args.max_grad_norm})",
-        stacklevel=3,
+        f"{args.max_grad_norm})"
     )

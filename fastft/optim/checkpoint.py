@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastft.anchor import Anchor
+from fastft.warning import warn
 
 from .masks import UpdateMask, check_mask
 from .state import (
@@ -124,10 +124,9 @@ class Loading:
             bring_moments(state, p, precision, "state_dict")
             add_low_bits(state, p, precision)
         if self.drops_low_bits:
-            warnings.warn(
+            warn(
                 "state_dict: has low bits of weights, and this optimizer keeps none (extra_bits=0, or weights that are "
-                "not bfloat16): they are dropped. To keep them, save fastft.optim.master_weights(model, optimizer)",
-                stacklevel=2,
+                "not bfloat16): they are dropped. To keep them, save fastft.optim.master_weights(model, optimizer)"
             )
         if self.own is not None:
             optimizer._anchor = self.anchor

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastft import _C
+from fastft.warning import warn
 
 from .checks import refuse_unusable, why_not_fused
 from .entries import Part, parts_of, record_of
@@ -120,17 +120,14 @@ def warn_of_idle_anchor(optimizer: AdamW) -> None:
     # A scheduler may begin at 0; the value it scales is in initial_anchor_decay.
     decays = [g.get("initial_anchor_decay", g["anchor_decay"]) for g in optimizer.param_groups]
     if optimizer._anchor is not None and not any(decays):
-        warnings.warn(
-            "anchor: expected anchor_decay > 0 with it, got 0 in every group at the first step; nothing is pulled",
-            stacklevel=2,
-        )
+        warn("anchor: expected anchor_decay > 0 with it, got 0 in every group at the first step; nothing is pulled")
 
 
 def warn_of_idle_options(optimizer: AdamW) -> None:
     """Say, before the first step, that an option is for other parameters than there are."""
     params = [p for _, p, _ in optimizer._parameters() if p.layout == torch.strided]
     for idle in optimizer._precision.idle(params) if params else []:
-        warnings.warn(f"{idle}; the optimizer has none, so this changes nothing", stacklevel=2)
+        warn(f"{idle}; the optimizer has none, so this changes nothing")
 
 
 def warn_of_rounding(optimizer: AdamW, live: list[tuple[int, Tensor, str]]) -> None:
@@ -153,4 +150,4 @@ def warn_of_rounding(optimizer: AdamW, live: list[tuple[int, Tensor, str]]) -> N
     message = stands_still(parameters, precision.extra_bits)
     optimizer._warned_of_rounding = message is not None
     if message:
-        warnings.warn(message, stacklevel=2)
+        warn(message)

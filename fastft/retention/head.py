@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastft.retention.batches import IGNORED, evaluating, labels_of, outputs_of
+from fastft.warning import warn
 
 SOLVER: dict[str, Any] = {
     "max_iter": 1000,
@@ -100,10 +100,9 @@ def fit_head_(
                 f"batches: expected features that differ between rows, got the same in all {len(labels):,}"
             )
         if scale < ALIKE * size:
-            warnings.warn(
+            warn(
                 f"fit_head_: the features that reach the head hardly differ between rows ({scale:.2g} of {size:.2g}); "
-                "to tell them apart its weights get large, and so will gradients; a larger l2 keeps them small",
-                stacklevel=2,
+                "to tell them apart its weights get large, and so will gradients; a larger l2 keeps them small"
             )
         x /= scale  # changes no minimum, and the solver gets there sooner
         bias_l2 = None if head.bias is None else BIAS_L2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from fastft.names import NameIndex, closest
 from fastft.optim import AdamW
 from fastft.optim.state import LOW_BITS, moments_of
 from fastft.optim.tensors import is_dtensor
+from fastft.warning import warn
 
 
 def child_tuning_(
@@ -129,7 +129,7 @@ class MoFO:
 
     def remove(self) -> None:
         """The old name of :meth:`undo`."""
-        warnings.warn("MoFO.remove() is called undo() now", DeprecationWarning, stacklevel=2)
+        warn("MoFO.remove() is called undo() now", DeprecationWarning)
         self.undo()
 
     def undo(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from fastft.layers.wrappers import peel, reentrant_checkpointing, requiring_inpu
 from fastft.names import clean, listed
 from fastft.optim import AdamW
 from fastft.optim.in_backward import LATE, stepped_in_backward
+from fastft.warning import warn
 
 from .hooks import ClosedForward, ModuleHook, StillNorms, norms_in
 from .moments import bring_back, drop, offload, state_bytes
@@ -300,7 +300,7 @@ class Unfreezer:
             if self.policy.metric not in logged:
                 got = ", ".join(map(repr, sorted(logged))) or "no metrics at all"
                 expected = f"metric: expected {self.policy.metric!r} among the logged metrics"
-                warnings.warn(f"{expected}, got {got}", stacklevel=2)
+                warn(f"{expected}, got {got}")
         self._restore_lrs()
         self._set_closed(set(self._frozen))
         if isinstance(self.optimizer, AdamW):
@@ -318,7 +318,7 @@ class Unfreezer:
 
     def close(self) -> None:
         """The old name of :meth:`undo`."""
-        warnings.warn("Unfreezer.close() is called undo() now", DeprecationWarning, stacklevel=2)
+        warn("Unfreezer.close() is called undo() now", DeprecationWarning)
         self.undo()
 
     # -- opening and closing -----------------------------------------------------------------------------------
@@ -399,10 +399,9 @@ class Unfreezer:
                 without.append(self.groups[i].name)
         if without:
             self._without_gradient += without
-            warnings.warn(
+            warn(
                 f"no gradient arrived at open groups: {listed(without, quoted=False)}; where reentrant gradient "
-                "checkpointing runs over closed groups, use use_reentrant=False",
-                stacklevel=5,
+                "checkpointing runs over closed groups, use use_reentrant=False"
             )
 
     def _restore_lrs(self) -> None:
@@ -568,7 +567,7 @@ def current_mode(mode: Any) -> Any:
     """The mode under its present name."""
     if mode != "mask":
         return mode
-    warnings.warn('mode: "mask" is called "freeze" now', DeprecationWarning, stacklevel=3)
+    warn('mode: "mask" is called "freeze" now', DeprecationWarning)
     return "freeze"
 
 
