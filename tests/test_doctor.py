@@ -264,7 +264,10 @@ def test_what_is_not_a_weight_is_left_out_and_what_is_damaged_is_counted(tmp_pat
     save_file({**damaged, "position_ids": torch.arange(512)}, tmp_path / "model.safetensors")
     report = fastft.doctor(tmp_path)
     assert (report.not_finite, report.left_out, report.tensors) == (4, 1, len(SHAPES))
-    said = {"The model is damaged: 4 weights of inf or NaN.", "Left out, being integers or in 8 bits or less: 1 tensor."}
+    said = {
+        "The model is damaged: 4 weights of inf or NaN.",
+        "Left out, being integers or in 8 bits or less: 1 tensor.",
+    }
     assert said < set(report.notes)
     assert next(k for k in report.kinds if k.kind == "norm.weight").elements == 80
 
