@@ -70,34 +70,43 @@ UpdateElements<T> choose(AnchorForm form, bool amsgrad, bool masked) {
 }
 
 // Independent sums, so that the additions neither wait for each other nor depend on the vector width.
-constexpr int64_t kLanes = 16;
+constexpr int64_t kSums = 32;
 
-// sums[i % kLanes] = add(i, sums[i % kLanes]) for i in [0, n), where live.
+// sums[i % kSums] = add(i, sums[i % kSums]) for i in [0, n), where live.
 template <typename Add>
-inline void add_to_lanes(double (&sums)[kLanes], int64_t n, const uint8_t* mask, const Add& add) {
-  double lanes[kLanes];  // which nothing else can point to
-  for (int64_t j = 0; j < kLanes; ++j) lanes[j] = sums[j];
+inline void add_to_sums(double (&sums)[kSums], int64_t n, const uint8_t* mask, const Add& add) {
   int64_t i = 0;
-  if (mask == nullptr)
-    for (; i + kLanes <= n; i += kLanes)
-      for (int64_t j = 0; j < kLanes; ++j) lanes[j] = add(i + j, lanes[j]);
+  if (mask == nullptr && n >= kSums) {
+    DoubleLanes lanes[kSums / kDoubleCount];  // in registers; of an array GCC takes most numbers apart
+    memcpy(lanes, sums, sizeof lanes);
+    for (; i + kSums <= n; i += kSums) {
+#pragma GCC unroll 16
+      for (int64_t first = 0; first < kSums; first += kDoubleCount) {
+        DoubleLanes& before = lanes[first / kDoubleCount];
+        DoubleLanes after;
+#pragma GCC ivdep
+        for (int j = 0; j < kDoubleCount; ++j) after[j] = add(i + first + j, before[j]);
+        before = after;
+      }
+    }
+    memcpy(sums, lanes, sizeof lanes);
+  }
   for (; i < n; ++i)
-    if (mask == nullptr || mask[i]) lanes[i % kLanes] = add(i, lanes[i % kLanes]);
-  for (int64_t j = 0; j < kLanes; ++j) sums[j] = lanes[j];
+    if (mask == nullptr || mask[i]) sums[i % kSums] = add(i, sums[i % kSums]);
 }
 
-inline double total(const double (&sums)[kLanes]) {
+inline double total(const double (&sums)[kSums]) {
   double total = 0.0;
   for (double s : sums) total += s;
   return total;
 }
 
 struct SelectiveLanes {
-  double uphill[kLanes] = {}, before[kLanes] = {}, after[kLanes] = {};
+  double uphill[kSums] = {}, before[kSums] = {}, after[kSums] = {};
 
   template <typename T>
   void add_before(const T* p, const T* g, const T* a, int64_t n, const uint8_t* mask) {
-    add_to_lanes(uphill, n, mask, [&](int64_t i, double sum) {
+    add_to_sums(uphill, n, mask, [&](int64_t i, double sum) {
       return madd(static_cast<double>(g[i]), static_cast<double>(p[i]) - static_cast<double>(a[i]), sum);
     });
     add_distance(before, p, a, n, mask);
@@ -110,8 +119,8 @@ struct SelectiveLanes {
 
  private:
   template <typename T>
-  static void add_distance(double (&sums)[kLanes], const T* p, const T* a, int64_t n, const uint8_t* mask) {
-    add_to_lanes(sums, n, mask, [&](int64_t i, double sum) {
+  static void add_distance(double (&sums)[kSums], const T* p, const T* a, int64_t n, const uint8_t* mask) {
+    add_to_sums(sums, n, mask, [&](int64_t i, double sum) {
       const double delta = static_cast<double>(p[i]) - static_cast<double>(a[i]);
       return madd(delta, delta, sum);
     });
@@ -283,7 +292,7 @@ void project(const AdamWEntry& e, int64_t begin, int64_t end, int64_t unit, doub
 template <typename T>
 double sum_of_squares_as(const AdamWEntry& e, int64_t begin, int64_t end) {
   alignas(64) T g_[kBlock];
-  double sums[kLanes] = {};
+  double sums[kSums] = {};
   for_each_run(e, begin, end, [&](int64_t offset, int64_t length) {
     for (int64_t at = offset, stop = offset + length; at < stop; at += kBlock) {
       const int64_t n = smaller(kBlock, stop - at);
@@ -292,7 +301,7 @@ double sum_of_squares_as(const AdamWEntry& e, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < n; ++i) g_[i] = e.mask[at + i] ? g[i] : T(0);
         g = g_;
       }
-      add_to_lanes(sums, n, nullptr, [&](int64_t i, double sum) {
+      add_to_sums(sums, n, nullptr, [&](int64_t i, double sum) {
         const double x = g[i];
         return madd(x, x, sum);
       });

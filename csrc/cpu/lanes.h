@@ -28,6 +28,9 @@ typedef float FloatLanes __attribute__((vector_size(4 * kLaneCount)));
 typedef uint32_t WordLanes __attribute__((vector_size(4 * kLaneCount)));
 typedef int32_t SignedLanes __attribute__((vector_size(4 * kLaneCount)));
 
+constexpr int kDoubleCount = kLaneCount / 2;
+typedef double DoubleLanes __attribute__((vector_size(8 * kDoubleCount)));
+
 #if defined(__AVX512F__)
 constexpr WordLanes kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #elif defined(__AVX2__)
