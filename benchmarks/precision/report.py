@@ -312,12 +312,14 @@ def speed_section(result: Result) -> str:
     for size, measured in result["sizes"].items():
         rows = []
         for row in measured["rows"]:
-            moved = [f"{row['bytes']:.1f}", f"{row['over_share']:.2f}"] if "bytes" in row else ["", ""]
+            moved = ["", "", ""]
+            if "bytes" in row:
+                moved = [f"{row['bytes']:.1f}", f"{row['gb_per_s']:.0f}", f"{row['over_share']:.2f}"]
             lower, upper = row["ratio_quartiles"]
             rows.append(
                 [row["title"], f"{row['ms']:.3g} ms", f"{row['ratio']:.2f}", f"{lower:.2f}–{upper:.2f}", *moved]
             )
-        titles = [f"{size} elements", "time", "of float32's", "quartiles", "bytes an element", "of its bytes' share"]
+        titles = [f"{size} elements", "time", "of float32's", "quartiles", "bytes each", "GB/s", "of its bytes' share"]
         parts.append("\n".join(markdown(titles, rows)))
         over = [row["title"] for row in measured["rows"] if row.get("over_share", 0.0) > SPEED_GOAL]
         composed = measured["composition"]["ratio"]
@@ -353,7 +355,8 @@ def speed_section(result: Result) -> str:
     parts += [f"Not measured: {title}: {reason}" for title, reason in result["absent"].items()]
     about = (
         'Medians of steps that take turns in one process. "Of its bytes\' share": the time over that of the plain '
-        "float32 step, divided by the bytes that both must move; 1 is as near to the memory's speed as that step comes."
+        "float32 step, divided by the bytes that both must move; 1 is as near to the memory's speed as that step comes. "
+        "On a shared machine the memory's speed changes (GB/s): where it is high, arithmetic shows."
     )
     return "\n\n".join([*parts, wrapped(f"{about} {where(result)}.")])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -151,7 +152,10 @@ def ready(makers: dict[str, Make], shapes: tuple[tuple[int, ...], ...]) -> tuple
     return works, nbytes
 
 
-def rows_of(measured: Measurement, baseline: str, nbytes: dict[str, float]) -> list[dict[str, Any]]:
+def rows_of(
+    measured: Measurement, baseline: str, nbytes: dict[str, float], shapes: tuple[tuple[int, ...], ...]
+) -> list[dict[str, Any]]:
+    elements = sum(map(math.prod, shapes))
     rows = []
     for title in measured.seconds:
         ratio = measured.ratio(title, baseline)
@@ -160,6 +164,7 @@ def rows_of(measured: Measurement, baseline: str, nbytes: dict[str, float]) -> l
         if title in nbytes:
             share = nbytes[title] / nbytes[baseline]
             row |= {"bytes": nbytes[title], "share": share, "over_share": ratio.of_medians / share}
+            row["gb_per_s"] = nbytes[title] * elements / measured.median(title) / 1e9
         rows.append(row)
     return rows
 
@@ -201,7 +206,7 @@ def measure(quick: bool) -> dict[str, Any]:
     for name, shapes in shapes_by_name.items():
         works, nbytes = ready(makers(), shapes)
         measured = alternate(works, torch.device("cpu"), rounds, seconds_at_most=SECONDS)
-        rows = rows_of(measured, PLAIN, nbytes)
+        rows = rows_of(measured, PLAIN, nbytes, shapes)
         composed = measured.ratio(OURS, COMPOSITION)
         quartiles = [composed.lower, composed.upper]
         sizes[name] = {"rows": rows, "composition": {"ratio": composed.of_medians, "ratio_quartiles": quartiles}}

@@ -147,9 +147,9 @@ def made_up() -> dict[str, Any]:
     memory_row = {"title": "some", "counted": 7.03, "bytes_per_parameter": 7.1, "peak_bytes_per_parameter": 7.4}
     speed_rows = [
         {"title": "float32, float32 moments", "ms": 4.0, "ratio": 1.0, "ratio_quartiles": [1.0, 1.0]}
-        | {"bytes": 28.0, "share": 1.0, "over_share": 1.0},
+        | {"bytes": 28.0, "gb_per_s": 56.0, "share": 1.0, "over_share": 1.0},
         {"title": "slow", "ms": 4.0, "ratio": 1.0, "ratio_quartiles": [0.9, 1.1]}
-        | {"bytes": 14.0, "share": 0.5, "over_share": 2.0},
+        | {"bytes": 14.0, "gb_per_s": 28.0, "share": 0.5, "over_share": 2.0},
     ]
     composition = {"ratio": 0.6, "ratio_quartiles": [0.5, 0.7]}
     peer = {"title": "other 8bit", "version": "1.0", "against": "ours", "ms": 80.0, "own_ms": 4.0, "ratio": 20.0}
@@ -231,6 +231,7 @@ def test_sections_say_which_goals_are_reached(folder: Path) -> None:
     )
     assert "| some | 7.03 | 7.10 | 7.40 |" in said["memory"] and "96M parameters" in said["memory"]
     assert "at most 1.15 of the bytes' share, but for slow: **not reached**" in said["speed"]
+    assert "| slow | 4 ms | 1.00 | 0.90–1.10 | 14.0 | 28 | 2.00 |" in said["speed"]
     assert "at most 0.7 of torch's clip, anchor and step (0.60): reached" in said["speed"]
     assert "| other 8bit (1.0) | 80 ms | 4 ms | 20.0 |" in said["speed"]
     assert "Not measured: gone: ImportError" in said["speed"]
