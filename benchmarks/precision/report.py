@@ -355,8 +355,8 @@ def speed_section(result: Result) -> str:
     parts += [f"Not measured: {title}: {reason}" for title, reason in result["absent"].items()]
     about = (
         'Medians of steps that take turns in one process. "Of its bytes\' share": the time over that of the plain '
-        "float32 step, divided by the bytes that both must move; 1 is as near to the memory's speed as that step comes. "
-        "On a shared machine the memory's speed changes (GB/s): where it is high, arithmetic shows."
+        "float32 step, divided by the bytes that both must move; 1 is as near to the memory's speed as that step comes."
+        " On a shared machine the memory's speed changes (GB/s): where it is high, arithmetic shows."
     )
     return "\n\n".join([*parts, wrapped(f"{about} {where(result)}.")])
 
