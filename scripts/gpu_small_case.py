@@ -69,13 +69,18 @@ def steps() -> None:
         )
         optimizer.set_update_mask(params[0], torch.arange(37) % 3 > 0)
         optimizer.set_update_mask(params[1], torch.arange(20_002) % 5 > 0)
-        for _ in range(3):
-            for p in params:
-                p.grad = torch.randn_like(p)
-            optimizer.step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        take_steps(optimizer, params)
         assert optimizer.grad_norm is not None and optimizer.grad_norm.item() > 0.0
+
+
+def take_steps(optimizer: fastft.AdamW, params: list[torch.nn.Parameter]) -> None:
+    """Three, and what a kernel did wrong comes to light."""
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def steps_in_few_bits() -> None:
@@ -98,12 +103,7 @@ def steps_in_few_bits() -> None:
             )
             optimizer.set_update_mask(params[0], torch.arange(37) % 3 > 0)
             optimizer.set_update_mask(params[1], torch.arange(24 * 300).view(24, 300) % 5 > 0)
-            for _ in range(3):
-                for p in params:
-                    p.grad = torch.randn_like(p)
-                optimizer.step()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
+            take_steps(optimizer, params)
             assert all(p.isfinite().all() for p in params)
 
 

@@ -73,10 +73,16 @@ def outcome(module: nn.Module, optimizer: fastft.AdamW) -> dict[str, Any]:
     return found | {f"exported {i}.{key}": whole(value) for i, kept in exported.items() for key, value in kept.items()}
 
 
+def trained(module: nn.Module, setting: str, steps: int) -> fastft.AdamW:
+    """The optimizer, after the first steps."""
+    optimizer = make(module, setting)
+    train(module, optimizer, range(steps))
+    return optimizer
+
+
 def in_one_process(setting: str) -> dict[str, Any]:
     module = build(setting)
-    optimizer = make(module, setting)
-    train(module, optimizer, range(4))
+    optimizer = trained(module, setting, 4)
     return outcome(module, optimizer)
 
 
@@ -102,8 +108,7 @@ def distributed(setting: str, placement: Placement) -> nn.Sequential:
 
 def fsdp(setting: str) -> dict[str, Any]:
     module = sharded(setting)
-    optimizer = make(module, setting)
-    train(module, optimizer, range(4))
+    optimizer = trained(module, setting, 4)
     for p in module.parameters():
         for key, value in optimizer.state[p].items():
             if key != "step":
@@ -114,8 +119,7 @@ def fsdp(setting: str) -> dict[str, Any]:
 
 def replicated(setting: str) -> dict[str, Any]:
     module = distributed(setting, Replicate())
-    optimizer = make(module, setting)
-    train(module, optimizer, range(4))
+    optimizer = trained(module, setting, 4)
     return outcome(module, optimizer)
 
 
@@ -130,16 +134,14 @@ def columns(setting: str) -> dict[str, Any]:
             assert str(error).startswith(said) and "[Shard(dim=1)]" in str(error), error
             return in_one_process(setting)
         raise AssertionError("took columns")
-    optimizer = make(module, setting)
-    train(module, optimizer, range(4))
+    optimizer = trained(module, setting, 4)
     return outcome(module, optimizer)
 
 
 def written_in_one_process(setting: str) -> dict[str, Any]:
     """Only one process's shard is written by somebody else; its sums are its own."""
     module = sharded(setting)
-    optimizer = make(module, setting)
-    train(module, optimizer, range(2))
+    optimizer = trained(module, setting, 2)
     for p in module.parameters():
         p.to_local().data.mul_(1.0 if contract.RANK == 0 else 1.5)  # type: ignore[attr-defined]
     masters = master_weights(module, optimizer)
@@ -152,8 +154,7 @@ def written_in_one_process(setting: str) -> dict[str, Any]:
 
 def resumed_from_a_state_dict(setting: str) -> dict[str, Any]:
     module = sharded(setting)
-    optimizer = make(module, setting)
-    train(module, optimizer, range(2))
+    optimizer = trained(module, setting, 2)
     path = contract.FOLDER / f"{setting}_{contract.RANK}.pt"
     torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict()}, path)
     saved = torch.load(path, weights_only=False)
@@ -167,8 +168,7 @@ def resumed_from_a_state_dict(setting: str) -> dict[str, Any]:
 
 def resumed_from_a_distributed_checkpoint(setting: str) -> dict[str, Any]:
     module = sharded(setting)
-    optimizer = make(module, setting)
-    train(module, optimizer, range(2))
+    optimizer = trained(module, setting, 2)
     saved = dict(zip(("model", "optimizer"), get_state_dict(module, optimizer), strict=True))
     dcp.save(saved, checkpoint_id=contract.FOLDER / f"dcp_{setting}")
     other = sharded(setting)
@@ -183,8 +183,7 @@ def resumed_from_a_distributed_checkpoint(setting: str) -> dict[str, Any]:
 def resumed_from_whole_tensors(setting: str) -> dict[str, Any]:
     """Gathered into one state dict and spread again."""
     module = sharded(setting)
-    optimizer = make(module, setting)
-    train(module, optimizer, range(2))
+    optimizer = trained(module, setting, 2)
     options = StateDictOptions(full_state_dict=True)
     saved = get_state_dict(module, optimizer, options=options)
     assert not any(isinstance(value, DTensor) for kept in saved[1]["state"].values() for value in kept.values())

@@ -111,7 +111,6 @@ def add_low_bits(state: dict[str, Any], p: Tensor, precision: Precision) -> None
 
 def check_own_state(state: Mapping[str, Any], p: Tensor, where: str) -> None:
     """Raise for codes, scales or low bits that do not fit the parameter."""
-
     if LOW_BITS in state:
         check_like(state[LOW_BITS], (torch.uint16, torch.uint8), tuple(p.shape), f"{where}: {LOW_BITS}")
     if any(key in state for pair in CODED.values() for key in pair):
