@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.layers.wrappers import flattened, reshard
 from fastft.names import NameIndex, clean, closest, matching, named_tensors
 from fastft.weight_file import FILE_DTYPES, WeightFile
 
@@ -67,6 +68,8 @@ class Anchor:
                 floating-point tensor with values.
         """
         check_dtype(dtype)
+        if isinstance(module_or_named_parameters, nn.Module):
+            reshard(module_or_named_parameters)
         named = named_tensors(module_or_named_parameters)
         excluded = set(matching(exclude, [name for name, _ in named]))
         kept = [(name, p) for name, p in named if name not in excluded]
@@ -107,10 +110,16 @@ class Anchor:
 
         Raises:
             ValueError: the file lacks parameters or holds them in another shape, with all of their names; or there is
-                no such file.
+                no such file; or FullyShardedDataParallel has flattened the module.
         """
         file = WeightFile.open(path)
+        reshard(module)
         named = named_tensors(module)
+        if any(flattened(p) for _, p in named):
+            raise ValueError(
+                "module: expected parameters of their own shapes, got some flattened by FullyShardedDataParallel; "
+                'load the file into the model before it is wrapped, and use anchor="init" after, or use fully_shard'
+            )
         excluded = set(matching(exclude, [name for name, _ in named]))
         # A tied parameter has several names, and the file may know only one of them.
         aliases: dict[int, list[str]] = {}
@@ -240,18 +249,18 @@ class Anchor:
         Raises:
             ValueError: shapes that do not agree, all of them listed; nothing is bound then.
         """
-        known = [(own, name, p) for name, p in named_parameters if (own := self.find(name)) is not None]
-        shapes = [(name, list(p.shape), self._shape(own)) for own, name, p in known]
-        wrong = [
-            f"  {name}: expected shape {expected}, the anchor has {got}"
-            for name, expected, got in shapes
-            if expected != got
-        ]
-        if wrong:
-            raise ValueError("\n".join(["the anchor does not fit the parameters:", *wrong]))
-        for own, _, p in known:
+        known = [(own, p) for name, p in named_parameters if (own := self.find(name)) is not None]
+        self.check_shapes(known)
+        for own, p in known:
             self._bind(own, p)
         self.changes += 1
+
+    def check_shapes(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Raise unless the parameters under the anchor's own names have its shapes; all that do not are listed."""
+        shapes = [(name, list(p.shape), self._shape(name)) for name, p in named_parameters]
+        wrong = [f"  {name}: expected shape {own}, the anchor has {got}" for name, own, got in shapes if own != got]
+        if wrong:
+            raise ValueError("\n".join(["the anchor does not fit the parameters:", *wrong]))
 
     def find(self, key: str | Tensor, name: str | None = None) -> str | None:
         """The anchor's own name for a parameter; None if it is not anchored.
@@ -278,6 +287,11 @@ class Anchor:
         if self._index is None:
             self._index = NameIndex(self.names)
         return self._index.find(key)
+
+    def knew_another(self, param: Tensor) -> bool:
+        """Whether a tensor that is gone was bound under the id that ``param`` has now."""
+        reference, _ = self._bound.get(id(param), (None, None))
+        return reference is not None and reference() is not param
 
     def get(self, key: str | Tensor, default: Any = None) -> Any:
         """The weights of a name or parameter, as they are kept; ``default`` if there are none."""
@@ -321,11 +335,19 @@ class Anchor:
         described = f", {elements:,} elements, {nbytes / 1e6:.1f} MB, {', '.join(kinds)}" if kinds else ""
         return f"Anchor({len(self)} parameters{described}{weighted}{', offloaded' if self._offloaded else ''})"
 
-    def tensor_for(self, param: Tensor, name: str | None = None) -> Tensor | None:
+    def tensor_for(
+        self, param: Tensor, name: str | None = None, spread: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor | None:
         """The weights as a step needs them: in the parameter's memory order, beside it unless offloaded.
 
         Found as in :meth:`find`; None if not anchored. The same tensor comes back until the parameter's device or
         memory order changes.
+
+        Args:
+            param: the parameter.
+            name: its name.
+            spread: makes a whole tensor one that is distributed as a DTensor is (the second argument), so that only
+                this process's part is brought beside it.
 
         Raises:
             ValueError: the shapes differ.
@@ -334,30 +356,43 @@ class Anchor:
         if known is None:
             return None
         if self._shape(known) != list(param.shape):
+            late = "; FullyShardedDataParallel has flattened it: take the anchor after wrapping"
+            hint = late if flattened(param) else ""
             raise ValueError(
-                f"{name or known}: anchor: expected the parameter's shape {list(param.shape)}, got {self._shape(known)}"
+                f"{name or known}: anchor: expected the parameter's shape {list(param.shape)}, got "
+                f"{self._shape(known)}{hint}"
             )
-        return self._laid_out("anchor", known, self.get, param)
+        return self._laid_out("anchor", known, self.get, param, spread)
 
-    def importance_for(self, param: Tensor, name: str | None = None) -> Tensor | None:
+    def importance_for(
+        self, param: Tensor, name: str | None = None, spread: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor | None:
         """The importance of its elements, as :meth:`tensor_for` gives the weights; None if it has none."""
         known = self.find(param, name)
         if known is None or known not in self._importance:
             return None
-        return self._laid_out("importance", known, self._importance.__getitem__, param)
+        return self._laid_out("importance", known, self._importance.__getitem__, param, spread)
 
-    def _laid_out(self, what: str, name: str, get: Callable[[str], Tensor], param: Tensor) -> Tensor:
+    def _laid_out(
+        self,
+        what: str,
+        name: str,
+        get: Callable[[str], Tensor],
+        param: Tensor,
+        spread: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> Tensor:
         layout = (param.device, param.stride(), param.dtype == torch.float64)
         if (what, name) not in self._ready or self._ready[what, name][0] != layout:
-            self._ready[what, name] = (layout, self._prepare(get(name), param))
+            self._ready[what, name] = (layout, self._prepare(get(name), param, spread))
         return self._ready[what, name][1]
 
-    def _prepare(self, kept: Tensor, param: Tensor) -> Tensor:
+    def _prepare(self, kept: Tensor, param: Tensor, spread: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         dtype = kept.dtype
         if dtype == torch.float64 and param.dtype != torch.float64:
             dtype = torch.float32
         if type(kept) is not Tensor or type(param.detach()) is not Tensor:
-            return kept.to(param.device, dtype)  # a DTensor, or to become one: the optimizer lays it out
+            kept = kept.to(dtype) if spread is None else spread(kept.to(dtype), param)
+            return kept.to(param.device)  # which the optimizer lays out
         pin = self._offloaded and param.device.type == "cuda"
         device = kept.device if pin else param.device
         if kept.device == device and kept.dtype == dtype and kept.stride() == param.stride():
@@ -421,14 +456,7 @@ class Anchor:
             loaded._tensors[name] = tensor.detach().to(device, copy=True)
         source = state_dict["source"]
         if source is not None:
-            same_file = path is None and self._file is not None and self._file.sha256 == source["sha256"]
-            loaded._file = self._file if same_file else WeightFile.open(path or source["path"])
-            assert loaded._file is not None
-            if loaded._file.sha256 != source["sha256"]:
-                raise ValueError(
-                    f"{loaded._file.path}: the anchor's file has changed: expected sha256 {source['sha256']}, "
-                    f"got {loaded._file.sha256}"
-                )
+            loaded._file = self._file_of(source, path)
             loaded._in_file = dict(source["names"])
         for name, importance in state_dict.get("importance", {}).items():
             problem = why_no_importance(importance, loaded._shape(name) if name in loaded else None)
@@ -438,6 +466,88 @@ class Anchor:
         bound = [(loaded.find(name), p) for ref, name in self._bound.values() if (p := ref()) is not None]
         loaded.bind((own, p) for own, p in bound if own is not None and loaded._shape(own) == list(p.shape))
         self.__dict__.update(loaded.__dict__, changes=self.changes + 1)
+
+    def _file_of(self, source: Mapping[str, str], path: str | Path | None = None) -> WeightFile:
+        """The file that a saved anchor lay in: the one this reads from, if it has that content."""
+        if path is None and self._file is not None and self._file.sha256 == source["sha256"]:
+            return self._file
+        file = WeightFile.open(path or source["path"])
+        if file.sha256 != source["sha256"]:
+            raise ValueError(
+                f"{file.path}: the anchor's file has changed: expected sha256 {source['sha256']}, got {file.sha256}"
+            )
+        return file
+
+    # Parts of it, which an optimizer saves with each parameter's state and restores.
+
+    def kept(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """(weights, importance) under one of the anchor's own names, as they lie in memory; None where not there."""
+        return self._tensors.get(name), self._importance.get(name)
+
+    def name_in_file(self, name: str) -> str | None:
+        """The name in the file of one of the anchor's own names; None if it lies in memory."""
+        return None if name in self._tensors else self._in_file.get(name)
+
+    def restore(
+        self,
+        saved: Iterable[tuple[str, Tensor, Tensor | None, Tensor | None, str | None]],
+        source: Mapping[str, str] | None,
+        *,
+        offloaded: bool | None = None,
+    ) -> None:
+        """Replace what is known of parameters by what was saved with them.
+
+        Args:
+            saved: (name, parameter, weights, importance, name in the file) of each; with neither weights nor a name in
+                the file it is not anchored any more.
+            source: of the file, as :attr:`source` gives it.
+            offloaded: whether weights wait in host memory; None: as it is now.
+
+        Raises:
+            ValueError: the file is gone or has other content, or a tensor does not fit; the anchor is then as before.
+        """
+        offloaded = self._offloaded if offloaded is None else offloaded
+        tensors, in_file, importances = dict(self._tensors), dict(self._in_file), dict(self._importance)
+        entries = list(saved)
+        lies_in_file = source is not None and any(stored is not None for *_, stored in entries)
+        file = self._file_of(source) if source is not None and lies_in_file else self._file
+        bound: dict[str, Tensor] = {}
+        for name, p, tensor, importance, stored in entries:
+            own = self.find(p, name) or name
+            while own in bound and bound[own] is not p:  # two modules may use one name
+                own += "'"
+            for known in (tensors, in_file, importances):
+                known.pop(own, None)
+            if stored is not None:
+                shape = None if file is None else file.headers.get(stored, (None, None))[1]
+                if shape != list(p.shape):
+                    raise ValueError(
+                        f"{name}: anchor: expected a file that holds {stored} of shape {list(p.shape)}, got "
+                        f"{'none' if file is None else f'shape {shape} in {file.path}'}"
+                    )
+                in_file[own] = stored
+            elif tensor is None:
+                continue
+            for key, found, into in (("anchor", tensor, tensors), ("anchor_importance", importance, importances)):
+                if found is None:
+                    continue
+                if found.dtype not in DTYPES or list(found.shape) != list(p.shape):
+                    raise ValueError(
+                        f"{name}: {key}: expected a floating-point tensor of shape {list(p.shape)}, got {found.dtype} "
+                        f"of shape {list(found.shape)}"
+                    )
+                # Back to host memory, if that is where it is kept: loaders like to bring all tensors to the GPU.
+                ours = found is self._tensors.get(own) or found is self._importance.get(own)
+                device = torch.device("cpu") if offloaded else p.device
+                into[own] = found if ours else found.detach().to(device, copy=True)
+            bound[own] = p
+        self._tensors, self._in_file, self._importance = tensors, in_file, importances
+        self._file, self._offloaded = file if in_file else None, offloaded
+        self._bound = {i: (ref, own) for i, (ref, own) in self._bound.items() if own in tensors or own in in_file}
+        self._ready, self._index = {}, None
+        for own, p in bound.items():
+            self._bound[id(p)] = (weakref.ref(p), own)
+        self.changes += 1
 
     def __getstate__(self) -> dict[str, Any]:
         # Parameters themselves, so that a deep copy or a pickle together with the model follows its copies.

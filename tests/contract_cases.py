@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastft
+from fastft import Anchor
+from fastft.optim.checkpoint import PLACE, Has, flags_in
 
 # Both compute in the dtype itself but round in other places (ours fuses multiplications with additions), so a
 # difference of some units in the last place per step is right, and anything above it a fault.
@@ -92,6 +97,56 @@ def state_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         for group in optimizer.param_groups
         for p in group["params"]
     ]
+
+
+# -- what a state dict has beyond torch's ------------------------------------------------------------------
+
+CARRIED = ("fastft_flags", "anchor", "anchor_importance", "update_mask")
+
+
+def carried(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each parameter of a state dict, in order, all that it carries beside its moments; {} without any."""
+    without = saved.get("fastft", {}).get("without_moments", {})
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    entries = [{**saved["state"].get(i, {}), **without.get(str(i), {})} for i in ids]
+    return [{key: entry[key] for key in CARRIED if key in entry} for entry in entries]
+
+
+def carried_by(saved: Mapping[str, Any], key: str) -> dict[Any, Any]:
+    """One key of it, by the parameters' names, or by their positions in a state dict without names."""
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    names = [name for group in saved["param_groups"] for name in group.get("param_names", [])]
+    return {i: entry[key] for i, entry in zip(names or ids, carried(saved), strict=True) if key in entry}
+
+
+def flags_of(saved: Mapping[str, Any]) -> dict[Any, Has]:
+    """Which of it each parameter has, by name or position."""
+    return {name: flags_in({"fastft_flags": flags}) for name, flags in carried_by(saved, "fastft_flags").items()}
+
+
+def names_in_file(saved: Mapping[str, Any]) -> dict[Any, str]:
+    """The names of those anchors that lie in a file, there, by the parameters' names or positions here."""
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    names = [name for group in saved["param_groups"] for name in group.get("param_names", [])]
+    groups = [number for number, group in enumerate(saved["param_groups"]) for _ in group["params"]]
+    places = carried_by(saved, "fastft_flags")
+    found = {}
+    for key, number in zip(names or ids, groups, strict=True):
+        if key in places and int(places[key]) >> PLACE:
+            found[key] = metadata_of(saved, number)["names_in_file"][(int(places[key]) >> PLACE) - 1]
+    return found
+
+
+def metadata_of(saved: Mapping[str, Any], group: int = 0) -> dict[str, Any]:
+    """The JSON of a group of a state dict, which is about all of its parameters."""
+    found: dict[str, Any] = json.loads(saved["param_groups"][group]["fastft"])
+    return found
+
+
+def change_metadata(saved: dict[str, Any], **changes: Any) -> None:
+    """Edit it in all groups."""
+    for i, group in enumerate(saved["param_groups"]):
+        group["fastft"] = json.dumps({**metadata_of(saved, i), **changes})
 
 
 class Composed(torch.optim.AdamW):
@@ -217,3 +272,17 @@ class Twins:
         """Parameters and state agree."""
         assert_near(self.params(0), self.params(1), "parameters")
         assert_near(state_of(self.ours), state_of(self.theirs), "state")
+
+
+def anchor_in_file(model: nn.Module, folder: Path) -> Anchor:
+    """Of the model's first weights when it is called first, in a file under other names; one bias is free."""
+    path = folder / "base.safetensors"
+    if not path.exists():
+        save_file({f"bert.{name}": p.detach() * 0.75 for name, p in model.named_parameters()}, path)
+    return Anchor.from_safetensors(path, model, exclude="3.bias")
+
+
+def weighted_anchor(model: nn.Module, _: Path) -> Anchor:
+    """With an importance in bfloat16; one bias is free."""
+    importance = {name: p.detach().square() * 100 for name, p in model.named_parameters()}
+    return Anchor.snapshot(model, exclude="1.bias").with_importance(importance, dtype=torch.bfloat16)

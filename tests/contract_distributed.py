@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from contract_cases import net
+from started import end_together, run_together
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -356,17 +356,7 @@ def run_in_two_processes(script: str, folder: Path) -> dict[str, list[Any]]:
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
     logs = [folder / f"log_{rank}.txt" for rank in range(WORLD)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with open(log, "w") as file:
-            command = [sys.executable, script, str(rank), str(folder)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * WORLD, "\n".join(log.read_text()[-4000:] for log in logs)
+    run_together(([sys.executable, script, str(rank), str(folder)], environment, log) for rank, log in enumerate(logs))
     ranks = [torch.load(folder / f"results_{rank}.pt", weights_only=False) for rank in range(WORLD)]
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
@@ -385,8 +375,7 @@ def main(rank: int, folder: Path, scenarios: Mapping[str, Callable[[], dict[str,
         except Exception:  # the other scenarios shall still be heard
             results[name] = traceback.format_exc()
     torch.save(results, folder / f"results_{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    end_together()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fuse_cases import Residual
+from started import end_together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,4 +44,4 @@ if __name__ == "__main__":
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     torch.save(main(rank, folder), folder / f"results_{rank}.pt")
-    dist.destroy_process_group()
+    end_together()

@@ -112,7 +112,7 @@ class Beside:
         give_grads(self.params, step)
         for p, exact in zip(self.params, self.exact, strict=True):
             assert p.grad is not None
-            exact.grad = p.grad.float()
+            exact.grad = p.grad.to(torch.float32, copy=True)  # each step unscales its own
         for optimizer in (self.optimizer, self.beside):
             for key, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
                 if value is not None:

@@ -510,6 +510,7 @@ class Watch:
         skips = bool(found_inf) or (self.skip_nonfinite and not norm < float("inf"))
 
         params = [w.param for w in everything]
+        scaled = [None if p.grad is None else p.grad.clone() for p in params]
         before = photograph(params, self.optimizer)
         for key, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
             if value is not None:
@@ -521,7 +522,7 @@ class Watch:
         after = photograph(params, self.optimizer)
 
         self.steps += 1
-        self.skipped += skips and bool(stepping)
+        self.skipped += skips  # also where nothing here is to be stepped: other processes count it
         assert int(self.optimizer.skipped_steps) == self.skipped
         assert all(placed.intact() for placed in self.placed), "wrote outside of a tensor"
         self._check_norm(norm if stepping else None)
@@ -533,9 +534,16 @@ class Watch:
             after = {key: seen for key, seen in after.items() if key in before}
 
         def still(seen: Photograph) -> Photograph:
-            return {key: value for key, value in seen.items() if key[0] == "grad" or key[1] not in written}
+            grads_too = grad_scale is None
+            return {
+                (what, i): value
+                for (what, i), value in seen.items()
+                if (grads_too if what == "grad" else i not in written)
+            }
 
         assert_unchanged(still(before), still(after))
+        if grad_scale is not None:
+            assert_unscaled([p.grad for p in params], scaled, grad_scale)
         if skips:
             return
         assumed = dict(assumed or {})
@@ -574,6 +582,24 @@ class Watch:
         # Squares and sums in float64: what is left is the order of additions.
         wanted = torch.tensor(expected, dtype=torch.float64)
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0.0, equal_nan=True)
+
+
+def assert_unscaled(grads: Iterable[Tensor | None], scaled: Iterable[Tensor | None], scale: float) -> None:
+    """Gradients after a step are those from before, divided by the loss scale as ``GradScaler.unscale_`` does it."""
+    for i, (grad, before) in enumerate(zip(grads, scaled, strict=True)):
+        if grad is None or before is None:
+            assert grad is before, f"gradient {i}: {grad}, before the step {before}"
+            continue
+        # The scale's inverse is rounded to float32, and the product to the gradient's dtype.
+        limits = torch.finfo(before.dtype)
+        torch.testing.assert_close(
+            grad,
+            (before.double() / scale).to(before.dtype),
+            rtol=max(limits.eps, torch.finfo(torch.float32).eps),
+            atol=limits.tiny * limits.eps,
+            equal_nan=True,
+            msg=lambda m, i=i: f"gradient {i}: {m}",
+        )
 
 
 def as_read(param: Tensor) -> Tensor:

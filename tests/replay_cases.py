@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from started import end_together
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastft.data import ReplayMixer
@@ -77,4 +78,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     (folder / f"given_{rank}.json").write_text(json.dumps(epochs(rank)))
-    dist.destroy_process_group()
+    end_together()

@@ -26,6 +26,7 @@ import fastft
 from fastft import _C, Anchor
 from fastft.optim import AnchorDecayScheduler, reference
 from fastft.optim.entries import STAGED, Part, parts_of
+from fastft.optim.processes import Spread
 from fastft.optim.staging import PART_BYTES, Staging, aligned, staging_for
 
 NAMES = ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias")
@@ -1009,7 +1010,7 @@ def test_parameters_with_their_anchors_beside_them_make_one_part(plans: list[lis
     params = [torch.ones(4, 4) for _ in range(5)]
     records = [stepped_record(p, torch.ones(4, 4) if i % 2 else None) for i, p in enumerate(params)]
     records[3] = _C.AdamWRecord(params[3], 0)  # never stepped
-    (part,) = parts_of(records)
+    (part,) = parts_of(records, Spread())
     assert part.staging is None and part.process_groups == ()
     (plan,) = plans
     assert stepped_positions(plan) == [0, 1, 2, 4]
@@ -1018,7 +1019,7 @@ def test_parameters_with_their_anchors_beside_them_make_one_part(plans: list[lis
 
 def test_a_plan_of_nothing_still_notices_the_first_gradient() -> None:
     p = nn.Parameter(torch.ones(3))
-    (part,) = parts_of([_C.AdamWRecord(p, 0, dormant=True)])
+    (part,) = parts_of([_C.AdamWRecord(p, 0, dormant=True)], Spread())
     assert part.plan.gather([[p]], {}) and part.plan.unread() == []
     p.grad = torch.ones(3)
     assert not part.plan.gather([[p]], {})
@@ -1039,7 +1040,7 @@ def test_offloaded_anchors_come_in_parts_of_bounded_size(small_parts: int, plans
         beside,
         *(stepped_record(torch.empty(n, device=where), torch.full((n,), float(i))) for i, n in enumerate(sizes)),
     ]
-    parts = list(parts_of(records))
+    parts = list(parts_of(records, Spread()))
     assert parts[0].staging is None and stepped_positions(plans[0]) == [0]
     chunks = [stepped_positions(plan) for plan in plans[1:]]
     assert sorted(i for chunk in chunks for i in chunk) == list(range(1, 9))
@@ -1068,7 +1069,7 @@ def test_an_offloaded_importance_comes_with_its_anchor(small_parts: int, plans: 
     records = [stepped_record(there, a, f) for a, f in zip(anchors, weights, strict=True)]
     records.append(stepped_record(there, anchors[0], there.bfloat16()))
     records.append(stepped_record(there, there, weights[0]))
-    parts = list(parts_of(records))
+    parts = list(parts_of(records, Spread()))
     assert [stepped_positions(plan) for plan in plans] == [[0], [1], [2], [3], [4, 5], [6]]
     staged = [part.staging.host for part in parts if part.staging is not None]
     expected = [[anchors[i], weights[i]] for i in range(4)]
@@ -1153,7 +1154,7 @@ def test_a_step_through_staged_parts_is_the_step_without(
         torch.testing.assert_close(results[1][0][name], w, rtol=1e-6, atol=1e-7)
 
 
-def all_offloaded(records: list[_C.AdamWRecord]) -> Any:
+def all_offloaded(records: list[_C.AdamWRecord], spread: Spread) -> Any:
     """Parts as if every anchor lay on another device: one for each two parameters."""
     positions = stepped_positions(records)
     chunks = [positions[i : i + 2] for i in range(0, len(positions), 2)]

@@ -15,8 +15,8 @@ PAGES = Path(__file__).resolve().parent.parent / "docs" / "api"
 # "::: path.to.object", and under it "members: [a, b]" where it is a module whose members are documented.
 ENTRY = re.compile(r"^::: (\S+)\n(?:    options:\n      members: \[([^\]]*)\])?", re.MULTILINE)
 PACKAGES = ("fastft", *(f"fastft.{name}" for name in ("optim", "nn", "layers", "unfreeze", "retention", "data")))
-INTEGRATIONS = ("fastft.integrations.transformers", "fastft.integrations.lightning")
-MOST = 94
+INTEGRATIONS = tuple(f"fastft.integrations.{name}" for name in ("transformers", "lightning", "deepspeed"))
+MOST = 95
 
 
 def documented(page: str) -> dict[str, Any]:

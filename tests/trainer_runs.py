@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from contract_cases import carried_by
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -160,8 +161,7 @@ def moments(optimizer: Any) -> dict[str, Tensor]:
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
-    anchor = saved.get("fastft", {}).get("anchor")
-    return found | {f"anchor.{name}": t.clone() for name, t in (anchor or {"tensors": {}})["tensors"].items()}
+    return found | {f"anchor.{name}": t.clone() for name, t in carried_by(saved, "anchor").items()}
 
 
 # -- runs that are killed ------------------------------------------------------------------------------------

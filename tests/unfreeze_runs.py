@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from started import end_together
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -189,12 +189,7 @@ def ddp(file: Path, rank: int, store: Path) -> None:
     measured = dearest([float(rank), 3.0 - rank])
     if rank == 0:
         torch.save({"ends": ends, "refused": message, "measured": measured}, file)
-    # A process that leaves closes connections that the other may still be reading from.
-    done = [store.with_suffix(f".{each}") for each in range(2)]
-    done[rank].touch()
-    while not all(path.exists() for path in done):
-        time.sleep(0.01)
-    dist.destroy_process_group()
+    end_together()
 
 
 if __name__ == "__main__":

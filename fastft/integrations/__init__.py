@@ -1,4 +1,4 @@
-"""fastft in other people's training loops: ``fastft.integrations.transformers``, ``fastft.integrations.lightning``.
+"""fastft in other people's training loops: ``transformers``, ``lightning`` and ``deepspeed`` in this package.
 
 Import the one you need; each needs its extra.
 """

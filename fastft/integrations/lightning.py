@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from fastft.integrations.progress import go_on, numbers
+from fastft.integrations.progress import go_on, numbers, whole_tensors
 from fastft.unfreeze import Policy, Unfreezer
 
 __all__ = ["UnfreezeCallback"]
@@ -113,7 +113,8 @@ class UnfreezeCallback(callback_class()):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """The unfreezer's, which Lightning saves with its checkpoints."""
         if self.unfreezer is not None:
-            self._saved = self.unfreezer.state_dict()
+            state = self.unfreezer.state_dict()
+            self._saved = {**state, "best": whole_tensors(state["best"])}
         return self._saved or {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

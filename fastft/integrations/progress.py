@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastft.optim.dtensors import whole
 from fastft.unfreeze import Unfreezer
 from fastft.warning import warn
 
@@ -31,3 +33,9 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The metrics that are single numbers; not the epoch, which some count among them."""
     single = {k: v for k, v in metrics.items() if not isinstance(v, Tensor) or v.numel() == 1}
     return {k: float(v) for k, v in single.items() if isinstance(v, (int, float, Tensor)) and k != "epoch"}
+
+
+@torch.no_grad()
+def whole_tensors(best: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The tensors that a policy may go back to, in host memory and whole; to be called by every process."""
+    return None if best is None else {name: whole(tensor).cpu() for name, tensor in best.items()}

@@ -17,18 +17,23 @@ Trainer ignores for an optimizer class that it is given, and finds the parameter
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastft.anchor import Anchor
-from fastft.integrations.progress import go_on, numbers
+from fastft.integrations.progress import go_on, numbers, whole_tensors
+from fastft.layers.wrappers import wrapped_for
 from fastft.names import matching
 from fastft.optim import AdamW
 from fastft.optim.anchoring import check_anchor_options, check_pull
+from fastft.optim.processes import initialized
 from fastft.unfreeze import Policy, Unfreezer
 from fastft.unfreeze.unfreezer import unwrapped
 from fastft.warning import warn
@@ -46,6 +51,7 @@ except ImportError as error:
 __all__ = ["UnfreezeCallback", "new_parameters", "optimizer_cls_and_kwargs", "optimizer_of"]
 
 STATE_KEY = "fastft_unfreezer"
+BEST_FILE = "fastft_unfreezer_best.pt"
 # LoRA's factors, also of embeddings: where they are 0, the model is as it was pre-trained.
 LORA_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB]\b")
 # PEFT trains a copy of a whole module; the original stays beside it.
@@ -85,8 +91,10 @@ def optimizer_cls_and_kwargs(
         The optimizer's class and its arguments.
 
     Raises:
-        ValueError: the new parameters cannot be found out, there is nothing to anchor, or a number is out of range.
+        ValueError: the new parameters cannot be found out, there is nothing to anchor, a number is out of range, or
+            only the first process has the weights (``cpu_ram_efficient_loading`` of FSDP).
     """
+    refuse_weights_elsewhere(model)
     mode = options.get("anchor_mode", "decoupled")
     check_anchor_options(anchor_decay, mode, "optimizer_cls_and_kwargs")
     check_pull(options.get("lr", args.learning_rate), anchor_decay, mode, "optimizer_cls_and_kwargs")
@@ -116,6 +124,24 @@ def optimizer_cls_and_kwargs(
         "anchor_decay": anchor_decay,
     }
     return AdamW, {**kwargs, **options}
+
+
+def refuse_weights_elsewhere(model: nn.Module) -> None:
+    """Raise, in every process, where a process has parameters without values.
+
+    An anchor taken there would be of nothing, and accelerate tells parameters apart by their memory.
+    """
+    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    asked = [os.environ.get(key, "").lower() for key in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")]
+    if initialized() and asked == ["true", "true"]:
+        each: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(each, empty)
+        empty = next((name for name in each if name is not None), None)
+    if empty is not None:
+        raise ValueError(
+            f"model: expected its weights in every process, got {empty} without values in some; set "
+            '"cpu_ram_efficient_loading" to False, and each process loads all of them'
+        )
 
 
 def optimizer_of(trainer: Trainer) -> AdamW:
@@ -180,10 +206,10 @@ class UnfreezeCallback(TrainerCallback):
 
     It counts optimizer steps, whatever ``gradient_accumulation_steps`` is. Policies that depend on metrics get those
     of each evaluation under the Trainer's names: ``OnPlateau("eval_loss")``. Its state is saved with the
-    optimizer's, so ``resume_from_checkpoint`` goes on in the middle of the schedule.
+    optimizer's, with FSDP in the Trainer's, so ``resume_from_checkpoint`` goes on in the middle of the schedule.
 
-    In several processes (DDP), with ``torch_compile``, and for models that are compiled, ``mode="freeze"`` is needed.
-    FSDP and DeepSpeed have not been tried.
+    With DDP, FSDP1, ``torch_compile``, and for models that are compiled, ``mode="freeze"`` is needed; FSDP2 takes
+    either mode.
 
     Args:
         policy: as for :class:`Unfreezer`.
@@ -202,6 +228,7 @@ class UnfreezeCallback(TrainerCallback):
         self.unfreezer = None
         self._training = False
         self._handle: Any = None
+        self._trainer_state: TrainerState | None = None  # with FSDP
 
     def on_train_begin(
         self,
@@ -219,7 +246,12 @@ class UnfreezeCallback(TrainerCallback):
         self.unfreezer = unfreezer = Unfreezer(model, inner, self.policy, wrapped=around(args), **self.options)
         self._training = True
         self._handle = inner.register_state_dict_post_hook(self._add_state)
-        go_on(unfreezer, inner.param_groups[0].pop(STATE_KEY, None), state.global_step, state.epoch)
+        self._trainer_state = state if AcceleratorState().distributed_type.value == "FSDP" else None
+        saved = inner.param_groups[0].pop(STATE_KEY, None)
+        if self._trainer_state is not None:
+            refuse_flat_copies(unfreezer)
+            saved = saved_beside(args, state)
+        go_on(unfreezer, saved, state.global_step, state.epoch)
         warn_of_clipping(args, unfreezer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -244,6 +276,15 @@ class UnfreezeCallback(TrainerCallback):
             (measured,) = broadcast_object_list([measured])
         self.unfreezer.update(epoch=state.epoch, **measured)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """With FSDP, save the tensors that the policy may go back to, whole."""
+        if not self._training or self._trainer_state is None:
+            return
+        assert self.unfreezer is not None
+        best = whole_tensors(self.unfreezer.state_dict()["best"])
+        if best is not None and args.should_save:
+            torch.save(best, saved_in(args, state) / BEST_FILE)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -264,9 +305,49 @@ class UnfreezeCallback(TrainerCallback):
             self.unfreezer.undo()
 
     def _add_state(self, optimizer: Optimizer, packed: dict[str, Any]) -> None:
-        """Into a group, as that is what every optimizer takes back as it was; so it is saved wherever moments are."""
+        """Into a group, as that is what every optimizer takes back as it was; so it is saved wherever moments are.
+
+        With FSDP, into the Trainer's state, which it writes after the optimizer's and reads in every process: of
+        groups torch.distributed.checkpoint reads only what the new optimizer has, and on the first process only.
+        """
         assert self.unfreezer is not None
-        packed["param_groups"][0][STATE_KEY] = self.unfreezer.state_dict()
+        state = self.unfreezer.state_dict()
+        if self._trainer_state is None:
+            packed["param_groups"][0][STATE_KEY] = state
+        else:
+            assert isinstance(self._trainer_state.stateful_callbacks, dict)
+            self._trainer_state.stateful_callbacks[STATE_KEY] = {**state, "best": state["best"] is not None}
+
+
+def saved_beside(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+    """An unfreezer's state from the Trainer's, and from the file beside that; None if there is none."""
+    assert isinstance(state.stateful_callbacks, dict)
+    saved: dict[str, Any] | None = state.stateful_callbacks.pop(STATE_KEY, None)
+    if saved is None or not saved["best"]:
+        return None if saved is None else {**saved, "best": None}
+    given = args.resume_from_checkpoint
+    folder = saved_in(args, state)
+    file = (Path(given) if isinstance(given, str) and Path(given).name == folder.name else folder) / BEST_FILE
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file}: expected the tensors that the policy may go back to (restore_best=True), got no such file; pass "
+            "the checkpoint's folder also as TrainingArguments(resume_from_checkpoint=...)"
+        )
+    return {**saved, "best": torch.load(file, weights_only=True)}
+
+
+def saved_in(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer saves this step."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def refuse_flat_copies(unfreezer: Unfreezer) -> None:
+    """Raise where a policy would go back to copies of pieces that are of no use to another process."""
+    if getattr(unfreezer.policy, "restore_best", False) and "fsdp1" in wrapped_for(unfreezer.model):
+        raise ValueError(
+            "policy: expected restore_best=False with FullyShardedDataParallel, whose checkpoints cannot hold copies "
+            'of its pieces; use FSDP2 (fsdp_config={"version": 2})'
+        )
 
 
 def around(args: TrainingArguments) -> set[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
@@ -34,9 +34,25 @@ def is_fsdp1(module: nn.Module) -> bool:
     return any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__)
 
 
+def flattened(p: Tensor) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) has put ``p`` into a flat parameter, or it is one."""
+    return bool(getattr(p, "_fsdp_flattened", False))
+
+
 def is_fsdp2(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to it."""
     return any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put back what ``fully_shard`` has gathered for a forward pass and kept, as it does in the root module.
+
+    The model would go on with these copies, whatever values and flags its parameters get, which are not even
+    registered.
+    """
+    for module in model.modules():
+        if is_fsdp2(module):
+            module.reshard()  # type: ignore[operator]
 
 
 def wrapped_for(model: nn.Module) -> set[str]:

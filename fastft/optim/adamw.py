@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from fastft._core import disable_dynamo
 from fastft.anchor import Anchor
+from fastft.layers.wrappers import flattened
 
 from . import checkpoint
 from .anchoring import ANCHOR_MODES, AnchorMode, check_anchor_options, check_pull
@@ -20,9 +22,11 @@ from .checks import check_max_grad_norm, check_scalar
 from .entries import Part
 from .low_precision import Precision, Rounding, StateDtype
 from .masks import UpdateMask
+from .processes import ZERO, KeptGroup, Spread
+from .replaced import KnownParameters, has_names
 from .state import LOW_BITS, as_kept, as_saved
-from .step import take_step
-from .step_plans import plans_of
+from .step import global_sums, take_step, unscale_
+from .step_plans import plans_of, warn_of_idle_anchor, warn_without_gradients
 from .tensors import fit_grad, local, torch_device
 from .torch_step import TorchStep
 from .weight_sums import WeightSums
@@ -31,7 +35,7 @@ from .weight_sums import WeightSums
 check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
     torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
 ) or getattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
-# What a copy or a pickle must carry beyond torch's own attributes.
+# Attributes that a copy or a pickle must carry beyond torch's own.
 OWN_ATTRIBUTES = (
     "_anchor",
     "_anchors_new_params",
@@ -43,7 +47,9 @@ OWN_ATTRIBUTES = (
     "_frozen",
     "_weight_sums",
     "_warned_of_rounding",
+    "_looked_for_idle_anchor",
     "_skipped",
+    "_kept_group",
     "grad_norm",
 )
 
@@ -69,7 +75,7 @@ class AdamW(torch.optim.AdamW):
         params: parameters, named parameters or group dicts, as for any torch optimizer. float32, bfloat16,
             float16 and float64 on CPU or CUDA, any dense memory order, take the fused step, DTensors by their
             local part. Others (complex parameters, memory with gaps or shared
-            with another parameter, tensor subclasses, other devices) takes torch's own step as long as no
+            with another parameter, tensor subclasses, other devices) take torch's own step as long as no
             option below concerns it, and raises a ``ValueError`` naming the parameter and the option otherwise.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in
             torch. ``foreach`` and ``fused`` choose between torch's implementations and change nothing here,
@@ -116,10 +122,15 @@ class AdamW(torch.optim.AdamW):
             tensor alone: the same on every device, and however DTensors are sharded. With ``extra_bits=16`` nothing is
             rounded, and ``"stochastic"`` raises a ``ValueError``.
         rounding_seed: any integer. It is in state dicts; the optimizer that loads one goes on with that seed.
+        process_group: of ``torch.distributed``: over which processes the parameters lie spread, beside what they say
+            themselves, each process having other ones or other parts (pipeline stages, a framework's flat partitions);
+            norm and skipping are then over all of them. DTensors of any placement, FullyShardedDataParallel and
+            ZeroRedundancyOptimizer are known without.
 
-    These four hold for all groups. The first step warns where 16-bit weights are rounded to nearest and steps, decay or
-    the decoupled anchor's pull are lost in that for most of them; and where one of these options changes nothing, since
-    no parameter is of the dtype or size that it is for.
+    All but lr, betas, eps, weight_decay, amsgrad, anchor_decay, anchor_mode and torch's flags hold for all groups. The
+    first step warns where 16-bit weights are rounded to nearest and steps, decay or the decoupled anchor's pull are
+    lost in that for most of them; and where ``state_dtype``, ``extra_bits`` or ``rounding`` change nothing, since no
+    parameter is of the dtype or size that they are for.
 
     After a step with clipping or skipping, :attr:`grad_norm` and :attr:`skipped_steps` hold its outcome, without
     having waited for the GPU.
@@ -131,12 +142,15 @@ class AdamW(torch.optim.AdamW):
     Decoupled weight decay: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
 
-    # On the class: an instance attribute would not survive copy.deepcopy.
-    _step_supports_amp_scaling = True
-
     _in_backward: Any = None  # the handle of step_in_backward: only gradients that are still there were not used
+    _kept_group = KeptGroup(None)  # of those that were pickled without
+    _is_part = False  # of another optimizer, which looks after the parameters
     _first_position = 0  # of its parameters; other than 0 where it stands for one of another optimizer's
     _plan_key: Any
+    _lent: dict[Tensor, checkpoint.Lent]
+    _compared: tuple[int, int] | None  # the anchor that was compared between the processes
+    _spread_of: list[tuple[int, type]] | None
+    _steps_without_gradients: int | None  # None: one had gradients
     _parts: list[Part]
     _torch_step: TorchStep
 
@@ -166,6 +180,7 @@ class AdamW(torch.optim.AdamW):
         extra_bits: Literal[0, 8, 16] = 0,
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
+        process_group: Any = None,
     ) -> None:
         if not (anchor is None or anchor == "init" or isinstance(anchor, Anchor)):
             raise ValueError(
@@ -178,14 +193,15 @@ class AdamW(torch.optim.AdamW):
         self._max_grad_norm = max_grad_norm
         self._skip_nonfinite = bool(skip_nonfinite)
         self._precision = Precision(state_dtype, extra_bits, rounding, rounding_seed)
+        self._kept_group = KeptGroup(process_group)
         self._anchor_defaults = {"anchor_decay": anchor_decay, "anchor_mode": anchor_mode}
         self._masks: dict[Tensor, UpdateMask] = {}
         self._frozen: set[Tensor] = set()
         self._weight_sums = WeightSums()
-        self._warned_of_rounding = False
+        self._warned_of_rounding = self._looked_for_idle_anchor = False
         self._skipped: Tensor | None = None
         self.grad_norm = None
-        self._forget_plan()
+        self._forget_processes()
         super().__init__(
             params,
             lr,
@@ -203,12 +219,20 @@ class AdamW(torch.optim.AdamW):
         if (
             isinstance(anchor, Anchor)
             and len(anchor)
+            and not checkpoint.asked_by(ZERO)  # a process's share of the parameters may have none, and others some
             and not any(self._anchor_name(p, name) for _, p, name in self._parameters())
         ):
+            late = any(flattened(p) for _, p, _ in self._parameters())
             raise ValueError(
-                f"anchor: none of the optimizer's parameters is in {anchor!r}: it knows parameters by identity "
-                "(those it was made from) or by name (pass model.named_parameters() to the optimizer)"
+                f"anchor: none of the optimizer's parameters is in {anchor!r}: "
+                + (
+                    "FullyShardedDataParallel has flattened them; take the anchor after wrapping"
+                    if late
+                    else "it knows parameters by identity (those it was made from) or by name (pass "
+                    "model.named_parameters() to the optimizer)"
+                )
             )
+        self._known_parameters.note(self)
 
     # -- the step ------------------------------------------------------------------------------------------
 
@@ -232,6 +256,20 @@ class AdamW(torch.optim.AdamW):
         super().zero_grad(set_to_none)
         if self._in_backward is not None:
             self._in_backward.begin()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves scale and inf check to the step.
+
+        Not for the pieces of FullyShardedDataParallel: its ShardedGradScaler looks at all processes only where it
+        unscales the gradients itself, and would set other scales in each.
+        """
+        wrapped = checkpoint.FSDP1 in sys.modules
+        return not (wrapped and any(flattened(p) for group in self.param_groups for p in group["params"]))
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's own ``__init__`` sets it with ``fused=True``."""
 
     @property
     def anchor(self) -> Anchor | None:
@@ -273,23 +311,33 @@ class AdamW(torch.optim.AdamW):
             self._check_groups()
             check_scalar(grad_scale, "grad_scale")
             check_scalar(found_inf, "found_inf")
+            if self._lent and not self._is_part:
+                checkpoint.take_back(self)
+            if not self.state and checkpoint.asked_by(checkpoint.DCP):
+                self._known_parameters.follow(self)
+                checkpoint.lend(self)
+                return
             may_skip = self._skip_nonfinite or found_inf is not None
             self._gather(counts_on_device=may_skip)
+            warn_without_gradients(self)
             if may_skip and self._skipped is None:
                 self._skipped = torch.zeros((), dtype=torch.int64, device=self._first_device())
             try:
-                skipped = bool(self._torch_step) and self._torch_step.step(grad_scale, found_inf)
+                needs_norm = self._max_grad_norm is not None or self._skip_nonfinite
+                sums, found_inf = global_sums(self._parts, self._spread, needs_norm, found_inf)
+                self._torch_step.step(grad_scale, found_inf)
                 self.grad_norm = take_step(
                     self._parts,
                     self.param_groups,
+                    sums=sums,
                     max_grad_norm=self._max_grad_norm,
                     skip_nonfinite=self._skip_nonfinite,
                     grad_scale=grad_scale,
                     found_inf=found_inf,
                     skipped_steps=self._skipped if may_skip else None,
                 )
-                if skipped and self._skipped is not None and not any(part.plan.devices() for part in self._parts):
-                    self._skipped += 1  # otherwise a kernel has counted
+                if grad_scale is not None:
+                    unscale_([p.grad for group in self.param_groups for p in group["params"]], grad_scale)
             finally:
                 for part in self._parts:
                     part.plan.release()
@@ -362,6 +410,26 @@ class AdamW(torch.optim.AdamW):
         devices = [device for part in self._parts for device in part.plan.devices()]
         return torch_device(devices[0]) if devices else torch.device("cpu")
 
+    @property
+    def _process_group(self) -> Any:
+        return self._kept_group.group
+
+    def _look_again(self) -> None:
+        """Notice which parameters were replaced, and what others have put into the state."""
+        checkpoint.take_back(self)
+        self._known_parameters.look(self)
+        checkpoint.adopt(self)
+
+    def _forget_processes(self) -> None:
+        """Find out anew which parameters there are, and how they lie spread."""
+        self._known_parameters = KnownParameters()
+        self._lent = {}
+        self._spread = Spread()
+        self._spread_of = None
+        self._compared = None
+        self._steps_without_gradients = 0
+        self._forget_plan()
+
     def _forget_plan(self) -> None:
         self._plan_key = None
         self._parts = []
@@ -374,12 +442,12 @@ class AdamW(torch.optim.AdamW):
 
         ``requires_grad`` stays as it is, their state is kept, and their gradients count in no norm.
         """
-        self._frozen.update(self._known_parameters(params, "freeze"))
+        self._frozen.update(self._own_parameters(params, "freeze"))
         self._forget_plan()
 
     def unfreeze(self, params: Tensor | nn.Module | Iterable[Tensor]) -> None:
         """Step frozen parameters again. One that never stepped starts at its own t = 1."""
-        self._frozen.difference_update(self._known_parameters(params, "unfreeze"))
+        self._frozen.difference_update(self._own_parameters(params, "unfreeze"))
         self._forget_plan()
 
     def set_update_mask(self, param: Tensor, mask: Tensor | None) -> None:
@@ -391,7 +459,7 @@ class AdamW(torch.optim.AdamW):
                 copied. What is masked out is left untouched bit for bit: parameter, moments, decay, anchor; its
                 gradient does not count in the norm. A step's cost follows the fraction of active rows.
         """
-        (known,) = self._known_parameters([param], "set_update_mask")
+        (known,) = self._own_parameters([param], "set_update_mask")
         checked = None if mask is None else UpdateMask(mask, known, self._name_of(known))
         self._weight_sums.set_mask(known, self.state.get(known, {}).get(LOW_BITS), checked)
         if checked is None:
@@ -402,7 +470,7 @@ class AdamW(torch.optim.AdamW):
 
     def update_mask(self, param: Tensor) -> Tensor | None:
         """A copy of the mask that was set for ``param``, or None."""
-        (known,) = self._known_parameters([param], "update_mask")
+        (known,) = self._own_parameters([param], "update_mask")
         return self._masks[known].mask.clone() if known in self._masks else None
 
     @property
@@ -410,7 +478,8 @@ class AdamW(torch.optim.AdamW):
         """How many steps were skipped for non-finite gradients: 0-d, int64, on the device that counts."""
         return torch.zeros((), dtype=torch.int64) if self._skipped is None else self._skipped.clone()
 
-    def _known_parameters(self, params: Tensor | nn.Module | Iterable[Tensor], method: str) -> list[Tensor]:
+    def _own_parameters(self, params: Tensor | nn.Module | Iterable[Tensor], method: str) -> list[Tensor]:
+        self._look_again()
         if isinstance(params, nn.Module):
             params = params.parameters()
         found = [params] if isinstance(params, Tensor) else list(params)
@@ -434,6 +503,7 @@ class AdamW(torch.optim.AdamW):
             "skip_nonfinite": self._skip_nonfinite,
             **dataclasses.asdict(self._precision),
             "anchor": "init" if self._anchors_new_params else self._anchor,
+            "process_group": self._process_group,
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -441,6 +511,8 @@ class AdamW(torch.optim.AdamW):
 
         With ``anchor="init"`` the new parameters' values are now taken as their anchor.
         """
+        if self._known_parameters.noted:
+            self._look_again()
         options = self._anchor_defaults
         if isinstance(param_group, dict):
             for key, value in self._for_all_groups().items():
@@ -481,12 +553,14 @@ class AdamW(torch.optim.AdamW):
             self._anchor.update(
                 Anchor.snapshot([(f"param_groups[{last}].{name}" if name in known else name, p) for name, p in new])
             )
+        if self._known_parameters.noted:
+            self._known_parameters.note(self)
         self._forget_plan()
 
     def _parameters(self) -> Iterator[tuple[int, Tensor, str]]:
         """(group index, parameter, name) for each parameter, in order."""
         for index, group in enumerate(self.param_groups):
-            names = group.get("param_names")
+            names = group["param_names"] if has_names(group) else None
             for i, p in enumerate(group["params"]):
                 yield index, p, names[i] if names else f"param_groups[{index}]['params'][{i}]"
 
@@ -497,9 +571,24 @@ class AdamW(torch.optim.AdamW):
         """The parameter's name in the anchor; None if it is not anchored."""
         return None if self._anchor is None else self._anchor.find(p, name)
 
+    def _take_over(self, anchor: Anchor | None, masks: dict[Tensor, UpdateMask], process_group: Any) -> None:
+        """Step the parameters that are in the groups now as its own, after a framework has put them there.
+
+        Args:
+            anchor: of these.
+            masks: of these. Nothing is frozen.
+            process_group: over which they lie spread.
+        """
+        self._anchor, self._masks, self._frozen = anchor, masks, set()
+        self._kept_group = KeptGroup(process_group)
+        self._forget_processes()
+        self._known_parameters.note(self)
+        warn_of_idle_anchor(self)  # now, as DeepSpeed's steps each see one group
+
     # -- copies and checkpoints ----------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        self._look_again()
         kept = super().__getstate__()
         saved = defaultdict(dict, {p: as_saved(state) for p, state in kept["state"].items()})
         return {**kept, "state": saved, **{key: self.__dict__[key] for key in OWN_ATTRIBUTES}}
@@ -507,7 +596,10 @@ class AdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by load_state_dict, with the new state and groups: torch's know no anchor_decay.
         before = self.__dict__.get("param_groups", [])
-        self._forget_plan()
+        if before:
+            self._forget_plan()
+        else:  # a copy, or out of a pickle
+            self._forget_processes()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for p, kept in self.state.items():
             if LOW_BITS in kept:
@@ -516,23 +608,29 @@ class AdamW(torch.optim.AdamW):
             known = before[index] if index < len(before) else self._anchor_defaults
             for key in self._anchor_defaults:
                 group.setdefault(key, known[key])
+        if not before:
+            self._known_parameters.note(self)
         loading = self.__dict__.pop("_loading", None)
         if loading is not None:
             loading.apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, and under the key ``"fastft"`` the anchor, masks, frozen set, counters and rounding seed.
+        """torch's state dict, with the anchor, masks, frozen set, counters and rounding seed in it.
 
-        ``torch.optim.AdamW`` loads it and ignores that key; but with ``state_dtype="8bit"``, or where an unfreezer has
-        dropped moments and left low bits, it takes :func:`fastft.optim.full_precision_state`. An anchor that came from
-        a file is saved as the file's path and content hash, any other with its tensors. 16 low bits are given as bytes,
-        of one more dimension; tensors are not copied.
+        They lie in each parameter's state (``anchor``, ``anchor_importance``, ``update_mask``, ``fastft_flags``) and in
+        the groups (``fastft``), where ``torch.optim.AdamW``, which loads the dict, lets them be; but with
+        ``state_dtype="8bit"``, or where an unfreezer has dropped moments and left low bits, it takes
+        :func:`fastft.optim.full_precision_state`. An anchor that came from a file is saved as the file's path and
+        content hash, any other with its tensors. 16 low bits are given as bytes, of one more dimension; tensors are not
+        copied.
         """
+        self._look_again()
+        if checkpoint.asked_by(checkpoint.DCP):
+            checkpoint.lend(self)
 
         # A hook put first, so that the user's own hooks see the whole dict.
         def add_own_state(_: Any, packed: dict[str, Any]) -> None:
-            packed["state"] = {i: as_saved(state) for i, state in packed["state"].items()}
-            packed[checkpoint.KEY] = checkpoint.own_state(self)
+            checkpoint.pack(self, packed)
 
         handle = self.register_state_dict_post_hook(add_own_state, prepend=True)
         try:
@@ -548,12 +646,18 @@ class AdamW(torch.optim.AdamW):
         they are. An anchor that came from a file is read from there again, after its content has been verified; if the
         file was moved, give the optimizer an ``Anchor.from_safetensors`` of its new place first. Moments and low bits
         are brought into the formats that this optimizer's ``state_dtype`` and ``extra_bits`` ask for, from any other;
-        low bits that were not saved start at 0, and those that are not kept here are dropped with a warning. On an
-        error nothing has changed.
-        """
+        low bits that were not saved start at 0, and those that are not kept here are dropped with a warning. Where both
+        sides know the parameters' names, these say which is which, whatever the order. On an error nothing has changed.
 
-        def check_own_state(_: Any, loaded: dict[str, Any]) -> None:
+        Raises:
+            ValueError: state that does not fit, that belongs to other parameters, or of which a part got lost on the
+                way, such as an anchor.
+        """
+        self._look_again()
+
+        def check_own_state(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
             self._loading = checkpoint.Loading(self, loaded)
+            return self._loading.for_torch
 
         # A hook put last, so that it sees the dict as the user's own hooks left it.
         handle = self.register_load_state_dict_pre_hook(check_own_state)

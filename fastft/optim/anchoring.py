@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fastft._C import Anchoring
 
-from .tensors import process_groups_of
-
 AnchorMode = Literal["decoupled", "l2", "selective"]
 ANCHOR_MODES: tuple[AnchorMode, ...] = get_args(AnchorMode)
 
 
-def anchoring_of(p: Tensor, anchor: Tensor | None, importance: Tensor | None, mode: str, name: str) -> Anchoring:
-    """How ``p`` is anchored; raises ``ValueError`` where the mode cannot be had for it."""
+def anchoring_of(
+    p: Tensor, anchor: Tensor | None, importance: Tensor | None, mode: str, name: str, cut: bool
+) -> Anchoring:
+    """How ``p`` is anchored; raises ``ValueError`` where the mode cannot be had for it, or for a ``cut`` tensor."""
     if anchor is None:
         return Anchoring.none
     kinds = Anchoring.__members__
@@ -26,10 +26,12 @@ def anchoring_of(p: Tensor, anchor: Tensor | None, importance: Tensor | None, mo
     if kind is None:
         others = " or ".join(f'"{other}"' for other in ANCHOR_MODES if f"{other}_weighted" in kinds)
         raise ValueError(f'{name}: anchor_mode: expected {others} with an importance, got "{mode}"')
-    if kind == Anchoring.selective and process_groups_of(p):
+    if kind == Anchoring.selective and cut:
+        placements = getattr(p, "placements", None)
+        placed = "is a piece of a flat parameter" if placements is None else f"DTensor is placed {list(placements)}"
         raise ValueError(
-            f'{name}: anchor_mode: "selective" needs the whole tensor in one process, and this DTensor is '
-            f"placed {list(p.placements)}"  # type: ignore[attr-defined]
+            f'{name}: anchor_mode: "selective" needs the whole tensor in one process, and this {placed}; '
+            '"decoupled" and "l2" take it'
         )
     return kind
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 from fastft import _C
 
 from .anchoring import anchoring_of
+from .dtensors import like
 from .low_precision import element_index
 from .masks import UpdateMask
+from .processes import Groups, Spread
 from .staging import PART_BYTES, Staging, staging_for
-from .tensors import DeviceKey, laid_out_like, like, local, process_groups_of, torch_device
+from .tensors import DeviceKey, laid_out_like, local, torch_device
 
 
 def record_of(
@@ -36,6 +38,7 @@ def record_of(
     importance: Tensor | None = None,
     anchor_mode: str = "decoupled",
     mask: UpdateMask | None = None,
+    cut: bool = False,
 ) -> _C.AdamWRecord:
     """The core's record of a parameter that is stepped; of a DTensor, by what this process holds of it.
 
@@ -50,11 +53,12 @@ def record_of(
         anchor, importance: of its shape, any floating dtype, beside it or in host memory; None where it is free.
         anchor_mode: of its group.
         mask: the rows or elements to step; None: all.
+        cut: whether ``param`` is a piece of a tensor that lies in several processes.
 
     Raises:
         ValueError: where the mode or stochastic rounding cannot be had, and from the plan for tensors that do not fit.
     """
-    anchoring = anchoring_of(param, anchor, importance, anchor_mode, name)
+    anchoring = anchoring_of(param, anchor, importance, anchor_mode, name, cut)
     stepped = local(param)
 
     def placed(kept: Tensor | None) -> Tensor | None:
@@ -89,7 +93,7 @@ class Part:
     """Tensors stepped together: a plan, its scratch memory, and the process groups its norm is added up over."""
 
     def __init__(
-        self, records: list[_C.AdamWRecord], process_groups: Sequence[Any] = (), staging: Staging | None = None
+        self, records: list[_C.AdamWRecord], process_groups: Groups = (), staging: Staging | None = None
     ) -> None:
         self.plan = _C.AdamWPlan(records)  # which keeps no parameter alive, and so must this
         self.process_groups = process_groups
@@ -110,10 +114,10 @@ STAGED = ("anchor", "importance")
 """Tensors of a record that may wait in host memory."""
 
 
-def parts_of(records: list[_C.AdamWRecord]) -> Iterator[Part]:
+def parts_of(records: list[_C.AdamWRecord], spread: Spread) -> Iterator[Part]:
     """Plans that together step all records that are to be stepped; usually one.
 
-    DTensors that lie spread over other processes have a plan of their own, since their norm adds up over these;
+    Parameters that lie spread over other processes have a plan of their own, since their norm adds up over these;
     so do parameters whose anchor waits in host memory, some megabytes of it at a time.
     """
 
@@ -128,13 +132,13 @@ def parts_of(records: list[_C.AdamWRecord]) -> Iterator[Part]:
     offloaded: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for position in live:
         record = records[position]
-        key = process_groups_of(record.param)
+        key = spread.of(record.param)
         if waiting(record):
             offloaded[(*key, record.param.device)].append(position)
         else:
             plain[key].append(position)
 
-    def part(positions: list[int], groups: tuple[Any, ...], staging: Staging | None = None) -> Part:
+    def part(positions: list[int], groups: Groups, staging: Staging | None = None) -> Part:
         chosen = list(watched)
         views = iter(() if staging is None else staging.views)
         for position in positions:

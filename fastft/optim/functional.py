@@ -16,8 +16,9 @@ from .entries import Part, record_of
 from .formats import scales_shape
 from .low_precision import Precision, Rounding
 from .masks import UpdateMask
+from .processes import Spread
 from .state import CODED, check_like
-from .step import take_step
+from .step import global_sums, take_step
 from .tensors import KERNEL_DTYPES, fit_grad, is_dense, is_wrapper, runs_kernels
 from .weight_sums import new_sums
 
@@ -79,8 +80,8 @@ def adamw_(
         found_inf: float32, one element: the step is skipped where it is not 0.
         skipped_steps: int64, one element, on the first parameter's device; counts the skipped steps.
 
-    Returns the global norm of the gradients (0-d, float64, unscaled, before clipping) if ``max_grad_norm`` or
-    ``skip_nonfinite`` asks for it, else None.
+    Returns the norm of these gradients together (0-d, float64, unscaled, before clipping) if ``max_grad_norm`` or
+    ``skip_nonfinite`` asks for it, else None. Other processes are not asked.
 
     Raises:
         ValueError: for arguments that do not fit, before anything is written.
@@ -176,9 +177,11 @@ def adamw_(
         "anchor_decay": anchor_decay,
         "anchor_mode": anchor_mode,
     }
+    sums, found_inf = global_sums([part], Spread(), max_grad_norm is not None or skip_nonfinite, found_inf)
     return take_step(
         [part],
         [group],
+        sums=sums,
         max_grad_norm=max_grad_norm,
         skip_nonfinite=skip_nonfinite,
         grad_scale=grad_scale,

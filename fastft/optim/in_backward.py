@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -18,7 +17,14 @@ from fastft import _C
 from .adamw import AdamW, check_graph_capture
 from .checks import why_not_fused
 from .masks import UpdateMask
-from .step_plans import warn_of_idle_anchor, warn_of_idle_options, warn_of_rounding
+from .processes import wrappers
+from .step_plans import (
+    look_at_parameters,
+    refuse_other_anchors,
+    warn_of_idle_anchor,
+    warn_of_idle_options,
+    warn_of_rounding,
+)
 from .tensors import local
 
 LATE = "runs_after_step_in_backward"
@@ -77,6 +83,7 @@ class OneParameter(AdamW):
 
     grad_scale = None
     found_inf = None
+    _is_part = True
     _warned_of_rounding = True  # these warnings are about all parameters together
 
     def __init__(self, whole: AdamW, group: int, position: int, param: Tensor, name: str) -> None:
@@ -204,6 +211,11 @@ class StepInBackward:
             return
         if not self._begun:
             self._check(optimizer)
+            if self._begun_before and self._layout == layout_of(optimizer):
+                optimizer._look_again()
+                refuse_other_anchors(optimizer)
+            else:
+                look_at_parameters(optimizer)
             optimizer._check_groups()
             if not self._begun_before:
                 refuse_wrappers(optimizer)  # the model may have been wrapped since
@@ -262,6 +274,9 @@ class StepInBackward:
 
     def _after_step(self, *_: Any) -> None:
         self.begin()
+        optimizer = self._optimizer()
+        if optimizer is not None and self._layout != layout_of(optimizer):  # or no hook might be left to see it
+            self._attach(optimizer)
 
     def begin(self) -> None:
         """Take the next gradients as those of another step."""
@@ -350,16 +365,3 @@ def refuse_wrappers(optimizer: AdamW) -> None:
                 f"step_in_backward: expected gradients that are whole when they arrive, got {type(wrapper).__name__}, "
                 f"which adds those of other processes later; use torch.distributed.fsdp.fully_shard, or {PLAIN}"
             )
-
-
-def wrappers() -> Iterable[torch.nn.Module]:
-    """All such modules in this process. Neither parameters nor the autograd graph know of them, so all objects are
-    looked at, some tenths of a second; only where several processes train."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    kinds = (torch.nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
-    for found in gc.get_objects():
-        if issubclass(type(found), kinds):
-            yield found

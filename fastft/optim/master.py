@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .adamw import AdamW
+from .dtensors import spread_like
 from .formats import join
 from .low_precision import SIXTEEN_BIT
-from .state import CODED, LOW_BITS, MOMENTS, OWN_KEYS, moment_of, spread_like
+from .state import CODED, LOW_BITS, MOMENTS, OWN_KEYS, moment_of
 from .tensors import local
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtensors import like, spread_like
 from .formats import FORMATS, decode8, encode8, resized, scales_shape
 from .low_precision import Precision
-from .tensors import is_dtensor, laid_out_like, like, local, runs_kernels
+from .tensors import is_dtensor, laid_out_like, local, runs_kernels
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 LOW_BITS = "low_bits"
@@ -155,25 +156,6 @@ def check_moment(state: Mapping[str, Any], p: Tensor, key: str, where: str) -> N
     """Raise unless a moment can be brought into 8 bits."""
     if state[key].shape != p.shape:
         raise ValueError(f"{where}: {key}: expected shape {list(p.shape)}, got {list(state[key].shape)}")
-
-
-def spread_like(part: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """This process's part of a tensor of ``shape`` as a DTensor placed as ``p`` is; beside a plain ``p``, itself."""
-    if not is_dtensor(p):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    whole = torch.empty(shape, device="meta")
-    if tuple(shape) == tuple(p.shape):
-        whole = torch.empty_strided(tuple(p.shape), p.stride(), device="meta")
-    return DTensor.from_local(
-        part,
-        p.device_mesh,  # type: ignore[attr-defined]
-        p.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
-    )
 
 
 def as_saved(kept: dict[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from fastft import _C
+from fastft.names import listed
 from fastft.warning import warn
 
+from . import checkpoint
 from .checks import refuse_unusable, why_not_fused
+from .dtensors import like
 from .entries import Part, parts_of, record_of
 from .lost_changes import stands_still
 from .low_precision import SIXTEEN_BIT
+from .processes import Spread, differing, initialized
 from .state import CODED, LOW_BITS, prepare_state
-from .tensors import local
+from .tensors import is_dtensor, local
 from .torch_step import TorchStep
 
 if TYPE_CHECKING:
@@ -34,6 +38,8 @@ def plans_of(optimizer: AdamW, counts_on_device: bool) -> tuple[list[Part], Torc
     Raises:
         ValueError: for parameters that cannot be stepped with the options that concern them.
     """
+    if not optimizer._is_part:
+        look_at_parameters(optimizer)
     if not optimizer.state:
         warn_of_idle_anchor(optimizer)
         warn_of_idle_options(optimizer)
@@ -41,7 +47,7 @@ def plans_of(optimizer: AdamW, counts_on_device: bool) -> tuple[list[Part], Torc
     records: list[_C.AdamWRecord] = []
     torch_step = TorchStep()
     for position, (group_index, p, name) in enumerate(optimizer._parameters()):
-        has_state = bool(optimizer.state.get(p, {}).keys() - {LOW_BITS})  # which are a part of the weight
+        has_state = checkpoint.has_moments(optimizer, p)
         frozen = p in optimizer._frozen
         dormant = p.grad is None and not has_state and not frozen
         records.append(_C.AdamWRecord(p, group_index, dormant=dormant))
@@ -61,9 +67,27 @@ def plans_of(optimizer: AdamW, counts_on_device: bool) -> tuple[list[Part], Torc
         records[position] = record_at(
             optimizer, optimizer._first_position + position, group_index, p, name, counts_on_device
         )
-    parts = list(parts_of(records))
+    parts = list(parts_of(records, optimizer._spread))
     torch_step.prepare(optimizer)
     return parts, torch_step
+
+
+def look_at_parameters(optimizer: AdamW) -> None:
+    """Notice which parameters were replaced, what others have put into the state, and what lies in other processes.
+
+    Raises:
+        ValueError: what was found cannot be stepped rightly.
+    """
+    checkpoint.take_back(optimizer)
+    optimizer._known_parameters.follow(optimizer)
+    checkpoint.adopt(optimizer)
+    optimizer._known_parameters.check(optimizer)
+    params = [p for _, p, _ in optimizer._parameters()]
+    key = [(id(p), type(p)) for p in params]
+    if key != optimizer._spread_of:
+        optimizer._spread = Spread(params, optimizer._process_group, optimizer)
+        optimizer._spread_of = key
+    refuse_other_anchors(optimizer)
 
 
 def record_at(
@@ -76,8 +100,8 @@ def record_at(
     on_device = prepare_state(state, p, group, name, precision, counts_on_device)
     anchor = importance = None
     if group["anchor_decay"] != 0.0 and optimizer._anchor is not None:
-        anchor = optimizer._anchor.tensor_for(p, name)
-        importance = optimizer._anchor.importance_for(p, name) if anchor is not None else None
+        anchor = optimizer._anchor.tensor_for(p, name, like)
+        importance = optimizer._anchor.importance_for(p, name, like) if anchor is not None else None
     first, second = (CODED[key] if CODED[key][0] in state else (key, "") for key in ("exp_avg", "exp_avg_sq"))
     has_low_bits = precision.low_dtype(p) is not None
     return record_of(
@@ -97,6 +121,7 @@ def record_at(
         importance=importance,
         anchor_mode=group["anchor_mode"],
         mask=optimizer._masks.get(p),
+        cut=optimizer._spread.cuts(p),
     )
 
 
@@ -115,12 +140,53 @@ def leave_to_torch(
     torch_step.add(group_index, p, name, reason, [option for option, on in options.items() if on])
 
 
+def refuse_other_anchors(optimizer: AdamW) -> None:
+    """Raise where each process is to take its part of a whole anchor, and they have different ones.
+
+    So it is where a framework loads weights in one process only, and the others have taken a snapshot of what was in
+    memory. Looked at once for each anchor, by all processes at their first step.
+    """
+    anchor = optimizer._anchor
+    if anchor is None or optimizer._compared == (id(anchor), anchor.changes) or not initialized():
+        return
+    named = [(p, name, optimizer._anchor_name(p, name)) for _, p, name in optimizer._parameters() if is_dtensor(p)]
+    whole = [(p, name, anchor.kept(own)[0]) for p, name, own in named if own is not None]
+    pairs = [(p, name, tensor) for p, name, tensor in whole if tensor is not None and not is_dtensor(tensor)]
+    if others := differing([(p, tensor) for p, _, tensor in pairs]):
+        raise ValueError(
+            f"anchor: expected the same weights in every process, got different ones for "
+            f"{listed((pairs[i][1] for i in others), quoted=False)}: take the snapshot where all processes have loaded "
+            "the model, or of the sharded model, or use Anchor.from_safetensors"
+        )
+    optimizer._compared = (id(anchor), anchor.changes)
+
+
+def warn_without_gradients(optimizer: AdamW) -> None:
+    """Say, in the second step, that no parameter has had a gradient in the first two."""
+    if optimizer._steps_without_gradients is None:
+        return
+    parameters = [p for _, p, _ in optimizer._parameters()]
+    if optimizer.state or any(p.grad is not None for p in parameters):
+        optimizer._steps_without_gradients = None
+        return
+    optimizer._steps_without_gradients += 1
+    if optimizer._steps_without_gradients == 2 and parameters:
+        warn(
+            f"step: none of the {len(parameters)} parameters has had a gradient in the first two steps, so nothing is "
+            "trained; if the model got other parameters after the optimizer was made (fully_shard, "
+            "load_state_dict(assign=True), resize_token_embeddings), make the optimizer from those"
+        )
+
+
 def warn_of_idle_anchor(optimizer: AdamW) -> None:
-    """Say, before the first step, that there is an anchor but nothing that pulls."""
+    """Say, once, before the first step, that there is an anchor but nothing that pulls."""
+    if optimizer._looked_for_idle_anchor:
+        return
+    optimizer._looked_for_idle_anchor = True
     # A scheduler may begin at 0; the value it scales is in initial_anchor_decay.
     decays = [g.get("initial_anchor_decay", g["anchor_decay"]) for g in optimizer.param_groups]
     if optimizer._anchor is not None and not any(decays):
-        warn("anchor: expected anchor_decay > 0 with it, got 0 in every group at the first step; nothing is pulled")
+        warn("anchor: expected anchor_decay > 0 with it, got 0 in every group; nothing is pulled")
 
 
 def warn_of_idle_options(optimizer: AdamW) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,29 +43,6 @@ def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this process holds; any other tensor itself. Call it under ``no_grad``."""
     # Not to_local(), which may make a new view of it at each call.
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def like(tensor: Tensor, param: Tensor) -> Tensor:
-    """A plain ``tensor`` distributed as the DTensor ``param`` is; anything else as it is."""
-    if not is_dtensor(param) or is_dtensor(tensor):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    # Every process has the whole tensor, so each takes its own part and nothing is sent.
-    return distribute_tensor(
-        tensor.to(param.device),
-        param.device_mesh,  # type: ignore[attr-defined]
-        param.placements,  # type: ignore[attr-defined]
-        src_data_rank=None,
-    )
-
-
-def process_groups_of(p: Tensor) -> tuple[Any, ...]:
-    """The process groups over which ``p`` is cut into pieces; () for a tensor that is whole here."""
-    if not is_dtensor(p):
-        return ()
-    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
 
 
 # -- memory order --------------------------------------------------------------------------------------------

@@ -45,10 +45,10 @@ class TorchStep:
             if left:
                 self._calls.append((group, has_complex, lists))
 
-    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """Take the step; returns whether it was skipped."""
-        if found_inf is not None and found_inf.item() != 0:
-            return True
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Take the step, unless it is to be skipped."""
+        if not self._calls or (found_inf is not None and found_inf.item() != 0):
+            return
         for group, has_complex, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in self._calls:
             if grad_scale is not None:
                 grads = [grad / grad_scale.to(grad.device) for grad in grads]
@@ -57,4 +57,3 @@ class TorchStep:
             # Not torch's fused one, which on the CPU writes into the gaps of a parameter that has some.
             options.update(has_complex=has_complex, decoupled_weight_decay=True, fused=False)
             adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
-        return False

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
 
-from fastft.layers.wrappers import peel
+from fastft.layers.wrappers import is_fsdp2, peel
+from fastft.optim.dtensors import whole
+from fastft.retention.processes import refuse_fsdp1
 
 
 def distillation_loss(
@@ -38,7 +40,8 @@ def distillation_loss(
         reduction: ``"mean"`` or ``"sum"`` over the vectors that count (not over D or C), a 0-d tensor; or ``"none"``,
             ``[...]``, with 0 where the mask is false. The mean over none is 0.
 
-    Computed in float32 (float64 with float64 outputs).
+    Computed in float32 (float64 with float64 outputs). DTensors, of which all processes of their mesh have to be here,
+    are put together first; what comes back is a plain tensor.
 
     Raises:
         ValueError: shapes differ, or an option is none of those above.
@@ -54,6 +57,7 @@ def distillation_loss(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
+    outputs, base_outputs = whole(outputs), whole(base_outputs)
     dtype = torch.promote_types(outputs.dtype, torch.float32)
     tuned, base = outputs.to(dtype), base_outputs.detach().to(dtype)
     if kind == "embeddings":
@@ -66,6 +70,7 @@ def distillation_loss(
     else:
         raise ValueError(f'kind: expected "embeddings" or "logits", got {kind!r}')
     if mask is not None:
+        mask = whole(mask)
         distance = torch.where(mask, distance, 0.0)
     if reduction == "none":
         return distance
@@ -83,10 +88,20 @@ class FrozenBase:
     parameters. On a fixed set of inputs its outputs can be computed once and kept, and the copy dropped.
 
     Args:
-        model: the model, also one that is compiled or wrapped for DDP (the copy is not).
+        model: the model, also one that is compiled or wrapped for DDP (the copy is not), or of DTensors by tensor
+            parallelism. Make it before ``fully_shard``, which can then cut the copy too: ``fully_shard(base.module)``.
+
+    Raises:
+        ValueError: ``fully_shard`` or ``FullyShardedDataParallel`` was applied to the model or a part of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_fsdp1(model, "make the FrozenBase before the model is wrapped")
+        if any(is_fsdp2(module) for module in model.modules()):
+            raise ValueError(
+                "model: expected one that can be copied, got one that fully_shard was applied to: make the FrozenBase "
+                "before, and apply fully_shard to its module as well"
+            )
         self.module = copy.deepcopy(peel(model)).eval().requires_grad_(False)
         """The copy."""
 

@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from fastft.anchor import Anchor
 from fastft.layers import layer_groups
 from fastft.layers.groups import GroupPatterns
+from fastft.layers.wrappers import reshard
+from fastft.optim.dtensors import placement_of
+from fastft.optim.tensors import is_dtensor
 from fastft.reports import Report
 from fastft.tables import aligned, markdown
 
-from .anchored import chunks, find_anchored
+from .anchored import Anchored, chunks, find_anchored
+from .processes import is_first_copy, meshes_of, sum_over_mesh
 
 
 @dataclass(frozen=True)
@@ -89,41 +93,63 @@ class DriftReport(Report):
 def drift_report(model: nn.Module, anchor: Anchor, groups: GroupPatterns | None = None) -> DriftReport:
     """Measure how far each layer group's parameters are from their anchor, accumulated in float64.
 
+    With DTensors among the parameters it is a collective: all processes of their meshes call it, and get the report of
+    the whole model. Each reads its own parts; sums are sent, not weights. Plain parameters beside DTensors are taken to
+    be the same on every process.
+
     Args:
         model: the model, also while it trains.
         anchor: the pre-trained weights: in any dtype, on any device, or in a file, read a tensor at a time. One in
-            bfloat16 is what the model is compared with, so its rounding counts as drift.
+            bfloat16 is what the model is compared with, so its rounding counts as drift. Of DTensors: whole, or
+            DTensors that lie as the parameters do.
         groups: as in :func:`fastft.layers.layer_groups`.
 
     Raises:
         TypeError: ``anchor`` is no :class:`fastft.Anchor`.
-        ValueError: groups that ``layer_groups`` refuses, or an anchor that has none of the parameters, or one in
-            another shape.
+        ValueError: groups that ``layer_groups`` refuses; or an anchor that has none of the parameters, or one in
+            another shape or placement; or the pieces of ``FullyShardedDataParallel``.
+        RuntimeError: it has failed on another process.
     """
+    reshard(model)
     layers = layer_groups(model, groups)
-    found, _ = find_anchored(model, anchor)
-    keys = {id(anchored.parameter): anchored.key for anchored in found}
-    drifts, total = [], [0.0] * 4
-    for layer in layers:
-        sums, elements = [0.0] * 4, 0
-        for p in layer.parameters:
-            if id(p) in keys:
-                sums = [a + b for a, b in zip(sums, moments(p, anchor[keys[id(p)]]), strict=True)]
-                elements += p.numel()
-        free = [name for name, p in zip(layer.param_names, layer.parameters, strict=True) if id(p) not in keys]
-        drifts.append(drift_of(layer.name, elements, sums, free))
-        total = [a + b for a, b in zip(total, sums, strict=True)]
+    # Of the plain parameters and of those on each mesh; the last row counts failures.
+    sums = {mesh: torch.zeros(len(layers) + 1, 4, dtype=torch.float64) for mesh in (None, *meshes_of(model))}
+    anchored: dict[int, Anchored] = {}
+    failure = None
+    try:
+        anchored = {id(found.parameter): found for found in find_anchored(model, anchor)[0]}
+        for row, layer in enumerate(layers):
+            for p in layer.parameters:
+                if id(p) in anchored and is_first_copy(p):
+                    mesh = placement_of(p)[0] if is_dtensor(p) else None
+                    sums[mesh][row] += moments(anchored[id(p)].here, anchored[id(p)].start(anchor))
+    except Exception as error:  # the other processes wait for this one's sums
+        failure = error
+        for own in sums.values():
+            own[-1] = 1.0
+    everywhere = [own if mesh is None else sum_over_mesh(own, mesh) for mesh, own in sums.items()]
+    if failure is not None:
+        raise failure
+    *by_layer, failures = torch.stack(everywhere).sum(0).tolist()
+    if failures[0]:
+        raise RuntimeError("drift_report: it has failed on another process, whose error says why")
+    drifts = []
+    for layer, own in zip(layers, by_layer, strict=True):
+        elements = sum(p.numel() for p in layer.parameters if id(p) in anchored)
+        free = [name for name, p in zip(layer.param_names, layer.parameters, strict=True) if id(p) not in anchored]
+        drifts.append(drift_of(layer.name, elements, own, free))
+    total = [sum(column) for column in zip(*by_layer, strict=True)]
     everything = [name for drift in drifts for name in drift.unanchored]
     return DriftReport(tuple(drifts), drift_of("total", sum(drift.elements for drift in drifts), total, everything))
 
 
-def moments(p: Tensor, anchor: Tensor) -> list[float]:
-    """‖p − anchor‖², ‖p‖², ‖anchor‖² and ⟨p, anchor⟩."""
+def moments(p: Tensor, anchor: Tensor) -> Tensor:
+    """‖p − anchor‖², ‖p‖², ‖anchor‖² and ⟨p, anchor⟩ of plain tensors, on the CPU."""
     total = torch.zeros(4, dtype=torch.float64, device=p.device)
     for a, b in chunks((p, anchor), p.device, torch.float64):
         delta = a - b
         total += torch.stack([(delta * delta).sum(), (a * a).sum(), (b * b).sum(), (a * b).sum()])
-    return total.tolist()
+    return total.cpu()
 
 
 def drift_of(group: str, elements: int, sums: list[float], unanchored: list[str]) -> Drift:

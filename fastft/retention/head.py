@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fastft.layers.wrappers import reshard
+from fastft.optim.dtensors import like, whole
 from fastft.retention.batches import IGNORED, evaluating, labels_of, outputs_of
+from fastft.retention.processes import common_groups, refuse_fsdp1, same_everywhere
 from fastft.warning import warn
 
 SOLVER: dict[str, Any] = {
@@ -60,8 +63,11 @@ def fit_head_(
     held on the CPU, 8 bytes a number, twice that while they are put together.
 
     Only this layer is fitted: where a model has other new layers below it, they stay at random. Fit the head before an
-    :class:`fastft.Anchor` is taken if that holds the head too, and before the model is wrapped or sharded; with data
-    split over several processes, give each the same batches.
+    :class:`fastft.Anchor` is taken if that holds the head too.
+
+    With several processes, give each the same batches. Where parameters are DTensors (``fully_shard``, tensor
+    parallelism, or both) or the model is wrapped for DistributedDataParallel, it is a collective, and raises on every
+    process if one has another batch.
 
     Args:
         model: the model with the new head.
@@ -81,11 +87,14 @@ def fit_head_(
 
     Raises:
         ValueError: the head is no plain ``nn.Linear`` of the model with two outputs or more and weights of its own, or
-            is not called once for each batch; batches have no labels, or labels that do not fit; there are no rows at
-            all; features are not finite, or the same in all rows. The head is then as it was.
+            is not called once for each batch; batches have no labels, or labels that do not fit, or differ between
+            processes; there are no rows at all; features are not finite, or the same in all rows; or the model is
+            wrapped by ``FullyShardedDataParallel``. The head is then as it was.
 
     Warns of features that hardly differ between rows, as it takes large weights to tell them apart.
     """
+    refuse_fsdp1(model, "call fit_head_ before the model is wrapped, or use torch.distributed.fsdp.fully_shard")
+    reshard(model)
     head = found_head(model, head)
     if not 0 < l2 < float("inf"):
         raise ValueError(f"l2: expected a number above 0, got {l2!r}")
@@ -107,13 +116,10 @@ def fit_head_(
         x /= scale  # changes no minimum, and the solver gets there sooner
         bias_l2 = None if head.bias is None else BIAS_L2
         weight, bias = linear_probe(x, labels, head.out_features, l2=l2, bias_l2=bias_l2)
-        with torch.no_grad():
-            head.weight.copy_(weight / scale)
-            if head.bias is not None:
-                head.bias.copy_(bias - weight @ center / scale)
-            # Of the head as it is now, rounded to its dtype.
-            weight = head.weight.detach().cpu().double()
-            bias = weight @ center + (0.0 if head.bias is None else head.bias.detach().cpu().double())
+        bias = bias - weight @ center / scale
+        # As the head is from now on, rounded to its dtype.
+        weight = written_to(head.weight, weight / scale)
+        bias = weight @ center + (0.0 if head.bias is None else written_to(head.bias, bias))
         logits = x @ (scale * weight).T + bias
     loss, accuracy = cross_entropy(logits, labels), (logits.argmax(1) == labels).double().mean()
     return HeadFit(loss.item(), accuracy.item(), len(labels))
@@ -151,6 +157,14 @@ def found_head(model: nn.Module, head: nn.Linear | str) -> nn.Linear:
     return found
 
 
+@torch.no_grad()
+def written_to(p: Tensor, values: Tensor) -> Tensor:
+    """Set a parameter to whole ``values``, of a DTensor each process its own part; returns them as they are rounded."""
+    rounded = values.to(p.dtype)
+    p.copy_(like(rounded, p))
+    return rounded.to(values.dtype)
+
+
 class Tap:
     """Records a module's inputs; with ``pass_on``, the module returns its input, so the model gives features."""
 
@@ -160,7 +174,8 @@ class Tap:
         self.handle = module.register_forward_hook(self.hook, with_kwargs=True)
 
     def hook(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-        self.seen.append(arguments[0] if arguments else named["input"])
+        x = arguments[0] if arguments else named["input"]
+        self.seen.append(whole(x))  # as tensor parallelism hands it to the head
         return self.seen[-1] if self.pass_on else None
 
     def features(self, run: Callable[[], Any], labels: Tensor) -> Tensor:
@@ -194,7 +209,7 @@ def features_and_labels(
     tap = Tap(head)
     try:
         with evaluating(model), torch.no_grad():
-            for each in batches:
+            for each in same_everywhere(batches, common_groups(model)):
                 batch = tuple(each) if isinstance(each, list) else each  # as torch's DataLoader puts pairs together
                 wanted = checked_labels(batch)
                 x = tap.features(partial(forward or outputs_of, model, batch), wanted)
@@ -204,6 +219,7 @@ def features_and_labels(
                 labels.append(y[counts])
     finally:
         tap.handle.remove()
+        reshard(model)  # what fully_shard has kept gathered would be written to in the head's place
     if not sum(map(len, labels)):
         raise ValueError("batches: expected at least one row with a label, got none")
     x, y = torch.cat(features), torch.cat(labels)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -14,8 +16,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastft.anchor import Anchor
 from fastft.checks import check_share
+from fastft.layers.wrappers import reshard
 
 from .anchored import chunks, find_anchored, views_of
+from .processes import agreed, groups_of, meshes_of
 from .report import Items, RetentionReport, Scores, checked_scores, mean_score
 
 
@@ -35,12 +39,16 @@ def interpolate_(
 
         interpolation = interpolate_(model, anchor, 0.5)  # or for good; interpolation.undo() takes it back
 
+    Of DTensors every process blends its own parts, as the whole tensors would be; nothing is sent, and each process has
+    to call it. Parameters that ``fully_shard`` keeps gathered after a forward pass are put back first.
+
     Args:
         model: the fine-tuned model. Parameters without an anchor (a new head) stay as they are;
             ``Interpolation.unanchored`` names them. Buffers are not touched: a BatchNorm's running statistics stay
             those of the fine-tuned model, so bring them up to date with ``torch.optim.swa_utils.update_bn``, and
             keep a copy if you need them back.
-        anchor: the pre-trained weights: in any dtype, on any device, or in a file.
+        anchor: the pre-trained weights: in any dtype, on any device, or in a file. Of DTensors: whole, or DTensors that
+            lie as the parameters do.
         alpha: from 0 (the anchor's values, in the parameter's dtype) to 1 (the fine-tuned weights, bit for bit).
             Values between are computed in float32 (float64 with float64 parameters) and rounded once.
         keep_on: where to keep the fine-tuned weights, which take as much memory as the anchored parameters do:
@@ -51,8 +59,9 @@ def interpolate_(
 
     Raises:
         TypeError: ``anchor`` is no :class:`fastft.Anchor`.
-        ValueError: an alpha outside [0, 1], an anchor that has none of the parameters or one in another shape, or a
-            model that is interpolated already. The model is then as it was.
+        ValueError: an alpha outside [0, 1]; an anchor that has none of the parameters, or one in another shape or
+            placement; the pieces of ``FullyShardedDataParallel``; or a model that is interpolated already. The model is
+            then as it was.
     """
     return Interpolation(model, anchor, alpha, keep_on)
 
@@ -66,7 +75,8 @@ class Interpolation:
 
     def __init__(self, model: nn.Module, anchor: Anchor, alpha: float, keep_on: torch.device | str | None) -> None:
         check_share("alpha", alpha)
-        self._anchor = anchor
+        reshard(model)
+        self._model, self._anchor = model, anchor
         self._anchored, missing = find_anchored(model, anchor)
         self.unanchored = tuple(missing)
         """The names of the parameters that have no anchor, and so stay."""
@@ -78,7 +88,7 @@ class Interpolation:
                     f"model: it is interpolated already, with alpha = {other.alpha:g}; "
                     "use that interpolation's set(alpha), or undo() it first"
                 )
-        self._tuned = Anchor.snapshot([(found.name, found.parameter) for found in self._anchored], device=keep_on)
+        self._tuned = Anchor.snapshot([(found.name, found.here) for found in self._anchored], device=keep_on)
         self.alpha = 1.0
         """The share of the fine-tuned weights in the model: 1 after :meth:`undo`."""
         self.set(alpha)
@@ -89,17 +99,18 @@ class Interpolation:
     def set(self, alpha: float) -> None:
         """Blend the same two sets of weights with another ``alpha``."""
         check_share("alpha", alpha)
+        reshard(self._model)
         try:
             for found in self._anchored:
-                p = found.parameter
-                start, end = self._anchor[found.key], self._tuned[found.name]
+                here, start, end = found.here, found.start(self._anchor), self._tuned[found.name]
                 if alpha in (0.0, 1.0):
-                    p.copy_(end if alpha else start)
-                    continue
-                for (target,), (a, b) in zip(
-                    views_of((p,)), chunks((start, end), p.device, torch.float32), strict=True
-                ):
-                    target.copy_(torch.lerp(a, b, alpha))
+                    here.copy_(end if alpha else start)
+                else:
+                    for (target,), (a, b) in zip(
+                        views_of((here,)), chunks((start, end), here.device, torch.float32), strict=True
+                    ):
+                        target.copy_(torch.lerp(a, b, alpha))
+                found.written()
         except BaseException:
             self.undo()
             raise
@@ -108,8 +119,10 @@ class Interpolation:
     @torch.no_grad()
     def undo(self) -> None:
         """Put the fine-tuned weights back, bit for bit, also where the parameters were changed since."""
+        reshard(self._model)
         for found in self._anchored:
-            found.parameter.copy_(self._tuned[found.name])
+            found.here.copy_(self._tuned[found.name])
+            found.written()
         self.alpha = 1.0
 
     def __enter__(self) -> Interpolation:
@@ -178,10 +191,13 @@ def best_alpha(
 ) -> AlphaSearch:
     """Evaluate the model at each alpha of :func:`interpolate_`, and choose the best. The model stays as it was.
 
+    With DTensors among the parameters all processes of their meshes call it, with the same arguments, and choose alike.
+
     Args:
         model, anchor, keep_on: as in :func:`interpolate_`.
         evaluate: called with the model; returns ``{"source": scores, "target": scores}``: numbers, or an array with
-            a score for each item; higher is better. Use validation data: the choice fits what it is made on.
+            a score for each item; higher is better. Use validation data: the choice fits what it is made on. Of a
+            model of DTensors it returns the same on every process: reduce or gather what each has measured.
         alphas: the values to try.
         source_weight: choose the highest ``(1 − w)·target + w·source`` of the mean scores; 0.5 if neither is given.
         min_target: choose the highest source among those whose target is this or more.
@@ -192,7 +208,7 @@ def best_alpha(
 
     Raises:
         ValueError: wrong alphas or rules, before anything is evaluated; or no alpha reaches ``min_target``, with the
-            curve.
+            curve. Of a model of DTensors also, on every process: other alphas, rules or scores than another process's.
     """
     given = list(alphas)
     if not given:
@@ -201,21 +217,45 @@ def best_alpha(
         check_share("alpha", alpha)
     tried = sorted(set(given))
     check_rule(source_weight, min_target)
-    points = []
-    with interpolate_(model, anchor, tried[0], keep_on=keep_on) as interpolation:
+    reshard(model)
+    groups = groups_of(meshes_of(model))
+    rule = f"alphas {tried}, source_weight {source_weight}, min_target {min_target}"
+    with agreed(
+        "best_alpha: expected the same alphas, rule and anchor on every process",
+        lambda: interpolate_(model, anchor, 1.0, keep_on=keep_on),
+        lambda _: rule,
+        groups,
+    ) as interpolation:
+        points = []
         for alpha in tried:
             interpolation.set(alpha)
-            scores = evaluate(model)
-            if not isinstance(scores, Mapping) or not {"source", "target"} <= scores.keys():
-                raise ValueError(f'evaluate: expected {{"source": scores, "target": scores}}, got {scores!r:.80}')
-            points.append(
-                AlphaPoint(
-                    float(alpha),
-                    checked_scores(scores["source"], "evaluate: source"),
-                    checked_scores(scores["target"], "evaluate: target"),
-                )
+            point = agreed(
+                "evaluate: expected the same scores on every process (reduce or gather them over the processes first)",
+                partial(point_of, alpha, evaluate, model),
+                lambda point: f"source {outlined(point.source)}, target {outlined(point.target)}",
+                groups,
             )
+            points.append(point)
     return AlphaSearch(choose_alpha(points, source_weight, min_target), tuple(points))
+
+
+def point_of(alpha: float, evaluate: Callable[[nn.Module], Any], model: nn.Module) -> AlphaPoint:
+    """The result of ``evaluate`` as a point of the curve, if it is scores."""
+    scores = evaluate(model)
+    if not isinstance(scores, Mapping) or not {"source", "target"} <= scores.keys():
+        raise ValueError(f'evaluate: expected {{"source": scores, "target": scores}}, got {scores!r:.80}')
+    return AlphaPoint(
+        float(alpha),
+        checked_scores(scores["source"], "evaluate: source"),
+        checked_scores(scores["target"], "evaluate: target"),
+    )
+
+
+def outlined(scores: Items | float) -> str:
+    """The mean; of a score for each item also their number and a digest, which are alike where all scores are."""
+    if isinstance(scores, float):
+        return repr(scores)
+    return f"{mean_score(scores)!r} ({len(scores)} items, {hashlib.sha256(scores.tobytes()).hexdigest()[:16]})"
 
 
 def choose_alpha(points: Iterable[AlphaPoint], source_weight: float | None, min_target: float | None) -> float:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastft.checks import check_choice, check_count
-from fastft.layers.groups import GroupPatterns, layer_groups
-from fastft.layers.wrappers import peel, reentrant_checkpointing, requiring_inputs, wrapped_for
+from fastft.layers.groups import GroupPatterns
+from fastft.layers.wrappers import peel, reentrant_checkpointing, requiring_inputs, reshard
 from fastft.names import clean, listed
 from fastft.optim import AdamW
+from fastft.optim.dtensors import like
 from fastft.optim.in_backward import LATE, stepped_in_backward
 from fastft.warning import warn
 
@@ -22,22 +23,17 @@ from .hooks import ClosedForward, ModuleHook, StillNorms, norms_in
 from .moments import bring_back, drop, offload, state_bytes
 from .policies import Event, GoesBack, GroupInfo, OnPlateau, Policy, Progress, open_groups
 from .report import GroupStatus, UnfreezeReport
+from .wrapping import (
+    FLAGS_MUST_STAY,
+    NAMES,
+    found_wrappers,
+    groups_of,
+    late_error,
+    refuse_offload,
+    sharded_modules,
+)
 
 VERSION = 1
-# What flags must not change under, and why.
-FLAGS_MUST_STAY = {
-    "ddp": "DistributedDataParallel settles when it is made which gradients it waits for",
-    "fsdp1": "FullyShardedDataParallel keeps parameters of several groups in one flat parameter",
-    "compile": "a compiled model may run a graph that was traced with other flags (pytorch/pytorch#139476)",
-}
-NAMES = {
-    "ddp": "wrapped in DistributedDataParallel",
-    "data_parallel": "wrapped in DataParallel",
-    "fsdp1": "wrapped in FullyShardedDataParallel",
-    "fsdp2": "sharded with fully_shard",
-    "compile": "compiled",
-}
-
 with_unfreezer: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -59,9 +55,12 @@ class Unfreezer:
     no anchor. Parameters that do not require grad when the unfreezer is made stay frozen for good.
 
     Args:
-        model: the model as it is trained: wrap, shard or compile it first, and hand over the wrapper.
+        model: the model as it is trained: wrap, shard or compile it first, and hand over the wrapper. Where several
+            processes train, wrappers that came later are refused by the first forward pass, the first step and every
+            opening; only DistributedDataParallel around ``mode="freeze"`` may come until the first forward pass.
         optimizer: any torch optimizer that passes over parameters without gradients, with ``mode="requires_grad"``; a
-            :class:`fastft.AdamW` with either mode. Its ``freeze`` and ``unfreeze`` are then the unfreezer's.
+            :class:`fastft.AdamW` with either mode, also inside ZeroRedundancyOptimizer. Its ``freeze`` and ``unfreeze``
+            are then the unfreezer's.
         policy: the schedule; one of :mod:`fastft.unfreeze`, or any function from a :class:`Progress` to the indices
             or names of the open groups that depends on nothing else.
         groups: as :func:`fastft.layers.layer_groups` takes or returns them. None: read from the model.
@@ -71,7 +70,8 @@ class Unfreezer:
             saved too; :meth:`report` says which. In a wrapped or compiled one, closed parameters still get gradients:
             ``max_grad_norm`` of :class:`fastft.AdamW` leaves them out, ``clip_grad_norm_`` does not.
         state_policy: for the optimizer state of a group that closes. "keep"; "reset": it is dropped, and starts at
-            t = 1 when the group opens again; "offload": its moments wait in pinned host memory until then.
+            t = 1 when the group opens again; "offload": its moments wait in pinned host memory until then, but for
+            sharded parameters on a GPU, which are refused.
         norm_policy: "freeze_stats" keeps closed modules with running statistics (batch norm) in eval mode;
             "train" leaves them alone.
         rewarm_steps: a group that opens during training takes its first steps with lr · 1/n, 2/n, ..., n/n. What the
@@ -120,14 +120,19 @@ class Unfreezer:
             )
         if not callable(policy):
             raise TypeError(f"policy: expected a function of a Progress, got {policy!r:.80}")
-        optimizer = unwrapped(optimizer)
+        self._whole = unwrapped(optimizer)
+        optimizer = share_of(self._whole)
         if optimizer in with_unfreezer:
             raise ValueError("optimizer: it has an Unfreezer already; undo() that one first")
         self.model = model
         self.optimizer = optimizer
         self.policy = policy
         self.mode = mode
-        self.groups = tuple(layer_groups(model, groups))
+        self._sharded = sharded_modules(model)
+        reshard(model)
+        if state_policy == "offload":
+            refuse_offload(model)
+        self.groups = groups_of(model, groups)
         self._state_policy = state_policy
         self._rewarm_steps = rewarm_steps
         self._tied = tied
@@ -155,7 +160,8 @@ class Unfreezer:
         self._input_hooks: list[Any] = []
         self._look_for_checkpointing = True
 
-        self._wrapped = self._refuse_wrapped()
+        self._wrapped = self._allowed(found_wrappers(model, given))
+        self._ran = self._stepped = False  # the model and the optimizer, since
         self._norms = StillNorms(model, "compile" in self._wrapped) if norm_policy == "freeze_stats" else None
         self._forwards = self._hook_forwards()
 
@@ -168,6 +174,10 @@ class Unfreezer:
             optimizer.register_step_post_hook(lambda *_: self._restore_lrs()),
             optimizer.register_load_state_dict_post_hook(lambda _: self._hold()),
         ]
+        if "compile" not in self._wrapped:  # there it would be part of the graph; the first step looks, too
+            # In front of hooks that put other parameters in place, as fully_shard's does, or take the graph away.
+            first = model.register_forward_pre_hook(ModuleHook(self._before_first_forward), prepend=True)
+            self._handles.append(first)
         if mode == "requires_grad":
             # Also inside the model, as a trainer may call its methods rather than itself.
             for module in dict.fromkeys([model, *requiring_inputs(model)]):
@@ -243,7 +253,7 @@ class Unfreezer:
         groups = []
         for i, group in enumerate(self.groups):
             members = set(group.parameters)
-            used = [g for g in self.optimizer.param_groups if any(p in members for p in g["params"])]
+            used = [g for g in self._whole.param_groups if any(p in members for p in g["params"])]
             factor = self._warmth(i) if i in self._open else 1.0
             total, away = state_bytes(self.optimizer, group.parameters)
             since = self._opened[i] if i in self._open else None
@@ -252,7 +262,10 @@ class Unfreezer:
         return UnfreezeReport(self._step, tuple(groups), tuple(self._notes()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, and the tensors that a policy may go back to, for :meth:`load_state_dict`."""
+        """Plain values, the same in every process, and the tensors that a policy may go back to.
+
+        Only a policy with ``restore_best=True`` has tensors: of sharded parameters DTensors.
+        """
         return {
             "version": VERSION,
             "groups": [group.name for group in self.groups],
@@ -265,7 +278,9 @@ class Unfreezer:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what was saved. Load the model and the optimizer too, before or after.
+        """Go on from what was saved. Load the model and the optimizer too, before or after; with
+        ``torch.distributed.checkpoint`` and ``mode="requires_grad"`` before the unfreezer is made, since that passes
+        over the state of parameters that do not require grad.
 
         The policy is called again, so another policy may take over from here.
 
@@ -283,8 +298,8 @@ class Unfreezer:
         self._check_ties(wanted)
         self._step, self._epoch, self._events = state_dict["step"], epoch, events
         best = state_dict["best"]
-        self._best = None if best is None else {name: tensor.clone() for name, tensor in best.items()}
         self._opened = list(state_dict["opened"])
+        self._best = None if best is None else self._copy(best)
         self._open = frozenset(names.index(name) for name in state_dict["open"])
         self._apply(wanted)
         if self._state_policy == "reset":
@@ -307,13 +322,12 @@ class Unfreezer:
             self.optimizer.unfreeze(self._in_optimizer(self._frozen))
         if self._norms is not None:
             self._norms.set(())
-        for forward in self._forwards:
-            forward.remove()
+        self._unhook_forwards()
         for handle in self._handles:
             handle.remove()
         for inputs in self._input_hooks:
             inputs.disable_input_require_grads()
-        self._forwards, self._handles, self._input_hooks = [], [], []
+        self._handles, self._input_hooks = [], []
         with_unfreezer.discard(self.optimizer)
 
     def close(self) -> None:
@@ -325,7 +339,9 @@ class Unfreezer:
 
     def _apply(self, wanted: frozenset[int], begin: bool = False) -> None:
         """Make these groups the open ones."""
-        self._wrapped = self._refuse_wrapped()
+        if not begin:
+            self._check_wrappers()
+            self._check_members()
         for i in wanted - self._open:
             self._opened[i] = self._step
         self._unproven = (self._unproven | (wanted - self._open)) & wanted
@@ -347,6 +363,7 @@ class Unfreezer:
         return closed
 
     def _set_closed(self, closed: set[Tensor]) -> None:
+        reshard(self.model)
         opening, closing = self._closed - closed, closed - self._closed
         # In place: the hooks on the modules look into it.
         self._closed -= opening
@@ -375,7 +392,16 @@ class Unfreezer:
 
     # -- around a step, a forward pass -------------------------------------------------------------------------
 
+    def _before_first_forward(self, *_: Any) -> None:
+        if not self._ran and not torch.compiler.is_compiling():
+            self._check_wrappers()
+            self._ran = True
+
     def _before_step(self, arguments: list[Any]) -> None:
+        if not self._stepped:
+            self._check_wrappers()
+            self._check_members()
+            self._stepped = True
         if self.mode == "requires_grad":
             for p in self._closed:
                 p.grad = None
@@ -394,7 +420,8 @@ class Unfreezer:
         without = []
         stepped = stepped_in_backward(self.optimizer)
         for i in sorted(self._unproven):
-            members = [p for p in self.groups[i].parameters if p not in self._closed]
+            # Of a parameter that FSDP1 has cut up a process may have nothing, and then there is no gradient.
+            members = [p for p in self.groups[i].parameters if p not in self._closed and p.numel()]
             if members and all(p.grad is None and p not in stepped for p in members):
                 without.append(self.groups[i].name)
         if without:
@@ -443,10 +470,14 @@ class Unfreezer:
             moved.update({f"statistics.{i}.{name}": buffer for name, buffer in norm.named_buffers(recurse=False)})
         return moved
 
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self._what_moves().items()}
+    def _copy(self, saved: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """All that has moved, in host memory; or what was saved of it, whole or in parts, as it lies here."""
+        moved = self._what_moves()
+        found = moved if saved is None else {name: like(tensor, moved[name]) for name, tensor in saved.items()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in found.items()}
 
     def _go_back(self, best: Mapping[str, Tensor]) -> None:
+        reshard(self.model)
         moved = self._what_moves()
         with torch.no_grad():
             for name, tensor in best.items():
@@ -455,7 +486,7 @@ class Unfreezer:
     # -- checks ------------------------------------------------------------------------------------------------
 
     def _check_optimizer(self) -> None:
-        members = {p for group in self.optimizer.param_groups for p in group["params"]}
+        members = {p for group in self._whole.param_groups for p in group["params"]}
         missing = [name for p, name in self._names.items() if p.requires_grad and p not in members]
         if missing:
             raise ValueError(
@@ -468,8 +499,19 @@ class Unfreezer:
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise ValueError("optimizer: LBFGS moves all parameters along one direction, so it can hold none still")
 
-    def _refuse_wrapped(self) -> set[str]:
-        found = wrapped_for(self.model) | self._given_wrappers
+    def _check_members(self) -> None:
+        """Raise if somebody has put other parameters into the optimizer."""
+        members = {p for group in self._whole.param_groups for p in group["params"]}
+        missing = [name for p, name in self._names.items() if p not in members and p not in self._frozen]
+        if missing:
+            raise ValueError(
+                "optimizer: expected the parameters that it had when the Unfreezer was made, got others in the place "
+                f"of {listed(missing, quoted=False)}; let accelerate, DeepSpeed or whoever put them there prepare the "
+                "model and the optimizer first, then make the Unfreezer"
+            )
+
+    def _allowed(self, found: set[str]) -> set[str]:
+        """These wrappers, where the mode allows them."""
         for wrapper, reason in FLAGS_MUST_STAY.items():
             if wrapper in found and self.mode == "requires_grad":
                 raise ValueError(
@@ -477,6 +519,23 @@ class Unfreezer:
                     f"{reason}"
                 )
         return found
+
+    def _check_wrappers(self) -> None:
+        """Raise for wrappers that came after the unfreezer, and too late for it."""
+        if not sharded_modules(self.model) <= self._sharded:
+            raise late_error("fsdp2")
+        found = found_wrappers(self.model, self._given_wrappers)
+        late = found - self._wrapped
+        if "fsdp1" in late:
+            raise late_error("fsdp1")
+        if "ddp" in late:
+            # It waits for the gradients of closed groups, too, and before the first forward pass they can still come.
+            if self.mode == "requires_grad":
+                raise late_error("ddp")
+            if self._forwards and self._ran:
+                raise late_error("ddp", "waits for gradients of closed groups, and these already ran without a graph")
+            self._unhook_forwards()
+        self._wrapped = self._allowed(found)
 
     def _layers_of_optimizer_groups(self) -> list[int | None]:
         """The layer group of each of the optimizer's groups; None where it has none, or several."""
@@ -523,6 +582,11 @@ class Unfreezer:
             return []
         modules = [module for group in self.groups for module in group.modules]
         return [ClosedForward(m, self._closed) for m in modules if any(True for _ in m.parameters())]
+
+    def _unhook_forwards(self) -> None:
+        for forward in self._forwards:
+            forward.remove()
+        self._forwards = []
 
     def _notes(self) -> Iterable[str]:
         if self._frozen:
@@ -579,3 +643,10 @@ def unwrapped(optimizer: Any) -> Optimizer:
     if not isinstance(inner, Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     return inner
+
+
+def share_of(optimizer: Optimizer) -> Optimizer:
+    """The optimizer of this process's parameters, inside a ZeroRedundancyOptimizer; any other itself."""
+    share = getattr(optimizer, "optim", None)
+    zero = any(c.__name__ == "ZeroRedundancyOptimizer" for c in type(optimizer).__mro__)
+    return share if zero and isinstance(share, Optimizer) else optimizer

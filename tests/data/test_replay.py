@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pickle
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay_cases import FIRST_SOURCE, NumberStream, flat, is_source, sources, targets
+from started import run_together
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from fastft.data import ReplayMixer, replay
@@ -320,16 +320,9 @@ def test_two_ranks_of_two_workers_have_every_example_once(tmp_path: Path) -> Non
     folders = [str(Path(cases.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     command = [sys.executable, cases.__file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(cases.WORLD)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    run_together(
+        ([*command, str(rank), str(tmp_path)], environment, tmp_path / f"{rank}.log") for rank in range(cases.WORLD)
+    )
     ranks = [json.loads((tmp_path / f"given_{rank}.json").read_text()) for rank in range(cases.WORLD)]
     for style in ("map", "stream"):
         for epoch in range(2):

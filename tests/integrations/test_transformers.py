@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract_cases import carried_by, metadata_of
 from torch import Tensor, nn
 from trainer_runs import Recorder, arguments, tiny_bert, tiny_gpt2, token_rows, values
 from transformers import (
@@ -49,7 +50,7 @@ def trainer(model: Any, args: Any, *callbacks: TrainerCallback, **options: Any) 
 
 
 def anchor_of(run: Trainer) -> dict[str, Tensor]:
-    return run.optimizer.state_dict()["fastft"]["anchor"]["tensors"]
+    return carried_by(run.optimizer.state_dict(), "anchor")
 
 
 # -- one line ------------------------------------------------------------------------------------------------
@@ -225,8 +226,8 @@ def test_an_anchor_in_a_file_is_not_copied_into_checkpoints(bert: Any, tmp_path:
     run = trainer(model, args, optimizer_cls_and_kwargs=adamw)
     run.train()
     saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
-    assert saved["fastft"]["anchor"]["tensors"] == {}
-    assert Path(saved["fastft"]["anchor"]["source"]["path"]).parent == Path(folder)
+    assert carried_by(saved, "anchor") == {}
+    assert Path(metadata_of(saved)["anchor_file"]["path"]).parent == Path(folder)
     again = bert()
     anchor = fastft.Anchor.from_safetensors(folder, again, exclude=sorted(new_parameters(again)))
     adamw = optimizer_cls_and_kwargs(args, again, anchor_decay=3.0, anchor=anchor)

@@ -6,7 +6,6 @@ import copy
 import io
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import fuse_cases as cases
 import pytest
 import torch
 from dropout_cases import same_bits
+from started import run_together
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -541,17 +541,8 @@ def test_ddp_has_the_masks_of_each_ranks_seed(tmp_path: Path) -> None:
     paths = [str(Path(distributed.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
     logs = [tmp_path / f"log_{rank}.txt" for rank in range(distributed.WORLD)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with open(log, "w") as file:
-            command = [sys.executable, str(distributed.__file__), str(rank), str(tmp_path)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
+    command = [sys.executable, str(distributed.__file__)]
+    run_together(([*command, str(rank), str(tmp_path)], environment, log) for rank, log in enumerate(logs))
     ranks = [torch.load(tmp_path / f"results_{rank}.pt", weights_only=True) for rank in range(2)]
     for seeding in ("alike", "by rank"):
         (alone_0, wrapped_0), (alone_1, wrapped_1) = ranks[0][seeding], ranks[1][seeding]

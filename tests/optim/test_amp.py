@@ -50,7 +50,8 @@ def test_a_scaled_run_is_torchs(options: dict[str, Any]) -> None:
     for step in range(10):
         give_scaled_grads(twins, pair, SPOILT.get(step))
         before = copy.deepcopy((twins.params(0), state_of(twins.ours)))
-        grads = [p.grad.clone() for p in twins.params(0)]
+        # torch's fused step leaves the gradients of a skipped one scaled; those of the others are unscaled before it.
+        left = pair[0].get_scale() if options.get("fused") and step in SPOILT else 1.0
         for s, optimizer in zip(pair, twins.optimizers, strict=True):
             s.step(optimizer)
             s.update()
@@ -61,8 +62,7 @@ def test_a_scaled_run_is_torchs(options: dict[str, Any]) -> None:
             assert_near(ours["exp_avg"], theirs["exp_avg"], "exp_avg")
         if step in SPOILT:
             assert_same((twins.params(0), state_of(twins.ours)), before, "skipped step")
-        # torch divides .grad by the scale; here it stays what backward made of it.
-        assert_same([p.grad for p in twins.params(0)], grads, "gradients")
+        assert_same([p.grad for p in twins.params(0)], [q.grad / left for q in twins.params(1)], "gradients")
     assert {float(state["step"]) for state in state_of(twins.ours)} == {7.0}
     assert twins.ours.skipped_steps.item() == 3
     assert len(SPOILT) == 3

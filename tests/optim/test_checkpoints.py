@@ -10,12 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import Twins, assert_near, assert_same, give_grads, net, state_of, train
+from contract_cases import (
+    CARRIED,
+    Twins,
+    assert_near,
+    assert_same,
+    carried,
+    carried_by,
+    change_metadata,
+    flags_of,
+    give_grads,
+    metadata_of,
+    names_in_file,
+    net,
+    state_of,
+    train,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastft
 from fastft import Anchor
+from fastft.optim.checkpoint import Has
 
 
 def saved_and_loaded(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -75,16 +91,18 @@ def test_our_run_goes_on_in_torchs(options: dict[str, Any], dtype: torch.dtype) 
     ours.set_update_mask(run[0].weight, torch.ones(17, dtype=torch.bool))
     train(ours, range(4))
     saved = saved_and_loaded(ours.state_dict())
-    assert saved["fastft"]["masks"] and saved["fastft"]["anchor"]["tensors"]
+    assert len(carried_by(saved, "update_mask")) == 1 and len(carried_by(saved, "anchor")) == 6
     twins.models[1].load_state_dict(run.state_dict())
     twins.theirs.load_state_dict(saved)
-    assert_same(state_of(twins.theirs), state_of(ours), "loaded state")
+    loaded = [{key: v for key, v in state.items() if key not in CARRIED} for state in state_of(twins.theirs)]
+    assert_same(loaded, state_of(ours), "loaded state")
     for step in range(4, 8):
         for optimizer, model in ((ours, run), (twins.theirs, twins.models[1])):
             give_grads(model.parameters(), step)
             optimizer.step()
         assert_near(twins.params(0), twins.params(1), "parameters")
-        assert_near(state_of(ours), state_of(twins.theirs), "state")
+        torchs = [{key: state[key] for key in ours.state[p]} for p, state in zip(run.parameters(), loaded, strict=True)]
+        assert_near(state_of(ours), torchs, "state")
 
 
 def test_there_and_back_again() -> None:
@@ -246,11 +264,13 @@ def test_a_run_resumes_in_a_fresh_process_that_knows_no_anchor(anchor: Any) -> N
 
 def test_a_bfloat16_snapshot_is_saved_as_it_is_kept() -> None:
     run = Run(anchor=in_bfloat16)
-    saved = saved_and_loaded(run.checkpoint())["optimizer"]["fastft"]["anchor"]
-    assert saved["source"] is None
-    assert list(saved["tensors"]) == ["0.weight", "0.bias", "1.weight", "1.bias"]
-    assert {t.dtype for t in saved["tensors"].values()} == {torch.bfloat16}
-    assert_same(saved["tensors"]["0.weight"], run.model[0].weight.detach().bfloat16(), "weight")
+    run.train(range(1))
+    start = net()
+    saved = saved_and_loaded(run.checkpoint())["optimizer"]
+    assert metadata_of(saved)["anchor_file"] is None
+    anchors = carried_by(saved, "anchor")
+    assert list(anchors) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert_same(anchors, {name: start.get_parameter(name).detach().bfloat16() for name in anchors}, "anchors")
 
 
 def test_wide_moments_of_a_torch_checkpoint_are_kept_or_rounded_as_asked() -> None:
@@ -284,11 +304,15 @@ def file_run(tmp_path: Path) -> tuple[Run, Path]:
 
 def test_an_anchor_in_a_file_is_saved_as_its_path_and_hash(file_run: tuple[Run, Path]) -> None:
     run, path = file_run
-    saved = run.optimizer.state_dict()["fastft"]["anchor"]
-    assert saved["tensors"] == {}
-    assert saved["source"]["path"] == str(path)
-    assert len(saved["source"]["sha256"]) == 64
-    assert list(saved["source"]["names"]) == ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight"]
+    saved = run.optimizer.state_dict()
+    assert carried_by(saved, "anchor") == {}
+    anchored = ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight"]
+    for group in (0, 1):
+        meta = metadata_of(saved, group)
+        assert meta["anchor_file"]["path"] == str(path)
+        assert len(meta["anchor_file"]["sha256"]) == 64
+    assert names_in_file(saved) == {name: name for name in anchored}
+    assert [name for name, flags in flags_of(saved).items() if flags & Has.ANCHOR_IN_FILE] == anchored
 
 
 def overwritten(path: Path) -> None:
@@ -331,7 +355,7 @@ def test_a_moved_file_is_found_through_an_anchor_made_from_its_new_place(file_ru
     run.train(range(2, 6))
     resumed.train(range(2, 6))
     assert_same(list(resumed.model.parameters()), list(run.model.parameters()), "parameters")
-    assert resumed.optimizer.state_dict()["fastft"]["anchor"]["source"]["path"] == str(moved)
+    assert metadata_of(resumed.optimizer.state_dict())["anchor_file"]["path"] == str(moved)
 
 
 def test_a_moved_file_with_other_content_is_refused(file_run: tuple[Run, Path]) -> None:
@@ -360,7 +384,7 @@ def test_what_was_taken_into_an_anchor_in_a_file_comes_back_too(resumer: str, tm
     run = Run(anchor=with_head)
     run.train(range(2))
     saved = saved_and_loaded(run.checkpoint())
-    assert list(saved["optimizer"]["fastft"]["anchor"]["tensors"]) == ["3.bias"]
+    assert list(carried_by(saved["optimizer"], "anchor")) == ["3.bias"]
     run.train(range(3, 5))
 
     def of_another_start(model: nn.Module) -> Anchor:
@@ -398,7 +422,7 @@ def steps_as(make: Callable[[Tensor], Any]) -> Callable[[dict[str, Any]], None]:
 def without_extras(saved: dict[str, Any]) -> None:
     """As torch 1.x wrote it: no flags that are younger, numbers for steps, nothing of ours."""
     young = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
-    drop_group_keys(*young, "anchor_decay", "anchor_mode")(saved)
+    drop_group_keys(*young, "anchor_decay", "anchor_mode", "fastft")(saved)
     steps_as(lambda step: int(step.item()))(saved)
     del saved["fastft"]
 
@@ -406,6 +430,7 @@ def without_extras(saved: dict[str, Any]) -> None:
 OLDER: dict[str, Callable[[dict[str, Any]], Any]] = {
     "torch_1": without_extras,
     "no_fastft_key": lambda saved: saved.pop("fastft"),
+    "no_fastft_key_in_groups": drop_group_keys("fastft"),
     "no_group_options_of_ours": drop_group_keys("anchor_decay", "anchor_mode"),
     "no_amsgrad": drop_group_keys("amsgrad"),
     "adam_not_adamw": lambda saved: [g.update(decoupled_weight_decay=False) for g in saved["param_groups"]],
@@ -486,31 +511,64 @@ def test_a_state_that_cannot_be_stepped_says_so_before_anything_is_written(
     assert_same((list(model.parameters()), state_of(optimizer)), before, "after the error")
 
 
+def in_version_1(saved: dict[str, Any]) -> None:
+    """As the releases before wrote it: everything of ours beside torch's part."""
+    anchors = {"version": 1, "source": None, "names": [], "offloaded": False, "tensors": {}, "importance": {}}
+    masks = {i: entry["update_mask"] for i, entry in enumerate(carried(saved)) if "update_mask" in entry}
+    for state in saved["state"].values():
+        for key in CARRIED:
+            state.pop(key, None)
+    drop_group_keys("fastft")(saved)
+    skipped = torch.tensor(1)
+    saved["fastft"] = {"version": 1, "frozen": [2], "masks": masks, "anchor": anchors, "skipped_steps": skipped}
+
+
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a_later_version": (
-        lambda s: s["fastft"].update(version=2),
-        r'state_dict\["fastft"\]: expected version 1, got 2: it was written by another release',
+    "version_1": (
+        in_version_1,
+        r'state_dict\["fastft"\]: expected version 2, got 1: it was written by another release of fastft',
     ),
-    "no_version": (lambda s: s["fastft"].pop("version"), "expected version 1, got None"),
-    "a_later_anchor": (lambda s: s["fastft"]["anchor"].update(version=9), "anchor state: expected version 1, got 9"),
+    "a_later_version": (lambda s: s["fastft"].update(version=3), r'state_dict\["fastft"\]: expected version 2, got 3'),
+    "no_version": (lambda s: s["fastft"].pop("version"), "expected version 2, got None"),
+    "a_later_version_in_groups": (
+        lambda s: change_metadata(s, version=3),
+        r'state_dict: param_groups\[0\]\["fastft"\]: expected version 2, got 3: it was written by another release',
+    ),
+    "a_seed_that_is_none": (lambda s: change_metadata(s, rounding_seed="7"), "rounding_seed: expected an integer, got"),
+    "an_anchor_that_got_lost": (
+        lambda s: s["state"][0].pop("anchor"),
+        r"state\[0\] of 0\.weight: expected its anchor, got none\. It was saved with an anchor",
+    ),
+    "a_mask_that_got_lost": (
+        lambda s: s["state"][0].pop("update_mask"),
+        r"state\[0\] of 0\.weight: expected its update_mask, got none\. It was saved with an update mask",
+    ),
+    "a_mask_that_nobody_saved": (
+        lambda s: s["state"][1].update(update_mask=torch.ones(17, dtype=torch.bool)),
+        r"state\[1\] of 0\.bias: expected no update_mask, as it was saved without an update mask, got one",
+    ),
     "a_mask_of_another_shape": (
-        lambda s: s["fastft"]["masks"].update({0: torch.ones(4, dtype=torch.bool)}),
+        lambda s: s["state"][0].update(update_mask=torch.ones(4, dtype=torch.bool)),
         r"0\.weight: update mask: expected shape \[17\] \(rows\) or \[17, 5\] \(elements\), got \[4\]",
     ),
     "a_mask_of_another_dtype": (
-        lambda s: s["fastft"]["masks"].update({0: torch.ones(17)}),
+        lambda s: s["state"][0].update(update_mask=torch.ones(17)),
         r"0\.weight: update mask: expected dtype torch.bool, got torch.float32",
     ),
     "an_anchor_of_another_shape": (
-        lambda s: s["fastft"]["anchor"]["tensors"].update({"3.bias": torch.zeros(4)}),
-        r"the anchor does not fit the parameters:\n  3\.bias: expected shape \[3\], the anchor has \[4\]",
+        lambda s: s["state"][5].update(anchor=torch.zeros(4)),
+        r"3\.bias: anchor: expected a floating-point tensor of shape \[3\], got torch\.float32 of shape \[4\]",
     ),
     "an_anchor_of_integers": (
-        lambda s: s["fastft"]["anchor"]["tensors"].update({"3.bias": torch.zeros(3, dtype=torch.int64)}),
-        r"anchor state: 3\.bias: expected a floating-point tensor",
+        lambda s: s["state"][5].update(anchor=torch.zeros(3, dtype=torch.int64)),
+        r"3\.bias: anchor: expected a floating-point tensor of shape \[3\], got torch\.int64",
     ),
     "another_number_of_groups": (
         lambda s: s["param_groups"].pop(),
+        r"state_dict: param_groups\[1\]: expected the state of 1\.weight, 1\.bias, 3\.weight, 3\.bias, got none",
+    ),
+    "another_number_of_groups_without_names": (
+        lambda s: (drop_group_keys("param_names")(s), s["param_groups"].pop()),
         "loaded state dict has a different number of parameter groups",
     ),
     "another_number_of_parameters": (
@@ -546,8 +604,9 @@ def test_a_load_that_fails_changes_nothing(name: str) -> None:
 # -- who owns what ---------------------------------------------------------------------------------------
 
 
-def own_part(run: Run) -> dict[str, Any]:
-    return run.optimizer.state_dict()["fastft"]
+def own_part(saved: dict[str, Any]) -> list[Any]:
+    """The parts of a state dict that torch's lacks."""
+    return [saved["fastft"], carried(saved), [metadata_of(saved, i) for i in range(len(saved["param_groups"]))]]
 
 
 def test_a_saved_dict_does_not_change_with_the_run() -> None:
@@ -556,14 +615,14 @@ def test_a_saved_dict_does_not_change_with_the_run() -> None:
     run.restrict()
     run.train(range(3))
     saved = run.optimizer.state_dict()
-    groups, ours = copy.deepcopy(saved["param_groups"]), copy.deepcopy(saved["fastft"])
+    groups, ours = copy.deepcopy(saved["param_groups"]), copy.deepcopy(own_part(saved))
     run.optimizer.set_update_mask(run.model[0].weight, None)
     run.optimizer.unfreeze(run.model[1].weight)
     run.optimizer.param_groups[0]["lr"] = 0.2
     run.train(range(3, 7))
-    assert_same(saved["fastft"], ours, "fastft's part")
+    assert_same(own_part(saved), ours, "fastft's part")
     assert_same(saved["param_groups"], groups, "groups")
-    assert own_part(run)["skipped_steps"].item() == ours["skipped_steps"].item() + 1
+    assert metadata_of(run.optimizer.state_dict())["skipped_steps"] == metadata_of(saved)["skipped_steps"] + 1 == 2
 
 
 def test_a_loaded_dict_and_the_run_do_not_share_what_is_ours() -> None:
@@ -583,13 +642,14 @@ def test_a_loaded_dict_and_the_run_do_not_share_what_is_ours() -> None:
     for state in untouched["state"].values():
         state.pop("step")
     assert_same(saved, untouched, "the dict")
-    before = copy.deepcopy(own_part(other))
-    for mask in saved["fastft"]["masks"].values():
-        mask.zero_()
-    for tensor in saved["fastft"]["anchor"]["tensors"].values():
+    before = copy.deepcopy(own_part(other.optimizer.state_dict()))
+    tensors = [tensor for entry in carried(saved) for tensor in entry.values()]
+    assert len(tensors) == 6 + 6 + 2  # flags, anchors, masks
+    for tensor in tensors:
         tensor.zero_()
-    saved["fastft"]["skipped_steps"].fill_(99)
-    assert_same(own_part(other), before, "the other run")
+    saved["fastft"]["frozen"].clear()
+    saved["fastft"]["without_moments"].clear()
+    assert_same(own_part(other.optimizer.state_dict()), before, "the other run")
 
 
 def test_moments_are_shared_with_a_loaded_dict_exactly_where_torch_shares_them() -> None:
@@ -615,11 +675,12 @@ def test_loading_leaves_the_users_anchor_object_alone() -> None:
     optimizer = fastft.AdamW(model.named_parameters(), lr=1e-2, anchor=anchor, anchor_decay=3.0)
     kept = {name: anchor[name].clone() for name in anchor}
     saved = copy.deepcopy(optimizer.state_dict())
-    for tensor in saved["fastft"]["anchor"]["tensors"].values():
+    for tensor in carried_by(saved, "anchor").values():
         tensor.mul_(2.0)
     optimizer.load_state_dict(saved)
     assert_same({name: anchor[name] for name in anchor}, kept, "the user's anchor")
-    assert_same(optimizer.state_dict()["fastft"]["anchor"], saved["fastft"]["anchor"], "the optimizer's")
+    doubled = {name: 2.0 * tensor for name, tensor in kept.items()}
+    assert_same(carried_by(optimizer.state_dict(), "anchor"), doubled, "the optimizer's")
 
 
 def test_a_checkpoint_without_an_anchor_keeps_the_optimizers() -> None:
@@ -630,6 +691,6 @@ def test_a_checkpoint_without_an_anchor_keeps_the_optimizers() -> None:
     anchored = fastft.AdamW(model.parameters(), lr=1e-2, anchor="init", anchor_decay=3.0)
     anchored.load_state_dict(saved)
     assert anchored.param_groups[0]["anchor_decay"] == 0.0  # an option of the group, and so the checkpoint's
-    assert anchored.state_dict()["fastft"]["anchor"]["tensors"].keys() == {
-        f"param_groups[0]['params'][{i}]" for i in range(6)
-    }
+    assert_same(
+        carried_by(anchored.state_dict(), "anchor"), dict(enumerate(p.detach() for p in model.parameters())), "anchor"
+    )

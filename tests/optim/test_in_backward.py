@@ -6,7 +6,6 @@ import copy
 import gc
 import os
 import pickle
-import subprocess
 import sys
 import warnings
 import weakref
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import assert_same, net
+from started import end_together, run_together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -782,7 +782,7 @@ def in_two_processes(rank: int, port: str) -> None:
             refused()
         handle.undo()
     assert_same(model.state_dict(), net().state_dict())
-    dist.destroy_process_group()
+    end_together()
 
 
 @pytest.mark.slow
@@ -794,17 +794,9 @@ def test_two_processes_sharded_and_ddp(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(2):
-        with open(tmp_path / f"{rank}.txt", "w") as log:
-            command = [sys.executable, __file__, str(rank), port]
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((tmp_path / f"{rank}.txt").read_text()[-4000:] for rank in range(2))
+    run_together(
+        ([sys.executable, __file__, str(rank), port], environment, tmp_path / f"{rank}.txt") for rank in range(2)
+    )
 
 
 if __name__ == "__main__":

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import low_precision_distributed as scenarios
 import pytest
 import torch
-import torch.distributed as dist
 from contract_distributed import run_in_two_processes
 from optim_cases import same_bits
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fastft
@@ -43,22 +40,6 @@ def test_two_processes_have_the_bits_of_one(name: str, two_processes: dict[str, 
 
 
 # -- where a shard lies ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pretended() -> Iterator[Any]:
-    """Begins a process group of a rank that is alone in believing in the others."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    def begin(rank: int, shape: tuple[int, ...], names: tuple[str, ...] | None = None) -> Any:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        dist.init_process_group("fake", rank=rank, world_size=math.prod(shape), store=FakeStore())
-        return init_device_mesh("cpu", shape, mesh_dim_names=names)
-
-    yield begin
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 PLACEMENTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = {

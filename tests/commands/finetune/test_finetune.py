@@ -417,10 +417,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_the_commands_of_the_documentation_run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```sh\n(fastft finetune.*?)^```", page, re.DOTALL | re.MULTILINE)
-    blocks += re.findall(
-        r"^```sh\n(fastft finetune.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
-    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    # From the start of a line to its end, with the lines that a backslash continues.
+    blocks = re.findall(r"^fastft finetune(?:.*\\\n)*.*\n", page + readme, re.MULTILINE)
     (config,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,257 @@
+"""Over which processes an optimizer's parameters lie spread, and sums over all of them.
+
+A DTensor says itself how it is cut. The pieces of FullyShardedDataParallel (FSDP1) and the share of a
+ZeroRedundancyOptimizer are plain tensors that say nothing: their wrappers are looked for. Of other partitions only the
+user knows (``process_group``).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft.layers.wrappers import flattened
+
+from .dtensors import placement_of
+from .tensors import is_dtensor
+
+ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+Groups = tuple[Any, ...]
+"""The process groups over which a parameter is spread: cut to pieces, or one process has this one, another that."""
+
+
+class KeptGroup:
+    """A process group that an optimizer was given; copies of the optimizer share it."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> KeptGroup:
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.group is not None:
+            raise TypeError("process_group: cannot be pickled; save the optimizer's state_dict() instead")
+        return KeptGroup, (None,)
+
+
+class Spread:
+    """How an optimizer's parameters lie spread, and the one sum over processes that a step takes.
+
+    It is made of all parameters, whatever has a gradient in this process: all processes have to come to the same sums,
+    in the same order.
+    """
+
+    def __init__(self, params: Iterable[Tensor] = (), process_group: Any = None, optimizer: Any = None) -> None:
+        """Find out about ``params``.
+
+        Args:
+            params: the optimizer's.
+            process_group: given by the user: each of its processes has other parameters, or other parts of them.
+            optimizer: whose share of the parameters a ZeroRedundancyOptimizer may have chosen.
+
+        Raises:
+            RuntimeError: a parameter was flattened by a FullyShardedDataParallel that is gone.
+        """
+        found = list(params)
+        self.device = found[0].device if found else torch.device("cpu")
+        self._cut: dict[int, Groups] = {}
+        self._beside: Groups = ()
+        self._covers_world = False
+        if not initialized():
+            return
+        self._beside = larger([group_of_zero(optimizer) if process_group is None else process_group])
+        flat = groups_of_flat(found)
+        for p in found:
+            self._cut[id(p)] = (flat[id(p)],) if id(p) in flat else cut_over(p)
+        # One parameter that lies on all processes shows that they train one model; what lies on fewer is then repeated.
+        world = size_of(None)
+        self._covers_world = any(is_dtensor(p) and placement_of(p)[0].size() == world for p in found)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to add up over processes."""
+        return bool(self._beside) or any(self._cut.values())
+
+    def cuts(self, p: Tensor) -> bool:
+        """Whether this process has only a piece of ``p``."""
+        return bool(self._cut[id(p)] if id(p) in self._cut else cut_over(p))
+
+    def of(self, p: Tensor) -> Groups:
+        """The process groups over which ``p`` is spread."""
+        return self._with_beside(self._cut.get(id(p), ()))
+
+    def _with_beside(self, groups: Groups) -> Groups:
+        return tuple(dict.fromkeys([*groups, *self._beside]))
+
+    @torch.no_grad()
+    def total(self, sums: Mapping[Groups, Tensor], flag: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The sum over all parameters and processes, and whether a process has raised its flag.
+
+        Args:
+            sums: 0-d, float64: of the parameters in this process that are spread over these groups.
+            flag: one number, 0 where it is not raised.
+
+        Returns:
+            The same two in every process, on ``self.device``: 0-d, float64 and float32.
+        """
+        keys = list(dict.fromkeys(self._cut.values()))  # also of those that this process has nothing of
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        values = {
+            key: sums[self._with_beside(key)].to(self.device) if self._with_beside(key) in sums else zero
+            for key in keys
+        }
+        raised = zero if flag is None else (flag.to(self.device) != 0).double().reshape(())
+        groups = tuple(dict.fromkeys(group for key in keys for group in key))
+        whole = self._covers_world and not self._beside
+        if whole or len(groups) == 1:
+            # A sum that several processes have counts in equal parts, so that all go by the same bits.
+            group = torch.distributed.group.WORLD if whole else groups[0]
+            shares = {key: math.prod(size_of(g) for g in key) / size_of(group) for key in keys}
+            own = [value if shares[key] == 1.0 else value * shares[key] for key, value in values.items()]
+            total, raised = added_up([torch.stack(own).sum(), raised], group)
+        else:
+            for group in groups:
+                cut = [key for key in keys if group in key]
+                *found, raised = added_up([*(values[key] for key in cut), raised], group)
+                values.update(zip(cut, found, strict=True))
+            total = torch.stack([*values.values(), zero]).sum()
+        for group in self._beside:  # two numbers, whatever each process has
+            total, raised = added_up([total, raised], group)
+        return total, None if flag is None else (raised != 0).float()
+
+
+def added_up(numbers: Sequence[Tensor], group: Any) -> tuple[Tensor, ...]:
+    """0-d tensors, each added up over the processes of a group."""
+    together = torch.stack(list(numbers))
+    torch.distributed.all_reduce(together, group=group)
+    return together.unbind()
+
+
+def initialized() -> bool:
+    """Whether several processes may train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def size_of(group: Any) -> int:
+    """The number of processes in a group; None: of all."""
+    return torch.distributed.get_world_size(group)
+
+
+def larger(groups: Iterable[Any]) -> Groups:
+    """Those that are groups of more than one process, each once."""
+    return tuple(dict.fromkeys(group for group in groups if group is not None and size_of(group) > 1))
+
+
+def cut_over(p: Tensor) -> Groups:
+    """The process groups over which a DTensor is cut to pieces; () for a tensor that is whole here."""
+    if not is_dtensor(p):
+        return ()
+    mesh, placements = placement_of(p)
+    # Not is_shard(): the strided shards of fully_shard over tensor parallelism are none to it.
+    return larger(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
+
+
+SAMPLED = 4096
+"""Elements of a tensor that are compared between processes."""
+
+
+def fingerprint(whole: Tensor) -> Tensor:
+    """The sum of some thousand of its elements, by which tensors are compared: 0-d, float64."""
+    sample = whole.detach().flatten()[:: max(1, whole.numel() // SAMPLED)]
+    return sample.double().nan_to_num().sum()
+
+
+@torch.no_grad()
+def differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+    """Where the processes have other values in what should be the same whole tensor in each.
+
+    Args:
+        pairs: of a DTensor, whose mesh says which processes there are, and a plain tensor beside it.
+
+    Returns:
+        The places of those that differ, the same in every process. Some thousand elements of each are compared.
+    """
+    by_mesh: dict[Any, list[int]] = {}
+    for i, (p, _) in enumerate(pairs):
+        by_mesh.setdefault(placement_of(p)[0], []).append(i)
+    found = []
+    for mesh, places in by_mesh.items():
+        sums = [fingerprint(whole).to(p.device) for p, whole in (pairs[i] for i in places)]
+        found += [places[i] for i in unequal(sums, mesh.get_all_groups())]
+    return sorted(found)
+
+
+def unequal(numbers: Sequence[Tensor], groups: Iterable[Any]) -> list[int]:
+    """The places of the 0-d tensors that are not the same in all processes of these groups."""
+    least, most = torch.stack(list(numbers)), torch.stack(list(numbers))
+    for group in larger(groups):
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
+    return [i for i, same in enumerate((least == most).tolist()) if not same]
+
+
+# -- wrappers of plain tensors ---------------------------------------------------------------------------------
+
+
+def groups_of_flat(params: Sequence[Tensor]) -> dict[int, Any]:
+    """By id(parameter), the process group over which FullyShardedDataParallel has cut it.
+
+    Raises:
+        RuntimeError: a parameter is in a flat one of which nothing is found.
+    """
+    wanted = {id(p) for p in params if flattened(p)}
+    found: dict[int, Any] = {}
+    if not wanted:
+        return found
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    known: set[int] = set()
+    for module in living(FullyShardedDataParallel):
+        handle = getattr(module, "_handle", None)
+        if handle is None:
+            continue
+        flat = handle.flat_param
+        for p in (flat, *(flat._params or ()), *(flat._shared_params or ())):
+            known.add(id(p))
+            if handle.uses_sharded_strategy and id(p) in wanted and size_of(handle.process_group) > 1:
+                found[id(p)] = handle.process_group
+    if wanted - known:
+        raise RuntimeError(
+            "params: expected parameters of a FullyShardedDataParallel that is there, got some "
+            f"({len(wanted - known)}) of one that is gone; make the optimizer from the wrapped model's parameters"
+        )
+    return found
+
+
+def group_of_zero(optimizer: Any) -> Any:
+    """The process group of the ZeroRedundancyOptimizer that gave ``optimizer`` its share; None without one."""
+    module = sys.modules.get(ZERO)
+    if module is None or optimizer is None:
+        return None
+    return next((z.process_group for z in living(module.ZeroRedundancyOptimizer) if z.optim is optimizer), None)
+
+
+def wrappers() -> Iterator[nn.Module]:
+    """All modules in this process that average or cut the gradients of the parameters inside them.
+
+    Neither parameters nor the autograd graph know of them, so all objects are looked at, some tenths of a second; only
+    where several processes train.
+    """
+    if not initialized():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    yield from living((nn.parallel.DistributedDataParallel, FullyShardedDataParallel))
+
+
+def living(kinds: type | tuple[type, ...]) -> Iterator[Any]:
+    """All objects of these classes."""
+    for found in gc.get_objects():
+        if issubclass(type(found), kinds):
+            yield found

@@ -1,0 +1,1 @@
+"""Several processes against one: ways to spread a model over processes, and for each which features hold."""

@@ -1,0 +1,464 @@
+"""Over which processes parameters lie spread, and the one sum over them, in one process that believes in others.
+
+The others of a ``fake`` process group are never there: a collective leaves each tensor as it is, unless a test says
+what would come back. In real processes all of it is compared with one process under ``tests/distributed``.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from contract_cases import assert_same, give_grads, net, state_of, train
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import fastft
+from fastft import Anchor
+from fastft.optim import processes
+from fastft.optim.dtensors import like
+from fastft.optim.processes import KeptGroup, Spread, cut_over, group_of_zero, groups_of_flat, larger, wrappers
+
+WORLD = 4
+
+
+@pytest.fixture
+def four(pretended: Any) -> Iterator[DeviceMesh]:
+    """The first of four processes, as a mesh of 2 by 2."""
+    yield pretended(0, (2, 2), ("data", "tensor"))
+    gc.collect()  # wrappers are looked for among all objects
+
+
+class Reductions:
+    """The numbers that are added up over processes, and the sums."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, list[float]]] = []
+        self.answer: Callable[[Tensor, int], Any] = lambda tensor, size: tensor.mul_(size)
+        """In place; by default all processes have the same."""
+
+    def __call__(self, tensor: Tensor, *args: Any, group: Any = None) -> None:
+        self.seen.append((group, tensor.tolist()))
+        self.answer(tensor, dist.get_world_size(group))
+
+
+@pytest.fixture
+def reductions(monkeypatch: pytest.MonkeyPatch) -> Reductions:
+    found = Reductions()
+    monkeypatch.setattr(dist, "all_reduce", found)
+    return found
+
+
+def distributed(
+    mesh: DeviceMesh, placements: list[Any], shape: tuple[int, ...] = (2, 3), seed: int = 0
+) -> nn.Parameter:
+    """A parameter of which this process has a piece of that shape."""
+    part = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return nn.Parameter(DTensor.from_local(part, mesh, placements, run_check=False))
+
+
+# -- DTensors --------------------------------------------------------------------------------------------
+
+PLACEMENTS: dict[str, tuple[list[Any], tuple[str, ...]]] = {
+    "replicated": ([Replicate(), Replicate()], ()),
+    "rows": ([Shard(0), Replicate()], ("data",)),
+    "columns": ([Replicate(), Shard(1)], ("tensor",)),
+    "rows_and_columns": ([Shard(0), Shard(1)], ("data", "tensor")),
+    "strided": ([_StridedShard(0, split_factor=2), Shard(0)], ("data", "tensor")),
+    "strided_alone": ([_StridedShard(0, split_factor=2), Replicate()], ("data",)),
+}
+each_placement = pytest.mark.parametrize("placed", PLACEMENTS)
+
+
+@each_placement
+def test_a_dtensor_says_over_which_groups_it_is_cut(placed: str, four: DeviceMesh) -> None:
+    """A strided shard is one, though it is none to ``Placement.is_shard``."""
+    placements, over = PLACEMENTS[placed]
+    p = distributed(four, placements)
+    groups = tuple(four.get_group(name) for name in over)
+    assert cut_over(p) == groups
+    spread = Spread([p, nn.Parameter(torch.ones(2))])
+    assert spread.of(p) == groups
+    assert spread.cuts(p) == bool(spread) == bool(groups)
+    assert cut_over(nn.Parameter(torch.ones(2))) == ()
+
+
+@each_placement
+def test_the_norm_of_a_dtensor_is_that_of_all_its_pieces(placed: str, four: DeviceMesh, reductions: Reductions) -> None:
+    """Each piece once, where others repeat it; here all pieces are alike. One sum for all parameters."""
+    placements, over = PLACEMENTS[placed]
+    params = [distributed(four, placements), nn.Parameter(torch.ones(2))]
+    optimizer = fastft.AdamW(params, lr=1e-2, max_grad_norm=1.0)
+    params[0].grad = DTensor.from_local(torch.full((2, 3), 0.5), four, placements, run_check=False)
+    params[1].grad = torch.full((2,), 0.25)
+    optimizer.step()
+    expected = math.sqrt(2 ** len(over) * 6 * 0.25 + 2 * 0.0625)
+    assert optimizer.grad_norm is not None
+    assert optimizer.grad_norm.item() == pytest.approx(expected, rel=1e-12)
+    assert len(reductions.seen) == (1 if over else 0)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("option", ["max_grad_norm", "skip_nonfinite"])
+def test_a_process_takes_part_in_each_sum_whatever_has_a_gradient_in_it(
+    option: str, with_gradients: bool, four: DeviceMesh, reductions: Reductions
+) -> None:
+    p = distributed(four, [Shard(0), Replicate()])
+    optimizer = fastft.AdamW([p, nn.Parameter(torch.ones(2))], lr=1e-2, **{option: 1.0})
+    for _ in range(3):
+        if with_gradients:
+            p.grad = DTensor.from_local(torch.ones(2, 3), four, p.placements, run_check=False)
+        optimizer.step()
+    assert len(reductions.seen) == 3
+    assert all(len(values) == 2 for _, values in reductions.seen)
+
+
+def test_what_is_over_fewer_processes_is_added_up_there(four: DeviceMesh, reductions: Reductions) -> None:
+    """No parameter lies on all processes: there may be several models."""
+    p = distributed(four["data"], [Shard(0)])
+    optimizer = fastft.AdamW([p, nn.Parameter(torch.ones(2))], lr=1e-2, max_grad_norm=1.0)
+    p.grad = DTensor.from_local(torch.full((2, 3), 0.5), four["data"], [Shard(0)], run_check=False)
+    optimizer.param_groups[0]["params"][1].grad = torch.full((2,), 0.25)
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+    assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(2 * 6 * 0.25 + 2 * 0.0625), rel=1e-12)
+    assert [group for group, _ in reductions.seen] == [four.get_group("data")]
+
+
+# -- groups that the user gives --------------------------------------------------------------------------
+
+
+def test_a_group_of_one_process_changes_nothing(four: DeviceMesh, reductions: Reductions) -> None:
+    runs = []
+    for group in (None, dist.new_group([0])):
+        model = net()
+        optimizer = fastft.AdamW(model.parameters(), lr=1e-2, max_grad_norm=0.5, process_group=group)
+        train(optimizer, range(3))
+        assert not optimizer._spread
+        runs.append([list(model.parameters()), state_of(optimizer), optimizer.grad_norm])
+    assert_same(runs[1], runs[0], "runs")
+    assert reductions.seen == []
+
+
+def test_plain_parameters_are_added_up_over_a_group_that_is_given(four: DeviceMesh, reductions: Reductions) -> None:
+    group = dist.new_group([0, 2])
+    models = [net(), net()]
+    optimizer = fastft.AdamW(models[0].parameters(), lr=1e-2, max_grad_norm=0.5, process_group=group)
+    alone = fastft.AdamW(models[1].parameters(), lr=1e-2, max_grad_norm=0.5)
+    for one in (optimizer, alone):
+        train(one, [0])
+    assert optimizer.grad_norm is not None and alone.grad_norm is not None
+    assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(2.0) * alone.grad_norm.item(), rel=1e-12)
+    assert [where for where, _ in reductions.seen] == [group]
+
+
+def test_dtensors_and_a_group_beside_them_add_up_over_both(four: DeviceMesh, reductions: Reductions) -> None:
+    """As pipeline stages over fully_shard: the group is of one process in each stage."""
+    stages = four.get_group("data")
+    p, whole = distributed(four["tensor"], [Shard(0)]), nn.Parameter(torch.ones(2))
+    optimizer = fastft.AdamW([p, whole], lr=1e-2, max_grad_norm=1.0, process_group=stages)
+    p.grad = DTensor.from_local(torch.full((2, 3), 0.5), four["tensor"], [Shard(0)], run_check=False)
+    whole.grad = torch.full((2,), 0.25)
+    optimizer.step()
+    assert optimizer._spread.of(p) == (four.get_group("tensor"), stages)
+    assert optimizer._spread.of(whole) == (stages,)
+    assert optimizer.grad_norm is not None
+    assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(4 * 6 * 0.25 + 2 * 2 * 0.0625), rel=1e-12)
+    assert len(reductions.seen) == 2
+
+
+def test_groups_of_one_are_left_out_and_each_is_named_once(four: DeviceMesh) -> None:
+    pair, alone = dist.new_group([0, 1]), dist.new_group([0])
+    assert larger([pair, None, alone, pair]) == (pair,)
+
+
+def test_what_another_process_found_decides_here_too(four: DeviceMesh, reductions: Reductions) -> None:
+    """Its gradients count in the norm; its inf is skipped here, and counted, by a GradScaler and without."""
+    models = [net(), net()]
+    group = dist.new_group([0, 1])
+    optimizer = fastft.AdamW(
+        models[0].parameters(), lr=1e-2, max_grad_norm=0.5, skip_nonfinite=True, process_group=group
+    )
+    alone = fastft.AdamW(models[1].parameters(), lr=1e-2)
+    give_grads(models[0].parameters(), 0)
+    own = math.sqrt(sum(float(p.grad.double().square().sum()) for p in models[0].parameters()))
+    reductions.answer = lambda tensor, size: tensor.add_(torch.tensor([9.0, 0.0], dtype=torch.float64))
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+    assert optimizer.grad_norm.item() == pytest.approx(math.hypot(own, 3.0), rel=1e-12)
+    train(alone, [0])
+    assert state_of(optimizer)[0]["exp_avg"].norm() < 0.6 * state_of(alone)[0]["exp_avg"].norm()
+
+    before = copy.deepcopy((list(models[0].parameters()), state_of(optimizer)))
+    answers = {
+        "a gradient that is none": torch.tensor([math.nan, 0.0], dtype=torch.float64),
+        "a scaler's flag": torch.tensor([9.0, 1.0], dtype=torch.float64),
+    }
+    for count, (what, answer) in enumerate(answers.items(), 1):
+        give_grads(models[0].parameters(), count)
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())  # type: ignore[attr-defined]
+        reductions.answer = lambda tensor, size, answer=answer: tensor.add_(answer)
+        optimizer.step()
+        assert_same((list(models[0].parameters()), state_of(optimizer)), before, what)
+        assert optimizer.skipped_steps.item() == count
+    assert len(reductions.seen) == 3
+
+
+def test_a_process_without_gradients_counts_the_steps_that_others_skip(
+    four: DeviceMesh, reductions: Reductions
+) -> None:
+    model = net()
+    optimizer = fastft.AdamW(model.parameters(), lr=1e-2, skip_nonfinite=True, process_group=dist.group.WORLD)
+    for value in (1.0, math.inf, math.nan, 2.0):
+        reductions.answer = lambda tensor, size, value=value: tensor.add_(torch.tensor([value, 0.0]).double())
+        optimizer.step()
+    assert optimizer.skipped_steps.item() == 2
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    reductions.answer = lambda tensor, size: tensor.add_(torch.tensor([0.0, 1.0]).double())
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 3
+
+
+def test_without_clipping_or_skipping_nothing_is_added_up(four: DeviceMesh, reductions: Reductions) -> None:
+    optimizer = fastft.AdamW(net().parameters(), lr=1e-2, process_group=dist.group.WORLD)
+    train(optimizer, range(2))
+    assert optimizer._spread and reductions.seen == []
+
+
+# -- a group as it is kept -------------------------------------------------------------------------------
+
+
+def test_copies_of_an_optimizer_share_its_group(four: DeviceMesh) -> None:
+    group = dist.new_group([0, 1])
+    kept = KeptGroup(group)
+    assert copy.deepcopy(kept) is kept
+    model = net()
+    optimizer = fastft.AdamW(model.parameters(), lr=1e-2, max_grad_norm=0.5, process_group=group)
+    _, copied = copy.deepcopy((model, optimizer))
+    train(copied, [0])
+    assert copied._process_group is group and copied._spread.of(copied.param_groups[0]["params"][0]) == (group,)
+
+
+def test_a_group_is_not_pickled(four: DeviceMesh) -> None:
+    optimizer = fastft.AdamW(net().parameters(), process_group=dist.new_group([0, 1]))
+    with pytest.raises(
+        TypeError, match=r"^process_group: cannot be pickled; save the optimizer's state_dict\(\) instead"
+    ):
+        pickle.dumps(optimizer)
+    assert pickle.loads(pickle.dumps(KeptGroup(None))).group is None
+    assert pickle.loads(pickle.dumps(fastft.AdamW(net().parameters())))._process_group is None
+
+
+def test_the_group_is_for_all_parameters(four: DeviceMesh) -> None:
+    optimizer = fastft.AdamW(net().parameters(), process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"^param_groups\[1\]: process_group is for all groups; pass it to AdamW$"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "process_group": None})
+
+
+# -- wrappers of plain tensors ---------------------------------------------------------------------------
+
+
+def flat(use_orig_params: bool, strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD) -> nn.Module:
+    return FullyShardedDataParallel(
+        net(), use_orig_params=use_orig_params, sharding_strategy=strategy, device_id=torch.device("cpu")
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_the_pieces_of_fully_sharded_data_parallel_are_known_by_their_wrapper(
+    use_orig_params: bool, four: DeviceMesh, reductions: Reductions
+) -> None:
+    module = flat(use_orig_params)
+    params = list(module.parameters())
+    optimizer = fastft.AdamW(params, lr=1e-2, max_grad_norm=0.5)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(optimizer._spread.cuts(p) for p in params)
+    (where, values), group = reductions.seen[0], module.process_group  # type: ignore[attr-defined]
+    assert where is group and len(reductions.seen) == 1
+    assert values[0] == sum(p.numel() for p in params)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_those_that_are_whole_are_not_added_up(four: DeviceMesh) -> None:
+    module = flat(True, ShardingStrategy.NO_SHARD)
+    params = list(module.parameters())
+    assert groups_of_flat(params) == {}
+    assert not Spread(params)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_whose_wrapper_is_gone_are_refused(four: DeviceMesh) -> None:
+    module = flat(False)
+    params = list(module.parameters())
+    del module
+    gc.collect()
+    optimizer = fastft.AdamW(params, lr=1e-2, max_grad_norm=0.5)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(
+        RuntimeError,
+        match=rf"^params: expected .* got some \({len(params)}\) of one that is gone; make the ",
+    ):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_share_of_zero_redundancy_optimizer_is_known_by_it(four: DeviceMesh, reductions: Reductions) -> None:
+    model = net()
+    zero = ZeroRedundancyOptimizer(model.parameters(), fastft.AdamW, lr=1e-2, max_grad_norm=0.5)
+    optimizer = zero.optim
+    share = [p for group in optimizer.param_groups for p in group["params"]]
+    assert 0 < len(share) < 6
+    assert group_of_zero(optimizer) is zero.process_group
+    give_grads(model.parameters(), 0)
+    optimizer.step()
+    own = sum(float(p.grad.double().square().sum()) for p in share)
+    ((where, values),) = reductions.seen
+    assert where is zero.process_group and values[0] == pytest.approx(own, rel=1e-12)
+    assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(WORLD * own), rel=1e-12)
+    other = fastft.AdamW(net().parameters(), max_grad_norm=0.5)
+    assert group_of_zero(other) is None and group_of_zero(None) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows_only", [True, False])
+def test_a_process_keeps_the_mask_of_its_part(rows_only: bool, four: DeviceMesh) -> None:
+    p = nn.Parameter(DTensor.from_local(torch.ones(4, 40), four, [Shard(0), Shard(0)], run_check=False))
+    mask = torch.arange(16) % 3 == 0 if rows_only else torch.arange(640).reshape(16, 40) % 3 == 0
+    optimizer = fastft.AdamW([p], lr=0.1)
+    optimizer.set_update_mask(p, mask)
+    elements, _ = optimizer._masks[p].for_core(p)
+    assert elements is not None
+    assert torch.equal(elements, (mask[:, None].expand(16, 40) if rows_only else mask)[:4])
+    owned = elements.untyped_storage().nbytes()
+    assert owned == elements.numel() or elements.data_ptr() == optimizer._masks[p].mask.data_ptr()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(p.detach().to_local() != 1.0, elements)
+
+
+def test_an_anchor_keeps_the_part_beside_a_sharded_parameter(four: DeviceMesh) -> None:
+    p = nn.Parameter(DTensor.from_local(torch.ones(4, 40), four, [Shard(0), Shard(0)], run_check=False))
+    whole = torch.arange(640.0).reshape(16, 40)
+    anchor = Anchor.snapshot([("w", whole)]).with_importance({"w": whole + 1.0})
+    for kept, values in (
+        (anchor.tensor_for(p, "w", like), whole[:4]),
+        (anchor.importance_for(p, "w", like), whole[:4] + 1.0),
+    ):
+        assert isinstance(kept, DTensor)
+        assert kept.shape == p.shape and torch.equal(kept.to_local(), values)
+
+
+def test_wrappers_are_looked_for_where_several_processes_train(four: DeviceMesh) -> None:
+    ddp, fsdp = nn.parallel.DistributedDataParallel(net()), flat(True)
+    found = {id(wrapper) for wrapper in wrappers()}
+    assert {id(ddp), id(fsdp)} <= found
+
+
+def test_in_one_process_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among all objects, it takes some tenths of a second."""
+    assert not processes.initialized()
+    monkeypatch.delattr(processes, "living")
+    p = nn.Parameter(torch.ones(3))
+    p._fsdp_flattened = True  # type: ignore[attr-defined]
+    spread = Spread([p])
+    assert not spread and spread.of(p) == () and not spread.cuts(p)
+    assert list(wrappers()) == []
+
+
+def test_copies_that_fully_shard_has_freed_are_refused(four: DeviceMesh) -> None:
+    """An optimizer made between a forward pass and the backward pass has those that were gathered for it."""
+    model = net()
+    optimizer = fastft.AdamW(model.named_parameters(), lr=1e-2)
+    model[3].weight.untyped_storage().resize_(0)
+    give_grads(list(model.parameters())[:4], 0)
+    before = copy.deepcopy(list(model.parameters())[:4])
+    with pytest.raises(
+        ValueError,
+        match=r"^params: expected the model's parameters, got copies that fully_shard had gathered for a forward pass "
+        r"and freed since: 3\.weight\. Make the optimizer before the first forward pass, or call "
+        r"model\.reshard\(\) first$",
+    ):
+        optimizer.step()
+    assert_same(list(model.parameters())[:4], before, "parameters")
+
+
+# -- what needs a whole tensor ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placed", ["rows", "strided_alone", "replicated"])
+def test_selective_projection_needs_the_whole_tensor(placed: str, four: DeviceMesh) -> None:
+    placements, over = PLACEMENTS[placed]
+    p = distributed(four, placements)
+    start = p.detach().to_local().clone()
+    optimizer = fastft.AdamW([("w", p)], lr=1e-2, anchor="init", anchor_decay=0.5, anchor_mode="selective")
+    p.grad = DTensor.from_local(torch.ones(2, 3), four, placements, run_check=False)
+    if not over:
+        optimizer.step()
+        assert (p.detach().to_local() != start).all()
+        return
+    with pytest.raises(ValueError, match=r'^w: anchor_mode: "selective" needs the whole tensor in one') as error:
+        optimizer.step()
+    assert str(placements) in str(error.value)
+    assert torch.equal(p.detach().to_local(), start)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_selective_projection_of_a_flat_piece_is_refused_too(use_orig_params: bool, four: DeviceMesh) -> None:
+    module = flat(use_orig_params)
+    params = [p for p in module.parameters() if p.numel()]
+    optimizer = fastft.AdamW(params, lr=1e-2, anchor="init", anchor_decay=0.5, anchor_mode="selective")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(
+        ValueError, match="needs the whole tensor in one process, and this is a piece of a flat parameter"
+    ):
+        optimizer.step()
+
+
+# -- an anchor that each process has whole ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_an_anchor_has_to_be_the_same_in_every_process(
+    differs: bool, four: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at once: where a framework loads weights in one process only, the others have a snapshot of nothing."""
+    p = distributed(four, [Shard(0), Replicate()])
+    whole = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
+    optimizer = fastft.AdamW([("w", p)], lr=1e-2, anchor=Anchor.snapshot([("w", whole)]), anchor_decay=4.0)
+    calls = []
+
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        calls.append(op)
+        if differs and op == dist.ReduceOp.MAX:
+            tensor += 1e-9
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    p.grad = DTensor.from_local(torch.ones(2, 3), four, p.placements, run_check=False)
+    if differs:
+        with pytest.raises(
+            ValueError, match=r"^anchor: expected the same weights in every process, got different ones for w: "
+        ):
+            optimizer.step()
+        return
+    for norm in (1.0, 2.0, None):  # each time with a new plan
+        optimizer.max_grad_norm = norm
+        optimizer.step()
+    calls = [op for op in calls if op != dist.ReduceOp.SUM]
+    assert set(calls) == {dist.ReduceOp.MIN, dist.ReduceOp.MAX} and len(calls) == 4
