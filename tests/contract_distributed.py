@@ -288,7 +288,27 @@ def fsdp_backward() -> dict[str, Any]:
     return backward_run(module, module, named_optimizer(module))
 
 
+def refuse_anchors_from_before_ddp() -> None:
+    """The wrapper gives both processes the weights of the first; the anchor of the second is of others."""
+    module = build(5 + RANK)
+    snapshot = Anchor.snapshot({**dict(module.named_parameters()), "1.weight": torch.ones(16, 3)}.items())
+    optimizers = {anchor: named_optimizer(module, kept) for anchor, kept in (("init", "init"), ("snapshot", snapshot))}
+    wrapped = DistributedDataParallel(module)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    wrapped(BATCH).square().mean().backward()
+    for anchor, optimizer in optimizers.items():
+        try:
+            optimizer.step()
+        except ValueError as error:
+            assert str(error).startswith("anchor: expected the same weights in every process"), error
+            assert ("1.weight" in str(error)) == (anchor == "init") and "after DistributedDataParallel" in str(error)
+        else:
+            raise AssertionError(f"{anchor}: stepped")
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
 def ddp_backward() -> dict[str, Any]:
+    refuse_anchors_from_before_ddp()
     module = build()
     optimizer = named_optimizer(module)
     return backward_run(DistributedDataParallel(module), module, optimizer)

@@ -289,6 +289,7 @@ def disagreements(distributed: Callable[[Model], nn.Module]) -> dict[str, str]:
         "masks": said(lambda: child_tuning_(optimizer, evaluated(model), other, 0.3)),
         "negative": said(lambda: child_tuning_(optimizer, model, spoilt, 0.3)),
         "names": said(lambda: child_tuning_(optimizer, model, named, 0.3)),
+        "none": said(lambda: child_tuning_(optimizer, model, {} if contract.RANK else weights, 0.3)),
     }
     assert unchanged(model, before)
     assert all(optimizer.update_mask(p) is None for p in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def run_together(commands: Iterable[tuple[list[str], Mapping[str, str], Path]]) -> None:

@@ -392,6 +392,23 @@ def test_torchs_checkpoint_goes_on_here_and_ours_there(fused: bool) -> None:
     assert_near(end, straight, rtol=1e-5, atol=1e-6)
 
 
+def test_a_checkpoints_count_of_skipped_steps_goes_on() -> None:
+    """It comes as a number; the kernels count where they run. Also where the first step had nothing to step."""
+    optimizer = fine_tuning(parameters(), skip_nonfinite=True)
+    optimizer.step()
+    for step in range(3):
+        for p, grad in zip(optimizer.param_groups[0]["params"], gradients(parameters(), step), strict=True):
+            p.grad = grad.fill_(float("inf")) if step == 1 else grad
+        optimizer.step()
+    assert optimizer.skipped_steps.device.type == DEVICE and optimizer.skipped_steps == 1
+    again = fine_tuning([p.detach().clone().requires_grad_() for p in parameters()], skip_nonfinite=True)
+    again.load_state_dict(optimizer.state_dict())
+    for p in again.param_groups[0]["params"]:
+        p.grad = torch.full_like(p, float("nan"))
+    again.step()
+    assert again.skipped_steps.device.type == DEVICE and again.skipped_steps == 2
+
+
 def continued(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [nn.Parameter(p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
 

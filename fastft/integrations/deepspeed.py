@@ -250,6 +250,11 @@ def shares_of(engine: Any, optimizer: AdamW, zero: Any) -> list[Share]:
     shares = []
     for i, (params, flat, parts) in enumerate(zip(*(getattr(zero, name) for name in layout), strict=True)):
         rank = torch.distributed.get_rank(zero.real_dp_process_group[i])
+        if strange := [list(p.shape) for p in params if id(p) not in names]:
+            raise ValueError(
+                f"engine: expected an optimizer of engine.module's parameters, got {len(strange)} in group {i} that "
+                f"are not in it, the first of shape {strange[0]}"
+            )
         (partition,) = optimizer.param_groups[i]["params"]
         begin = parts[rank].storage_offset() - flat.storage_offset()
         share = Share(f"deepspeed_partition_{i}", partition, {names[id(p)]: p for p in params}, [])

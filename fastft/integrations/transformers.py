@@ -129,7 +129,7 @@ def optimizer_cls_and_kwargs(
 def refuse_weights_elsewhere(model: nn.Module) -> None:
     """Raise, in every process, where a process has parameters without values.
 
-    An anchor taken there would be of nothing, and accelerate tells parameters apart by their memory.
+    An anchor taken there would be of nothing, and accelerate goes by the memory of parameters.
     """
     empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
     asked = [os.environ.get(key, "").lower() for key in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")]

@@ -124,8 +124,8 @@ class AdamW(torch.optim.AdamW):
         rounding_seed: any integer. It is in state dicts; the optimizer that loads one goes on with that seed.
         process_group: of ``torch.distributed``: over which processes the parameters lie spread, beside what they say
             themselves, each process having other ones or other parts (pipeline stages, a framework's flat partitions);
-            norm and skipping are then over all of them. DTensors of any placement, FullyShardedDataParallel and
-            ZeroRedundancyOptimizer are known without.
+            norm and skipping are then over all of them, and a DTensor that is cut within them is counted once. DTensors
+            of any placement, FullyShardedDataParallel and ZeroRedundancyOptimizer are known without.
 
     All but lr, betas, eps, weight_decay, amsgrad, anchor_decay, anchor_mode and torch's flags hold for all groups. The
     first step warns where 16-bit weights are rounded to nearest and steps, decay or the decoupled anchor's pull are
@@ -148,7 +148,7 @@ class AdamW(torch.optim.AdamW):
     _first_position = 0  # of its parameters; other than 0 where it stands for one of another optimizer's
     _plan_key: Any
     _lent: dict[Tensor, checkpoint.Lent]
-    _compared: tuple[int, int] | None  # the anchor that was compared between the processes
+    _compared: tuple[Anchor, int] | None  # the anchor, and its changes, that were compared between the processes
     _spread_of: list[tuple[int, type]] | None
     _steps_without_gradients: int | None  # None: one had gradients
     _parts: list[Part]
@@ -310,6 +310,8 @@ class AdamW(torch.optim.AdamW):
             found_inf: Tensor | None = getattr(self, "found_inf", None)
             self._check_groups()
             check_scalar(grad_scale, "grad_scale")
+            if isinstance(found_inf, (int, float)):  # torch's GradScaler gives 0 where it has found no gradient
+                found_inf = torch.tensor(float(found_inf))
             check_scalar(found_inf, "found_inf")
             if self._lent and not self._is_part:
                 checkpoint.take_back(self)
@@ -320,8 +322,8 @@ class AdamW(torch.optim.AdamW):
             may_skip = self._skip_nonfinite or found_inf is not None
             self._gather(counts_on_device=may_skip)
             warn_without_gradients(self)
-            if may_skip and self._skipped is None:
-                self._skipped = torch.zeros((), dtype=torch.int64, device=self._first_device())
+            if may_skip:
+                self._skipped = self._skipped_on_first_device()
             try:
                 needs_norm = self._max_grad_norm is not None or self._skip_nonfinite
                 sums, found_inf = global_sums(self._parts, self._spread, needs_norm, found_inf)
@@ -406,9 +408,12 @@ class AdamW(torch.optim.AdamW):
             part.plan.set_grad(position, fit_grad(p.grad, p, p if stepped is None else stepped, name))
         return True
 
-    def _first_device(self) -> torch.device:
-        devices = [device for part in self._parts for device in part.plan.devices()]
-        return torch_device(devices[0]) if devices else torch.device("cpu")
+    def _skipped_on_first_device(self) -> Tensor:
+        """The count of skipped steps where the kernels count; it may be out of a checkpoint, and so lie elsewhere."""
+        devices = [torch_device(device) for part in self._parts for device in part.plan.devices()]
+        if self._skipped is None:
+            return torch.zeros((), dtype=torch.int64, device=devices[0] if devices else None)
+        return self._skipped.to(devices[0]) if devices else self._skipped
 
     @property
     def _process_group(self) -> Any:

@@ -22,6 +22,7 @@ from .dtensors import placement_of
 from .tensors import is_dtensor
 
 ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+CPU = torch.device("cpu")
 Groups = tuple[Any, ...]
 """The process groups over which a parameter is spread: cut to pieces, or one process has this one, another that."""
 
@@ -60,13 +61,16 @@ class Spread:
             RuntimeError: a parameter was flattened by a FullyShardedDataParallel that is gone.
         """
         found = list(params)
-        self.device = found[0].device if found else torch.device("cpu")
+        self.device = found[0].device if found else CPU
         self._cut: dict[int, Groups] = {}
         self._beside: Groups = ()
         self._covers_world = False
         if not initialized():
             return
-        self._beside = larger([group_of_zero(optimizer) if process_group is None else process_group])
+        zero = zero_around(optimizer) if process_group is None else None
+        self._beside = larger([process_group if zero is None else zero.process_group])
+        if not found and self._beside:  # the others are where their parameters are
+            self.device = zero.param_groups[0]["params"][0].device if zero else device_for(self._beside[0])
         flat = groups_of_flat(found)
         for p in found:
             self._cut[id(p)] = (flat[id(p)],) if id(p) in flat else cut_over(p)
@@ -84,10 +88,12 @@ class Spread:
 
     def of(self, p: Tensor) -> Groups:
         """The process groups over which ``p`` is spread."""
-        return self._with_beside(self._cut.get(id(p), ()))
+        return (*self.apart(self._cut.get(id(p), ())), *self._beside)
 
-    def _with_beside(self, groups: Groups) -> Groups:
-        return tuple(dict.fromkeys([*groups, *self._beside]))
+    def apart(self, groups: Groups) -> Groups:
+        """Those of the groups that do not lie within the one over which each process has other parameters."""
+        counted = {rank for group in self._beside for rank in ranks_of(group)}
+        return tuple(group for group in groups if not counted.issuperset(ranks_of(group)))
 
     @torch.no_grad()
     def total(self, sums: Mapping[Groups, Tensor], flag: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -100,12 +106,10 @@ class Spread:
         Returns:
             The same two in every process, on ``self.device``: 0-d, float64 and float32.
         """
-        keys = list(dict.fromkeys(self._cut.values()))  # also of those that this process has nothing of
+        # Also of those that this process has nothing of.
+        keys = list(dict.fromkeys(self.apart(groups) for groups in dict.fromkeys(self._cut.values())))
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        values = {
-            key: sums[self._with_beside(key)].to(self.device) if self._with_beside(key) in sums else zero
-            for key in keys
-        }
+        values = {key: sums.get((*key, *self._beside), zero).to(self.device) for key in keys}
         raised = zero if flag is None else (flag.to(self.device) != 0).double().reshape(())
         groups = tuple(dict.fromkeys(group for key in keys for group in key))
         whole = self._covers_world and not self._beside
@@ -127,10 +131,11 @@ class Spread:
 
 
 def added_up(numbers: Sequence[Tensor], group: Any) -> tuple[Tensor, ...]:
-    """0-d tensors, each added up over the processes of a group."""
-    together = torch.stack(list(numbers))
-    torch.distributed.all_reduce(together, group=group)
-    return together.unbind()
+    """0-d tensors of one device, each added up over the processes of a group."""
+    here = torch.stack(list(numbers))
+    there = here.to(device_for(group, here.device))
+    torch.distributed.all_reduce(there, group=group)
+    return there.to(here.device).unbind()
 
 
 def initialized() -> bool:
@@ -141,6 +146,20 @@ def initialized() -> bool:
 def size_of(group: Any) -> int:
     """The number of processes in a group; None: of all."""
     return torch.distributed.get_world_size(group)
+
+
+def ranks_of(group: Any) -> list[int]:
+    """The processes of a group."""
+    return torch.distributed.get_process_group_ranks(group)
+
+
+def device_for(group: Any, device: torch.device | None = None) -> torch.device:
+    """Where a tensor has to lie to be sent in a group: on ``device``, if a backend of the group sends from there."""
+    kinds = [pair.partition(":")[0] for pair in torch.distributed.get_backend_config(group).split(",")]
+    if device is not None and device.type in kinds:
+        return device
+    others = [kind for kind in kinds if kind != "cpu" and torch.get_device_module(kind).is_available()]
+    return torch.device(others[0], torch.get_device_module(others[0]).current_device()) if others else CPU
 
 
 def larger(groups: Iterable[Any]) -> Groups:
@@ -157,40 +176,40 @@ def cut_over(p: Tensor) -> Groups:
     return larger(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
 
 
-SAMPLED = 4096
-"""Elements of a tensor that are compared between processes."""
-
-
 def fingerprint(whole: Tensor) -> Tensor:
-    """The sum of some thousand of its elements, by which tensors are compared: 0-d, float64."""
-    sample = whole.detach().flatten()[:: max(1, whole.numel() // SAMPLED)]
-    return sample.double().nan_to_num().sum()
+    """A number by which tensors are compared: the sum of their bits as integers, exact in any order; 0-d, int64."""
+    values = torch.view_as_real(whole.detach()) if whole.is_complex() else whole.detach()
+    bits = values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    return bits.sum(dtype=torch.int64)
 
 
 @torch.no_grad()
-def differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
-    """Where the processes have other values in what should be the same whole tensor in each.
+def differing(pairs: Sequence[tuple[Groups, Tensor]]) -> list[int]:
+    """Where the processes have other values in what should be the same whole tensor in each; a collective.
 
     Args:
-        pairs: of a DTensor, whose mesh says which processes there are, and a plain tensor beside it.
+        pairs: of the process groups that should have the same, and a plain tensor.
 
     Returns:
-        The places of those that differ, the same in every process. Some thousand elements of each are compared.
+        The places of those that differ, the same in every process.
     """
-    by_mesh: dict[Any, list[int]] = {}
-    for i, (p, _) in enumerate(pairs):
-        by_mesh.setdefault(placement_of(p)[0], []).append(i)
+    by_groups: dict[Groups, list[int]] = {}
+    for i, (groups, _) in enumerate(pairs):
+        by_groups.setdefault(groups, []).append(i)
     found = []
-    for mesh, places in by_mesh.items():
-        sums = [fingerprint(whole).to(p.device) for p, whole in (pairs[i] for i in places)]
-        found += [places[i] for i in unequal(sums, mesh.get_all_groups())]
+    for groups, places in by_groups.items():
+        device = pairs[places[0]][1].device
+        sums = [fingerprint(whole).to(device) for _, whole in (pairs[i] for i in places)]
+        found += [places[i] for i in unequal(sums, groups)]
     return sorted(found)
 
 
 def unequal(numbers: Sequence[Tensor], groups: Iterable[Any]) -> list[int]:
-    """The places of the 0-d tensors that are not the same in all processes of these groups."""
+    """The places of the 0-d tensors, of one device, that are not the same in all processes of these groups."""
     least, most = torch.stack(list(numbers)), torch.stack(list(numbers))
     for group in larger(groups):
+        where = device_for(group, least.device)
+        least, most = least.to(where), most.to(where)
         torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
     return [i for i, same in enumerate((least == most).tolist()) if not same]
@@ -229,12 +248,21 @@ def groups_of_flat(params: Sequence[Tensor]) -> dict[int, Any]:
     return found
 
 
-def group_of_zero(optimizer: Any) -> Any:
-    """The process group of the ZeroRedundancyOptimizer that gave ``optimizer`` its share; None without one."""
+def zero_around(optimizer: Any) -> Any:
+    """The ZeroRedundancyOptimizer that gave ``optimizer`` its share; None without one."""
     module = sys.modules.get(ZERO)
     if module is None or optimizer is None:
         return None
-    return next((z.process_group for z in living(module.ZeroRedundancyOptimizer) if z.optim is optimizer), None)
+    # One whose making failed has no optimizer.
+    kinds = module.ZeroRedundancyOptimizer
+    return next((zero for zero in living(kinds) if getattr(zero, "optim", None) is optimizer), None)
+
+
+def averaged_over(params: Iterable[Tensor]) -> dict[int, Any]:
+    """By id(parameter), the process group over which DistributedDataParallel averages its gradients."""
+    wanted = {id(p) for p in params}
+    around = living(nn.parallel.DistributedDataParallel) if wanted else ()
+    return {id(p): ddp.process_group for ddp in around for p in ddp.module.parameters() if id(p) in wanted}
 
 
 def wrappers() -> Iterator[nn.Module]:
@@ -252,6 +280,13 @@ def wrappers() -> Iterator[nn.Module]:
 
 def living(kinds: type | tuple[type, ...]) -> Iterator[Any]:
     """All objects of these classes."""
-    for found in gc.get_objects():
+    frozen = gc.get_freeze_count() > 0  # gc.freeze() hides what there was from get_objects()
+    if frozen:
+        gc.collect()  # so that no garbage stays for good
+        gc.unfreeze()
+    objects = gc.get_objects()
+    if frozen:
+        gc.freeze()
+    for found in objects:
         if issubclass(type(found), kinds):
             yield found

@@ -107,7 +107,7 @@ def take_step(
         if part.staging is not None:
             part.staging.done()
     if not places and skipped_steps is not None:  # this process has nothing to step, and counts as the others do
-        skips = torch.zeros((), dtype=torch.bool) if found_inf is None else found_inf != 0
+        skips = torch.zeros((), dtype=torch.bool) if found_inf is None else (found_inf != 0).reshape(())
         if skip_nonfinite and sums is not None:
             skips = skips.to(sums.device) | ~sums.isfinite()
         skipped_steps += skips.to(skipped_steps.device)

@@ -13,11 +13,11 @@ from fastft.warning import warn
 
 from . import checkpoint
 from .checks import refuse_unusable, why_not_fused
-from .dtensors import like
+from .dtensors import like, placement_of
 from .entries import Part, parts_of, record_of
 from .lost_changes import stands_still
 from .low_precision import SIXTEEN_BIT
-from .processes import Spread, differing, initialized
+from .processes import Groups, Spread, averaged_over, differing, initialized
 from .state import CODED, LOW_BITS, prepare_state
 from .tensors import is_dtensor, local
 from .torch_step import TorchStep
@@ -141,24 +141,39 @@ def leave_to_torch(
 
 
 def refuse_other_anchors(optimizer: AdamW) -> None:
-    """Raise where each process is to take its part of a whole anchor, and they have different ones.
+    """Raise where processes have different anchors in memory for a parameter that they train together.
 
     So it is where a framework loads weights in one process only, and the others have taken a snapshot of what was in
-    memory. Looked at once for each anchor, by all processes at their first step.
+    memory; or before DistributedDataParallel gives all the weights of the first. Looked at once for each anchor, by all
+    processes at their first step.
     """
     anchor = optimizer._anchor
-    if anchor is None or optimizer._compared == (id(anchor), anchor.changes) or not initialized():
+    if anchor is None or not initialized():
         return
-    named = [(p, name, optimizer._anchor_name(p, name)) for _, p, name in optimizer._parameters() if is_dtensor(p)]
-    whole = [(p, name, anchor.kept(own)[0]) for p, name, own in named if own is not None]
-    pairs = [(p, name, tensor) for p, name, tensor in whole if tensor is not None and not is_dtensor(tensor)]
-    if others := differing([(p, tensor) for p, _, tensor in pairs]):
+    if (
+        optimizer._compared is not None
+        and optimizer._compared[0] is anchor
+        and optimizer._compared[1] == anchor.changes
+    ):
+        return
+    named = [(p, name, optimizer._anchor_name(p, name)) for _, p, name in optimizer._parameters()]
+    kept = [(p, name, anchor.kept(own)[0]) for p, name, own in named if own is not None]
+    whole = [(p, name, tensor) for p, name, tensor in kept if tensor is not None and not is_dtensor(tensor)]
+    averaged = averaged_over(p for p, _, _ in whole if not is_dtensor(p))
+    together: list[tuple[str, Groups, Tensor]] = []
+    for p, name, tensor in whole:
+        if is_dtensor(p):
+            together.append((name, tuple(placement_of(p)[0].get_all_groups()), tensor))
+        elif id(p) in averaged and (groups := optimizer._spread.apart((averaged[id(p)],))):
+            together.append((name, groups, tensor))
+    if others := differing([(groups, tensor) for _, groups, tensor in together]):
         raise ValueError(
             f"anchor: expected the same weights in every process, got different ones for "
-            f"{listed((pairs[i][1] for i in others), quoted=False)}: take the snapshot where all processes have loaded "
-            "the model, or of the sharded model, or use Anchor.from_safetensors"
+            f'{listed((together[i][0] for i in others), quoted=False)}: take the snapshot (anchor="init" is one) where '
+            "all processes have loaded the model, after DistributedDataParallel, or of the sharded model, or use "
+            "Anchor.from_safetensors"
         )
-    optimizer._compared = (id(anchor), anchor.changes)
+    optimizer._compared = (anchor, anchor.changes)
 
 
 def warn_without_gradients(optimizer: AdamW) -> None:

@@ -228,10 +228,9 @@ def best_alpha(
     ) as interpolation:
         points = []
         for alpha in tried:
-            interpolation.set(alpha)
             point = agreed(
                 "evaluate: expected the same scores on every process (reduce or gather them over the processes first)",
-                partial(point_of, alpha, evaluate, model),
+                partial(point_of, interpolation, alpha, evaluate, model),
                 lambda point: f"source {outlined(point.source)}, target {outlined(point.target)}",
                 groups,
             )
@@ -239,8 +238,11 @@ def best_alpha(
     return AlphaSearch(choose_alpha(points, source_weight, min_target), tuple(points))
 
 
-def point_of(alpha: float, evaluate: Callable[[nn.Module], Any], model: nn.Module) -> AlphaPoint:
-    """The result of ``evaluate`` as a point of the curve, if it is scores."""
+def point_of(
+    interpolation: Interpolation, alpha: float, evaluate: Callable[[nn.Module], Any], model: nn.Module
+) -> AlphaPoint:
+    """The result of ``evaluate`` with ``alpha`` as a point of the curve, if it is scores."""
+    interpolation.set(alpha)
     scores = evaluate(model)
     if not isinstance(scores, Mapping) or not {"source", "target"} <= scores.keys():
         raise ValueError(f'evaluate: expected {{"source": scores, "target": scores}}, got {scores!r:.80}')

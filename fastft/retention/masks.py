@@ -61,8 +61,6 @@ def child_tuning_(
     check_fraction("fraction", fraction)
     if scope not in ("model", "tensor"):
         raise ValueError(f'scope: expected "model" or "tensor", got {scope!r}')
-    if not fisher:
-        raise ValueError("fisher: expected at least one parameter, got none")
     refuse_fsdp1(model, "use torch.distributed.fsdp.fully_shard")
     reshard(model)
     groups = common_groups(model)
@@ -85,6 +83,8 @@ def child_tuning_(
 
 def chosen_parameters(optimizer: AdamW, model: nn.Module, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's parameters by the names in ``fisher``, if their shapes are those and the optimizer has them."""
+    if not fisher:
+        raise ValueError("fisher: expected at least one parameter, got none")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     index = NameIndex(parameters)
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from started import free_port
 
 from fastft.layers import layer_groups
 
@@ -25,13 +25,6 @@ Line = tuple[str, ...]
 def lines(output: str) -> dict[int, Line]:
     """(loss, norm, open groups) of each step, as they were printed."""
     return {int(step): rest for step, *rest in LINE.findall(output)}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def start(folder: Path, wrapper: str, processes: int = 2) -> subprocess.Popen[str]:

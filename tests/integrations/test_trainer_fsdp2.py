@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import trainer_fsdp2
-from started import run_together
+from started import free_port, run_together
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -32,9 +31,7 @@ Results = dict[str, dict[str, Any]]
 
 def in_two_processes(task: str, folder: Path) -> list[Results]:
     """The results of each of two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 import torch
 import trainer_runs
 from safetensors.torch import load_file
+from started import free_port
 from trainer_runs import KILL_AT, RESUME_AT, RUNS
 from transformers import AutoModelForSequenceClassification
 from unfreeze_cases import assert_equal, one_thread
@@ -116,9 +116,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     """A folder, and what each of two processes came to."""
     folder = tmp_path_factory.mktemp("pair")
     trainer_runs.tiny_bert(folder / "tiny-bert", dropout=0.0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
     run(*launch, SCRIPT, "ddp", folder)

@@ -277,3 +277,27 @@ def test_autocast_training_with_a_scaler() -> None:
         losses.append(curve)
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     assert losses[0][-1] < 0.7 * losses[0][0]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"skip_nonfinite": True, "weight_decay": 0.1}])
+def test_an_optimizer_without_a_gradient_is_passed_over(options: dict[str, Any]) -> None:
+    """As by torch's fused step: of two optimizers under one scaler this one's parameters were not used."""
+    used, idle = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizers = [fastft.AdamW(module.parameters(), lr=1e-2, **options) for module in (used, idle)]
+    before = [p.detach().clone() for p in idle.parameters()]
+    ours = scaler()
+    ours.scale(used(torch.ones(1, 2)).sum()).backward()
+    for optimizer in optimizers:
+        ours.step(optimizer)
+    ours.update()
+    assert all(torch.equal(p, start) for p, start in zip(idle.parameters(), before, strict=True))
+    assert not optimizers[1].state and int(optimizers[1].skipped_steps) == 0
+    assert optimizers[0].state
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_found_inf_counts_with_nothing_to_step(found: float) -> None:
+    optimizer = fastft.AdamW(torch.nn.Linear(2, 2).parameters(), lr=1e-2, skip_nonfinite=True)
+    optimizer.found_inf = torch.full((1,), found)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert optimizer.skipped_steps.shape == () and int(optimizer.skipped_steps) == found

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import assert_same, net
-from started import end_together, run_together
+from started import end_together, free_port, run_together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -789,11 +789,7 @@ def in_two_processes(rank: int, port: str) -> None:
 def test_two_processes_sharded_and_ddp(tmp_path: Path) -> None:
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     run_together(
         ([sys.executable, __file__, str(rank), port], environment, tmp_path / f"{rank}.txt") for rank in range(2)
     )

@@ -28,7 +28,18 @@ import fastft
 from fastft import Anchor
 from fastft.optim import processes
 from fastft.optim.dtensors import like
-from fastft.optim.processes import KeptGroup, Spread, cut_over, group_of_zero, groups_of_flat, larger, wrappers
+from fastft.optim.processes import (
+    KeptGroup,
+    Spread,
+    averaged_over,
+    cut_over,
+    device_for,
+    fingerprint,
+    groups_of_flat,
+    larger,
+    wrappers,
+    zero_around,
+)
 
 WORLD = 4
 
@@ -178,6 +189,26 @@ def test_dtensors_and_a_group_beside_them_add_up_over_both(four: DeviceMesh, red
     assert len(reductions.seen) == 2
 
 
+@pytest.mark.parametrize("over", ["the mesh's own group", "another group of the same processes", "all processes"])
+def test_pieces_within_the_given_group_are_counted_once(over: str, four: DeviceMesh, reductions: Reductions) -> None:
+    """Each of its processes has other parts, so that their sum is over all pieces already."""
+    own = four.get_group("data")
+    group = {"the mesh's own group": own, "all processes": dist.group.WORLD}.get(over)
+    group = group or dist.new_group(dist.get_process_group_ranks(own))
+    p, beside = distributed(four, [Shard(0), Replicate()]), distributed(four, [Replicate(), Shard(1)])
+    optimizer = fastft.AdamW([p, beside], lr=1e-2, max_grad_norm=1.0, process_group=group)
+    p.grad = DTensor.from_local(torch.full((2, 3), 0.5), four, p.placements, run_check=False)
+    beside.grad = DTensor.from_local(torch.full((2, 3), 0.25), four, beside.placements, run_check=False)
+    optimizer.step()
+    size = dist.get_world_size(group)
+    within = 1 if over == "all processes" else 2  # sums over the tensor group that the given one does not hold
+    expected = math.sqrt(size * (6 * 0.25 + within * 6 * 0.0625))
+    assert optimizer.grad_norm is not None
+    assert optimizer.grad_norm.item() == pytest.approx(expected, rel=1e-12)
+    assert [where for where, _ in reductions.seen][-1] is group
+    assert own is group or own not in [where for where, _ in reductions.seen]
+
+
 def test_groups_of_one_are_left_out_and_each_is_named_once(four: DeviceMesh) -> None:
     pair, alone = dist.new_group([0, 1]), dist.new_group([0])
     assert larger([pair, None, alone, pair]) == (pair,)
@@ -323,7 +354,7 @@ def test_a_share_of_zero_redundancy_optimizer_is_known_by_it(four: DeviceMesh, r
     optimizer = zero.optim
     share = [p for group in optimizer.param_groups for p in group["params"]]
     assert 0 < len(share) < 6
-    assert group_of_zero(optimizer) is zero.process_group
+    assert zero_around(optimizer) is zero
     give_grads(model.parameters(), 0)
     optimizer.step()
     own = sum(float(p.grad.double().square().sum()) for p in share)
@@ -331,7 +362,71 @@ def test_a_share_of_zero_redundancy_optimizer_is_known_by_it(four: DeviceMesh, r
     assert where is zero.process_group and values[0] == pytest.approx(own, rel=1e-12)
     assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(WORLD * own), rel=1e-12)
     other = fastft.AdamW(net().parameters(), max_grad_norm=0.5)
-    assert group_of_zero(other) is None and group_of_zero(None) is None
+    assert zero_around(other) is None and zero_around(None) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrappers_are_found_whatever_the_garbage_collector_was_asked_to_leave_alone(four: DeviceMesh) -> None:
+    """``gc.freeze()``, as those call it who want short pauses, hides all that there is from ``gc.get_objects()``."""
+    model = net()
+    zero = ZeroRedundancyOptimizer(model.parameters(), fastft.AdamW, lr=1e-2)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        assert zero_around(zero.optim) is zero
+        assert ddp in list(wrappers())
+        assert gc.get_freeze_count() >= count  # they are left alone again
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_zero_redundancy_optimizer_that_was_never_made_does_no_harm(four: DeviceMesh) -> None:
+    abandoned = ZeroRedundancyOptimizer.__new__(ZeroRedundancyOptimizer)
+    optimizer = fastft.AdamW(net().parameters(), lr=1e-2, max_grad_norm=0.5)
+    give_grads((p for group in optimizer.param_groups for p in group["params"]), 0)
+    optimizer.step()
+    assert optimizer.grad_norm is not None and zero_around(optimizer) is None
+    del abandoned
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_share_without_parameters_is_where_those_of_the_others_are(
+    four: DeviceMesh, reductions: Reductions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one parameter four processes cannot all have a share; and all have to send from the same kind of device."""
+    zero = ZeroRedundancyOptimizer([nn.Parameter(torch.ones(3))], fastft.AdamW, lr=1e-2, max_grad_norm=0.5)
+    zero.param_groups[0]["params"] = [torch.ones(3, device="meta")]
+    assert Spread([], None, zero.optim).device == torch.device("meta")
+    monkeypatch.setattr(processes, "device_for", lambda group: torch.device("cuda", 3))
+    assert Spread([], dist.group.WORLD).device == torch.device("cuda", 3)
+    assert Spread([torch.ones(2)], dist.group.WORLD).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "expected"),
+    [
+        ("cpu:gloo", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:0", "cuda:0"),
+        ("cpu:gloo,cuda:nccl", None, "cuda:1"),
+        ("cuda:nccl", "cpu", "cuda:1"),  # what waits in host memory has to be sent from a GPU
+        ("cuda:nccl", None, "cuda:1"),
+        ("cpu:gloo", "cuda:0", "cpu"),
+        ("cpu:gloo", None, "cpu"),
+    ],
+)
+def test_numbers_are_sent_from_where_a_backend_sends(
+    config: str, given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gpus:
+        is_available = staticmethod(lambda: True)
+        current_device = staticmethod(lambda: 1)
+
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: Gpus)
+    assert device_for(None, torch.device(given) if given else None) == torch.device(expected)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -434,6 +529,67 @@ def test_selective_projection_of_a_flat_piece_is_refused_too(use_orig_params: bo
 # -- an anchor that each process has whole ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
+)
+def test_a_fingerprint_is_of_every_bit(dtype: torch.dtype) -> None:
+    """Also of the last of an element in the middle of many, and the same whatever the order in memory."""
+    whole = torch.randn(640, 501, generator=torch.Generator().manual_seed(3)).to(dtype)
+    whole[5, 7] = float("nan")
+    first = fingerprint(whole)
+    assert first.dtype == torch.int64 and first.shape == ()
+    assert torch.equal(fingerprint(whole.clone()), first)
+    assert torch.equal(fingerprint(whole.t().contiguous().t()), first)
+    assert torch.equal(fingerprint(whole[:, :1].contiguous()), fingerprint(whole[:, :1]))
+    part = torch.view_as_real(whole)[..., 0] if dtype.is_complex else whole
+    part[333, 201] = torch.nextafter(part[333, 201], torch.full_like(part[333, 201], 9.0))
+    assert not torch.equal(fingerprint(whole), first)
+    assert fingerprint(torch.ones((), dtype=dtype)).shape == ()
+
+
+@pytest.mark.parametrize("given", ["init", "snapshot"])
+def test_an_anchor_from_before_ddp_has_to_be_the_same_in_every_process(
+    given: str, four: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DDP gives all processes the weights of the first, not the anchors that were taken before."""
+    model = net()
+    anchor: Any = Anchor.snapshot(model) if given == "snapshot" else given
+    optimizer = fastft.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, anchor=anchor, anchor_decay=4.0)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    assert averaged_over(list(model.parameters())[:2]) == {
+        id(p): ddp.process_group for p in list(model.parameters())[:2]
+    }
+    give_grads(model.parameters(), 0)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        assert group is ddp.process_group
+        if op == dist.ReduceOp.MAX:
+            tensor[1] += 1
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    name = [name for name, _ in model.named_parameters()][1]
+    with pytest.raises(ValueError, match=rf"different ones for {name}: .*after DistributedDataParallel"):
+        optimizer.step()
+    assert all(torch.equal(p, start) for p, start in zip(model.parameters(), before, strict=True))
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: None)
+    optimizer.step()
+    monkeypatch.delattr(dist, "all_reduce")
+    optimizer.step()  # looked at once
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shares_of_zero_have_anchors_of_their_own(four: DeviceMesh, reductions: Reductions) -> None:
+    """Each process has another part of the anchor, so they cannot be compared: no process would say the same."""
+    model = net()
+    zero = ZeroRedundancyOptimizer(model.parameters(), fastft.AdamW, lr=1e-2, anchor="init", anchor_decay=4.0)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    give_grads(model.parameters(), 0)
+    zero.optim.step()
+    assert reductions.seen == []
+    del ddp
+
+
 @pytest.mark.parametrize("differs", [True, False])
 def test_an_anchor_has_to_be_the_same_in_every_process(
     differs: bool, four: DeviceMesh, monkeypatch: pytest.MonkeyPatch
@@ -447,7 +603,7 @@ def test_an_anchor_has_to_be_the_same_in_every_process(
     def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
         calls.append(op)
         if differs and op == dist.ReduceOp.MAX:
-            tensor += 1e-9
+            tensor += 1
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     p.grad = DTensor.from_local(torch.ones(2, 3), four, p.placements, run_check=False)

@@ -142,6 +142,8 @@ def test_every_process_hears_of_a_disagreement(way: str, results: Any) -> None:
     assert second["names"].startswith(f"ValueError: {unknown}")
     assert first["names"].startswith("ValueError: fisher: expected the same parameters on every process, got ")
     assert unknown in first["names"]
+    none = "fisher: expected at least one parameter, got none"
+    assert second["none"] == f"ValueError: {none}" and first["none"].endswith(f"; {none} on rank 1")
 
 
 @pytest.mark.slow
