@@ -381,9 +381,14 @@ class Anchor:
         param: Tensor,
         spread: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> Tensor:
-        layout = (param.device, param.stride(), param.dtype == torch.float64)
+        placed = [getattr(param, key, None) for key in ("device_mesh", "placements")]  # a DTensor's
+        layout = (param.device, param.stride(), param.dtype == torch.float64, *placed)
         if (what, name) not in self._ready or self._ready[what, name][0] != layout:
-            self._ready[what, name] = (layout, self._prepare(get(name), param, spread))
+            try:
+                prepared = self._prepare(get(name), param, spread)
+            except ValueError as error:
+                raise ValueError(f"{name}: {what}: {error}") from None
+            self._ready[what, name] = (layout, prepared)
         return self._ready[what, name][1]
 
     def _prepare(self, kept: Tensor, param: Tensor, spread: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from .checks import check_max_grad_norm, check_scalar
 from .entries import Part
 from .low_precision import Precision, Rounding, StateDtype
 from .masks import UpdateMask
-from .processes import ZERO, KeptGroup, Spread
+from .processes import ZERO, KeptGroup, Spread, initialized, larger, refuse_plain_scaler
 from .replaced import KnownParameters, has_names
 from .state import LOW_BITS, as_kept, as_saved
 from .step import global_sums, take_step, unscale_
@@ -150,7 +150,7 @@ class AdamW(torch.optim.AdamW):
     _lent: dict[Tensor, checkpoint.Lent]
     _compared: tuple[Anchor, int] | None  # the anchor, and its changes, that were compared between the processes
     _spread_of: list[tuple[int, type]] | None
-    _steps_without_gradients: int | None  # None: one had gradients
+    _steps_without_gradients: int | None  # one after the other; None: it was said
     _parts: list[Part]
     _torch_step: TorchStep
 
@@ -261,11 +261,21 @@ class AdamW(torch.optim.AdamW):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether a GradScaler leaves scale and inf check to the step.
 
-        Not for the pieces of FullyShardedDataParallel: its ShardedGradScaler looks at all processes only where it
-        unscales the gradients itself, and would set other scales in each.
+        Not where gradients lie spread and do not say so: a ShardedGradScaler looks at all processes only where it
+        unscales them itself, and would set other scales in each.
+
+        Raises:
+            ValueError: a GradScaler asks that looks at its own process only.
         """
         wrapped = checkpoint.FSDP1 in sys.modules
-        return not (wrapped and any(flattened(p) for group in self.param_groups for p in group["params"]))
+        if wrapped and any(flattened(p) for group in self.param_groups for p in group["params"]):
+            where = "the pieces of FullyShardedDataParallel"
+        elif initialized() and larger([self._process_group]):
+            where = "process_group"
+        else:
+            return True
+        refuse_plain_scaler(sys._getframe(1).f_locals.get("self"), where)
+        return False
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:

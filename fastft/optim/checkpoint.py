@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastft.anchor import Anchor
+from fastft.layers.wrappers import flattened
 from fastft.names import NameIndex, listed
 from fastft.warning import warn
 
@@ -58,7 +59,9 @@ KEY = "fastft"
 WITHOUT_MOMENTS = "without_moments"
 """In ``state_dict["fastft"]``: {its key in ``state``, as a string: what the parameter has}."""
 FLAGS, ANCHOR, IMPORTANCE, MASK = "fastft_flags", "anchor", "anchor_importance", "update_mask"
-CARRIED = (FLAGS, ANCHOR, IMPORTANCE, MASK)
+SEED, SKIPPED = "fastft_seed", "fastft_skipped"
+"""What the groups hold for all parameters, for ZeroRedundancyOptimizer, which keeps their keys to itself."""
+CARRIED = (FLAGS, ANCHOR, IMPORTANCE, MASK, SEED, SKIPPED)
 PLACE = 8
 """From this bit on, the flags hold the place of the parameter's name in ``names_in_file``, counted from 1, or 0."""
 DCP = "torch.distributed.checkpoint.state_dict"
@@ -89,6 +92,7 @@ HELD = (
 def pack(optimizer: AdamW, packed: dict[str, Any]) -> None:
     """Complete torch's state dict, in place; tensors are not copied."""
     whole = asked_by(DCP, FSDP1, ZERO)
+    for_zero = counters(optimizer) if asked_by(ZERO) else {}
     state: dict[Any, Any] = {i: as_saved(kept) for i, kept in packed["state"].items() if kept}
     ids = [i for group in packed["param_groups"] for i in group["params"]]
     files = NamesInFile(optimizer)
@@ -101,7 +105,9 @@ def pack(optimizer: AdamW, packed: dict[str, Any]) -> None:
                     without[str(i)] = carried
                 continue
             state[i] = as_saved(moments_of_zero(optimizer, p, index, name))
-        state[i] = {**without_carried(state[i]), **(carried if whole or int(carried[FLAGS]) else {})}
+        state[i] = {**without_carried(state[i]), **(carried if whole or int(carried[FLAGS]) else {}), **for_zero}
+        if whole and flattened(p) and (fault := why_not_gathered(state[i], p)):
+            raise ValueError(f"state_dict: {name}: {fault}")
     packed["state"] = state
     for group, meta in zip(packed["param_groups"], metadata(optimizer, whole, files), strict=True):
         group[KEY] = meta
@@ -112,6 +118,40 @@ def pack(optimizer: AdamW, packed: dict[str, Any]) -> None:
         "masks": sorted(places[id(p)] for p in optimizer._masks if id(p) in places),  # for the reader
         WITHOUT_MOMENTS: without,
     }
+
+
+def counters(optimizer: AdamW) -> dict[str, Tensor]:
+    """Rounding seed and number of skipped steps as states of a parameter: 0-d, int64."""
+    skipped = 0 if optimizer._skipped is None else int(optimizer._skipped)
+    return {SEED: torch.tensor(optimizer._precision.rounding_seed), SKIPPED: torch.tensor(skipped)}
+
+
+def why_not_gathered(state: Mapping[str, Any], p: Tensor) -> str | None:
+    """Why FullyShardedDataParallel cannot put the pieces of a parameter's state together; None if it can.
+
+    It takes tensors of the parameter's shape, no integers, and with ``use_orig_params=True`` all of one dtype.
+    """
+    kept = {key: t for key, t in state.items() if isinstance(t, Tensor) and t.dim() > 0}
+    alike = all(t.is_floating_point() and t.shape == p.shape for t in kept.values())
+    dtypes = {key: str(t.dtype).removeprefix("torch.") for key, t in kept.items()}
+    if alike and (getattr(p, "_is_flat_param", False) or len(set(dtypes.values())) <= 1):
+        return None
+    got = ", ".join(f"{key} in {dtype}" for key, dtype in dtypes.items())
+    return (
+        f"expected one floating dtype for all of its state, as FSDP.optim_state_dict needs, got {got}; save "
+        "optimizer.state_dict() of each process, which as many processes can load, or use "
+        "torch.distributed.fsdp.fully_shard"
+    )
+
+
+def warn_of_flat_state(optimizer: AdamW) -> None:
+    """Say, once there is state, that FullyShardedDataParallel's checkpoints will not hold it."""
+    for _, p, name in optimizer._parameters():
+        if flattened(p) and has_moments(optimizer, p):
+            state = {**as_saved(optimizer.state[p]), **carried_by(optimizer, p, name)}
+            if fault := why_not_gathered(state, p):
+                warn(f"{name}: {fault}")
+                return
 
 
 def has_moments(optimizer: AdamW, p: Tensor) -> bool:
@@ -273,6 +313,7 @@ class Loading:
 
     def __init__(self, optimizer: AdamW, loaded: dict[str, Any]) -> None:
         self.optimizer = optimizer
+        check_form(loaded)
         self.for_torch = loaded = without_ours(by_names(optimizer, loaded))
         """The state dict in the optimizer's order, without what torch would cast and copy in vain."""
         self.kept: dict[Tensor, dict[str, Tensor]] = {}
@@ -323,7 +364,7 @@ class Loading:
         known = self.carried if meta is not None else {p: found for p, found in self.carried.items() if found}
         if meta is not None or known:
             self.restored = Restored(optimizer, known, meta, in_file)
-        self._warn_without_anchor(for_torch)
+        warn_without_anchor(optimizer, for_torch, self.carried)
 
     def _keep(self, saved: dict[str, Any], p: Tensor, where: str) -> None:
         """Remember a parameter's tensors as they were saved: torch casts all state to the parameter's dtype."""
@@ -342,16 +383,6 @@ class Loading:
                     check_moment(saved, p, key, where)
         self.drops_low_bits |= LOW_BITS in tensors and low is None
         self.kept[p] = tensors
-
-    def _warn_without_anchor(self, groups: list[dict[str, Any]]) -> None:
-        """Say that a run with an anchor goes on without the one that it had."""
-        pulled = any(group.get("anchor_decay") for group in groups)
-        lost = not any(flags_in(found) & (Has.ANCHOR | Has.ANCHOR_IN_FILE) for found in self.carried.values())
-        if pulled and lost:
-            stays = (
-                "the optimizer's own stays" if self.optimizer._anchor is not None else "the optimizer has none either"
-            )
-            warn(f"state_dict: has groups with anchor_decay > 0, and no anchor; {stays}")
 
     def apply(self) -> None:
         """Called once torch's part is in place."""
@@ -402,6 +433,9 @@ class Restored:
             device = None if self.skipped is None else self.skipped.device
             steps = meta["skipped_steps"]
             self.skipped = None if steps is None else torch.tensor(steps, dtype=torch.int64, device=device)
+        elif counted := next((kept for kept in carried.values() if SEED in kept), None):
+            self.precision = replace(self.precision, rounding_seed=int(counted[SEED]))
+            self.skipped = counted[SKIPPED].to("cpu", torch.int64, copy=True)
         names = {p: name for _, p, name in optimizer._parameters()}
         flags = {p: flags_in(kept) for p, kept in carried.items()}
         self.masks = {p: mask for p, mask in optimizer._masks.items() if p not in carried}
@@ -458,6 +492,8 @@ def adopt(optimizer: AdamW) -> None:
             found[p] = carried_in(state)
             check_carried(found[p], p, name, f"{name}: state")
     restored = Restored(optimizer, found, None, NamesInFile(optimizer).by_parameter())
+    had = [p for _, p, name in optimizer._parameters() if p in found and optimizer._anchor_name(p, name) is not None]
+    warn_without_anchor(optimizer, optimizer.param_groups if had else (), found)
     for p in found:
         state = optimizer.state[p] = without_carried(optimizer.state[p])
         if LOW_BITS in state:
@@ -465,6 +501,17 @@ def adopt(optimizer: AdamW) -> None:
     optimizer._weight_sums.clear()
     forget_unstepped(optimizer, found)
     restored.apply()
+
+
+def warn_without_anchor(
+    optimizer: AdamW, groups: Iterable[Mapping[str, Any]], carried: Mapping[Tensor, Mapping[str, Any]]
+) -> None:
+    """Say that a run with an anchor goes on without the one that it had."""
+    pulled = any(group.get("anchor_decay") for group in groups)
+    lost = not any(flags_in(found) & (Has.ANCHOR | Has.ANCHOR_IN_FILE) for found in carried.values())
+    if pulled and lost:
+        stays = "the optimizer's own stays" if optimizer._anchor is not None else "the optimizer has none either"
+        warn(f"state_dict: has groups with anchor_decay > 0, and no anchor; {stays}")
 
 
 def own_steps(optimizer: AdamW) -> None:
@@ -491,6 +538,22 @@ def forget_unstepped(optimizer: AdamW, params: Iterable[Tensor]) -> None:
             del optimizer.state[p]
             if low is not None and bool(local(low).view(torch.uint8).any()):
                 optimizer.state[p] = {LOW_BITS: low}
+
+
+def check_form(loaded: Mapping[str, Any]) -> None:
+    """Raise for what is no state dict, or has groups without the options that a step needs."""
+    if missing := [key for key in ("state", "param_groups") if key not in loaded]:
+        raise ValueError(
+            f"state_dict: expected state and param_groups, got none for {listed(missing, quoted=False)}; with "
+            "full_state_dict and broadcast_from_rank0 DCP reads no flat one: leave out flatten_optimizer_state_dict"
+        )
+    for index, group in enumerate(loaded["param_groups"]):
+        if missing := [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]:
+            raise ValueError(
+                f"state_dict: param_groups[{index}]: expected lr, betas, eps and weight_decay, got none for "
+                f"{listed(missing, quoted=False)}; where processes have other parameters each (pipeline stages), DCP "
+                "keeps the groups of one: save and load with flatten_optimizer_state_dict=True"
+            )
 
 
 def refuse_parts_of_a_flat_dict(optimizer: AdamW, groups: Iterable[Mapping[str, Any]]) -> None:

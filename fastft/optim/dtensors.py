@@ -11,11 +11,17 @@ from .tensors import is_dtensor, local
 
 
 def like(tensor: Tensor, p: Tensor) -> Tensor:
-    """A plain ``tensor`` distributed as the DTensor ``p`` is; anything else as it is.
+    """A plain ``tensor`` distributed as the DTensor ``p`` is; one that is so already, or beside a plain ``p``, itself.
 
     Every process has the whole tensor, so each takes its own part and nothing is sent.
+
+    Raises:
+        ValueError: a DTensor that is placed otherwise.
     """
-    if not is_dtensor(p) or is_dtensor(tensor):
+    if is_dtensor(tensor):
+        check_same_placement(tensor, p)
+        return tensor
+    if not is_dtensor(p):
         return tensor
     # Not distribute_tensor(), whose strided shards of fully_shard over tensor parallelism are not those of the
     # parameter where rows do not come out even.
@@ -58,12 +64,7 @@ def part_beside(tensor: Tensor, p: Tensor) -> Tensor:
         ValueError: a DTensor that is placed otherwise, or a parameter whose placements do not say which part this is.
     """
     if is_dtensor(tensor):
-        if not is_dtensor(p) or placement_of(tensor) != placement_of(p):
-            where = placement_of(p)[1] if is_dtensor(p) else "a plain tensor"
-            raise ValueError(
-                f"expected an anchor that is whole, or lies as the parameter does ({where}), got a DTensor with "
-                f"{placement_of(tensor)[1]}; take it before the model is distributed, or from the model as it is now"
-            )
+        check_same_placement(tensor, p)
         return local(tensor).detach()
     part = cut_like(tensor, p)
     if part.shape != local(p).shape:
@@ -73,6 +74,20 @@ def part_beside(tensor: Tensor, p: Tensor) -> Tensor:
             f"{tuple(mesh.shape)}, got {list(local(p).shape)}"
         )
     return part
+
+
+def check_same_placement(tensor: Tensor, p: Tensor) -> None:
+    """Raise unless the DTensor ``tensor`` lies as ``p`` does."""
+    if is_dtensor(p) and placement_of(tensor) == placement_of(p):
+        return
+    mesh, placements = placement_of(tensor)
+    where = "a plain tensor"
+    if is_dtensor(p):
+        where = f"{placement_of(p)[1]} on a mesh of shape {tuple(placement_of(p)[0].shape)}"
+    raise ValueError(
+        f"expected one that is whole, or lies as the parameter does ({where}), got a DTensor with {placements} on a "
+        f"mesh of shape {tuple(mesh.shape)}; take it before the model is distributed, or from the model as it is now"
+    )
 
 
 def cut_like(tensor: Tensor, p: Tensor) -> Tensor:

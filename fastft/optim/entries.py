@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from .anchoring import anchoring_of
 from .dtensors import like
 from .low_precision import element_index
 from .masks import UpdateMask
-from .processes import Groups, Spread
+from .processes import Over, Spread
 from .staging import PART_BYTES, Staging, staging_for
 from .tensors import DeviceKey, laid_out_like, local, torch_device
 
@@ -90,13 +89,11 @@ def record_of(
 
 
 class Part:
-    """Tensors stepped together: a plan, its scratch memory, and the process groups its norm is added up over."""
+    """Tensors stepped together: a plan, its scratch memory, and how its norm is added up over processes."""
 
-    def __init__(
-        self, records: list[_C.AdamWRecord], process_groups: Groups = (), staging: Staging | None = None
-    ) -> None:
+    def __init__(self, records: list[_C.AdamWRecord], over: Over, staging: Staging | None = None) -> None:
         self.plan = _C.AdamWPlan(records)  # which keeps no parameter alive, and so must this
-        self.process_groups = process_groups
+        self.over = over
         self.staging = staging
         self._workspaces: dict[DeviceKey, Tensor] = {}
 
@@ -128,29 +125,29 @@ def parts_of(records: list[_C.AdamWRecord], spread: Spread) -> Iterator[Part]:
 
     watched = [record.unstepped() for record in records]
     live = [position for position, record in enumerate(records) if record.steps]
-    plain: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    offloaded: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    plain: dict[Over, list[int]] = defaultdict(list)
+    offloaded: dict[tuple[Over, torch.device], list[int]] = defaultdict(list)
     for position in live:
         record = records[position]
-        key = spread.of(record.param)
+        key = spread.over(record.param)
         if waiting(record):
-            offloaded[(*key, record.param.device)].append(position)
+            offloaded[key, record.param.device].append(position)
         else:
             plain[key].append(position)
 
-    def part(positions: list[int], groups: Groups, staging: Staging | None = None) -> Part:
+    def part(positions: list[int], over: Over, staging: Staging | None = None) -> Part:
         chosen = list(watched)
         views = iter(() if staging is None else staging.views)
         for position in positions:
             names = () if staging is None else waiting(records[position])
             chosen[position] = records[position].replaced(**{name: next(views) for name in names})
-        return Part(chosen, groups, staging)
+        return Part(chosen, over, staging)
 
     if not live:  # a plan of nothing still notices the first gradient
-        yield part([], ())
+        yield part([], Over())
     for key, positions in plain.items():
         yield part(positions, key)
-    for (*groups, device), positions in offloaded.items():
+    for (over, device), positions in offloaded.items():
         chunks: list[list[int]] = [[]]
         filled = 0
         for position in positions:
@@ -162,4 +159,4 @@ def parts_of(records: list[_C.AdamWRecord], spread: Spread) -> Iterator[Part]:
             filled += nbytes
         kept = [[tensor for i in chunk for tensor in waiting(records[i]).values()] for chunk in chunks]
         for chunk, staging in zip(chunks, staging_for(device, kept), strict=True):
-            yield part(chunk, tuple(groups), staging)
+            yield part(chunk, over, staging)

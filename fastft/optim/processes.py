@@ -11,7 +11,7 @@ import gc
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,15 @@ class KeptGroup:
         return KeptGroup, (None,)
 
 
+class Over(NamedTuple):
+    """How the sum over a parameter's elements here becomes that over all of them."""
+
+    groups: Groups = ()
+    """It is to be added up over these."""
+    share: float = 1.0
+    """And to count so much of it, where the processes of the group beside have copies."""
+
+
 class Spread:
     """How an optimizer's parameters lie spread, and the one sum over processes that a step takes.
 
@@ -54,7 +63,8 @@ class Spread:
 
         Args:
             params: the optimizer's.
-            process_group: given by the user: each of its processes has other parameters, or other parts of them.
+            process_group: given by the user: each of its processes has other parameters, or other parts of them, but
+                for DTensors, which say themselves where they are cut and where they are copies.
             optimizer: whose share of the parameters a ZeroRedundancyOptimizer may have chosen.
 
         Raises:
@@ -63,17 +73,25 @@ class Spread:
         found = list(params)
         self.device = found[0].device if found else CPU
         self._cut: dict[int, Groups] = {}
+        self._over: dict[int, Over] = {}
         self._beside: Groups = ()
         self._covers_world = False
+        self._places: dict[int, int] = {}
         if not initialized():
             return
         zero = zero_around(optimizer) if process_group is None else None
         self._beside = larger([process_group if zero is None else zero.process_group])
-        if not found and self._beside:  # the others are where their parameters are
-            self.device = zero.param_groups[0]["params"][0].device if zero else device_for(self._beside[0])
+        if zero is not None:
+            everyones = [p for group in zero.param_groups for p in group["params"]]
+            self._places = {id(p): place for place, p in enumerate(everyones)}
+            if not found:
+                self.device = everyones[0].device
+        elif not found and self._beside:  # the others are where their parameters are
+            self.device = device_for(self._beside[0])
         flat = groups_of_flat(found)
         for p in found:
             self._cut[id(p)] = (flat[id(p)],) if id(p) in flat else cut_over(p)
+            self._over[id(p)] = self._over_beside(p)
         # One parameter that lies on all processes shows that they train one model; what lies on fewer is then repeated.
         world = size_of(None)
         self._covers_world = any(is_dtensor(p) and placement_of(p)[0].size() == world for p in found)
@@ -86,42 +104,62 @@ class Spread:
         """Whether this process has only a piece of ``p``."""
         return bool(self._cut[id(p)] if id(p) in self._cut else cut_over(p))
 
-    def of(self, p: Tensor) -> Groups:
-        """The process groups over which ``p`` is spread."""
-        return (*self.apart(self._cut.get(id(p), ())), *self._beside)
+    def over(self, p: Tensor) -> Over:
+        """Over which process groups, but for the one beside, the sums of ``p`` are added up."""
+        return self._over.get(id(p), Over())
+
+    def place(self, p: Tensor, own: int) -> int:
+        """The place of ``p`` among the parameters of all processes; ``own`` is that among those of this one."""
+        return self._places.get(id(p), own)
 
     def apart(self, groups: Groups) -> Groups:
         """Those of the groups that do not lie within the one over which each process has other parameters."""
         counted = {rank for group in self._beside for rank in ranks_of(group)}
         return tuple(group for group in groups if not counted.issuperset(ranks_of(group)))
 
+    def _over_beside(self, p: Tensor) -> Over:
+        """Each element is to count once in the sum over the group beside, whichever of its processes have it.
+
+        Of ``members`` processes in that group that ``p`` lies on, each adds its piece, or, where it is cut over other
+        groups too, the sum over these. Together they have as many different ones as the groups within it make.
+        """
+        cut = self._cut[id(p)]
+        groups = self.apart(cut)
+        ranks = {rank for group in cut for rank in ranks_of(group)}
+        if is_dtensor(p):
+            ranks = set(placement_of(p)[0].mesh.flatten().tolist())
+        members = len(ranks.intersection(*(ranks_of(group) for group in self._beside))) if self._beside else 0
+        different = math.prod(size_of(group) for group in cut if group not in groups)
+        return Over(groups, different / members if members > 1 else 1.0)
+
     @torch.no_grad()
-    def total(self, sums: Mapping[Groups, Tensor], flag: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def total(self, sums: Mapping[Over, Tensor], flag: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The sum over all parameters and processes, and whether a process has raised its flag.
 
         Args:
-            sums: 0-d, float64: of the parameters in this process that are spread over these groups.
+            sums: 0-d, float64: of the parameters in this process whose sums become the whole in this way.
             flag: one number, 0 where it is not raised.
 
         Returns:
             The same two in every process, on ``self.device``: 0-d, float64 and float32.
         """
-        # Also of those that this process has nothing of.
-        keys = list(dict.fromkeys(self.apart(groups) for groups in dict.fromkeys(self._cut.values())))
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        values = {key: sums.get((*key, *self._beside), zero).to(self.device) for key in keys}
+        values: dict[Groups, Tensor] = {over.groups: zero for over in self._over.values()}  # also those without a sum
+        for over, own in sums.items():
+            here = own.to(self.device)
+            values[over.groups] = values[over.groups] + (here if over.share == 1.0 else here * over.share)
         raised = zero if flag is None else (flag.to(self.device) != 0).double().reshape(())
-        groups = tuple(dict.fromkeys(group for key in keys for group in key))
+        groups = tuple(dict.fromkeys(group for key in values for group in key))
         whole = self._covers_world and not self._beside
         if whole or len(groups) == 1:
             # A sum that several processes have counts in equal parts, so that all go by the same bits.
             group = torch.distributed.group.WORLD if whole else groups[0]
-            shares = {key: math.prod(size_of(g) for g in key) / size_of(group) for key in keys}
-            own = [value if shares[key] == 1.0 else value * shares[key] for key, value in values.items()]
-            total, raised = added_up([torch.stack(own).sum(), raised], group)
+            shares = {key: math.prod(size_of(g) for g in key) / size_of(group) for key in values}
+            own_parts = [value if shares[key] == 1.0 else value * shares[key] for key, value in values.items()]
+            total, raised = added_up([torch.stack(own_parts).sum(), raised], group)
         else:
             for group in groups:
-                cut = [key for key in keys if group in key]
+                cut = [key for key in values if group in key]
                 *found, raised = added_up([*(values[key] for key in cut), raised], group)
                 values.update(zip(cut, found, strict=True))
             total = torch.stack([*values.values(), zero]).sum()
@@ -174,6 +212,38 @@ def cut_over(p: Tensor) -> Groups:
     mesh, placements = placement_of(p)
     # Not is_shard(): the strided shards of fully_shard over tensor parallelism are none to it.
     return larger(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def check_placements(p: Tensor, name: str) -> None:
+    """Raise for a DTensor that cannot be stepped in parts, or of which this process has none."""
+    if not is_dtensor(p):
+        return
+    mesh, placements = placement_of(p)
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"{name}: expected a DTensor that is cut or replicated, got {placements}: what AdamW does to the terms of "
+            "a sum is not what it does to the sum; redistribute the parameter"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{name}: expected a parameter of which this process has a part, got a DTensor on ranks "
+            f"{mesh.mesh.flatten().tolist()} in rank {torch.distributed.get_rank()}; give each process an optimizer of "
+            "the parameters that it has, with process_group= of all"
+        )
+
+
+def refuse_plain_scaler(asking: Any, where: str) -> None:
+    """Raise if ``asking`` is a GradScaler that each process would set another scale by."""
+    if not isinstance(asking, torch.amp.GradScaler):
+        return
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    if not isinstance(asking, ShardedGradScaler):
+        raise ValueError(
+            f"scaler: expected a torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler with {where}, which "
+            f"looks at the gradients of all processes, got a {type(asking).__name__}, which would come to another "
+            "scale in each"
+        )
 
 
 def fingerprint(whole: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .entries import Part
-from .processes import Groups, Spread
+from .processes import Over, Spread
 from .tensors import local, runs_kernels, scalar_on, torch_device
 
 
@@ -30,14 +30,14 @@ def global_sums(
     """
     if not needs_norm and (found_inf is None or not spread):
         return None, found_inf
-    sums: dict[Groups, Tensor] = {}
+    sums: dict[Over, Tensor] = {}
     total: Tensor | None = None
     for part in parts if needs_norm else ():
         for device in part.plan.devices():
             out = torch.empty((), dtype=torch.float64, device=torch_device(device))
             part.plan.sum_of_squares(device, out, part.workspace(device))
             if spread:
-                key = part.process_groups
+                key = part.over
                 sums[key] = out if key not in sums else sums[key] + out.to(sums[key].device, non_blocking=True)
             else:
                 total = out if total is None else total + out.to(total.device, non_blocking=True)

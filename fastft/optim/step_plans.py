@@ -17,7 +17,7 @@ from .dtensors import like, placement_of
 from .entries import Part, parts_of, record_of
 from .lost_changes import stands_still
 from .low_precision import SIXTEEN_BIT
-from .processes import Groups, Spread, averaged_over, differing, initialized
+from .processes import Groups, Spread, averaged_over, check_placements, differing, initialized
 from .state import CODED, LOW_BITS, prepare_state
 from .tensors import is_dtensor, local
 from .torch_step import TorchStep
@@ -40,7 +40,8 @@ def plans_of(optimizer: AdamW, counts_on_device: bool) -> tuple[list[Part], Torc
     """
     if not optimizer._is_part:
         look_at_parameters(optimizer)
-    if not optimizer.state:
+    is_first = not optimizer.state
+    if is_first:
         warn_of_idle_anchor(optimizer)
         warn_of_idle_options(optimizer)
     live: dict[int, tuple[int, Tensor, str]] = {}
@@ -65,8 +66,15 @@ def plans_of(optimizer: AdamW, counts_on_device: bool) -> tuple[list[Part], Torc
     warn_of_rounding(optimizer, list(live.values()))
     for position, (group_index, p, name) in live.items():
         records[position] = record_at(
-            optimizer, optimizer._first_position + position, group_index, p, name, counts_on_device
+            optimizer,
+            optimizer._spread.place(p, optimizer._first_position + position),
+            group_index,
+            p,
+            name,
+            counts_on_device,
         )
+    if is_first:
+        checkpoint.warn_of_flat_state(optimizer)
     parts = list(parts_of(records, optimizer._spread))
     torch_step.prepare(optimizer)
     return parts, torch_step
@@ -85,6 +93,8 @@ def look_at_parameters(optimizer: AdamW) -> None:
     params = [p for _, p, _ in optimizer._parameters()]
     key = [(id(p), type(p)) for p in params]
     if key != optimizer._spread_of:
+        for _, p, name in optimizer._parameters():
+            check_placements(p, name)
         optimizer._spread = Spread(params, optimizer._process_group, optimizer)
         optimizer._spread_of = key
     refuse_other_anchors(optimizer)
@@ -177,18 +187,19 @@ def refuse_other_anchors(optimizer: AdamW) -> None:
 
 
 def warn_without_gradients(optimizer: AdamW) -> None:
-    """Say, in the second step, that no parameter has had a gradient in the first two."""
-    if optimizer._steps_without_gradients is None:
+    """Say, once, that no parameter has had a gradient in two steps, one after the other."""
+    if optimizer._steps_without_gradients is None or optimizer._is_part:
         return
     parameters = [p for _, p, _ in optimizer._parameters()]
-    if optimizer.state or any(p.grad is not None for p in parameters):
-        optimizer._steps_without_gradients = None
+    if any(p.grad is not None for p in parameters):
+        optimizer._steps_without_gradients = 0
         return
     optimizer._steps_without_gradients += 1
     if optimizer._steps_without_gradients == 2 and parameters:
+        optimizer._steps_without_gradients = None
         warn(
-            f"step: none of the {len(parameters)} parameters has had a gradient in the first two steps, so nothing is "
-            "trained; if the model got other parameters after the optimizer was made (fully_shard, "
+            f"step: none of the {len(parameters)} parameters has had a gradient in two steps, so it trains nothing; "
+            "if the model got other parameters after the optimizer was made (fully_shard, "
             "load_state_dict(assign=True), resize_token_embeddings), make the optimizer from those"
         )
 

@@ -20,8 +20,9 @@ from contract_cases import assert_same, give_grads, net, state_of, train
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import fastft
@@ -30,6 +31,7 @@ from fastft.optim import processes
 from fastft.optim.dtensors import like
 from fastft.optim.processes import (
     KeptGroup,
+    Over,
     Spread,
     averaged_over,
     cut_over,
@@ -100,7 +102,7 @@ def test_a_dtensor_says_over_which_groups_it_is_cut(placed: str, four: DeviceMes
     groups = tuple(four.get_group(name) for name in over)
     assert cut_over(p) == groups
     spread = Spread([p, nn.Parameter(torch.ones(2))])
-    assert spread.of(p) == groups
+    assert spread.over(p) == Over(groups)
     assert spread.cuts(p) == bool(spread) == bool(groups)
     assert cut_over(nn.Parameter(torch.ones(2))) == ()
 
@@ -182,31 +184,92 @@ def test_dtensors_and_a_group_beside_them_add_up_over_both(four: DeviceMesh, red
     p.grad = DTensor.from_local(torch.full((2, 3), 0.5), four["tensor"], [Shard(0)], run_check=False)
     whole.grad = torch.full((2,), 0.25)
     optimizer.step()
-    assert optimizer._spread.of(p) == (four.get_group("tensor"), stages)
-    assert optimizer._spread.of(whole) == (stages,)
+    assert optimizer._spread.over(p) == Over((four.get_group("tensor"),))
+    assert optimizer._spread.over(whole) == Over()
     assert optimizer.grad_norm is not None
     assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(4 * 6 * 0.25 + 2 * 2 * 0.0625), rel=1e-12)
     assert len(reductions.seen) == 2
 
 
-@pytest.mark.parametrize("over", ["the mesh's own group", "another group of the same processes", "all processes"])
-def test_pieces_within_the_given_group_are_counted_once(over: str, four: DeviceMesh, reductions: Reductions) -> None:
-    """Each of its processes has other parts, so that their sum is over all pieces already."""
-    own = four.get_group("data")
-    group = {"the mesh's own group": own, "all processes": dist.group.WORLD}.get(over)
-    group = group or dist.new_group(dist.get_process_group_ranks(own))
-    p, beside = distributed(four, [Shard(0), Replicate()]), distributed(four, [Replicate(), Shard(1)])
-    optimizer = fastft.AdamW([p, beside], lr=1e-2, max_grad_norm=1.0, process_group=group)
-    p.grad = DTensor.from_local(torch.full((2, 3), 0.5), four, p.placements, run_check=False)
-    beside.grad = DTensor.from_local(torch.full((2, 3), 0.25), four, beside.placements, run_check=False)
+@each_placement
+@pytest.mark.parametrize("given", ["data", "tensor", "the same processes as data", "all processes"])
+def test_a_dtensor_counts_once_whatever_group_lies_beside(
+    given: str, placed: str, four: DeviceMesh, reductions: Reductions
+) -> None:
+    """It says itself which processes of the group have other pieces, and which have copies."""
+    placements, over = PLACEMENTS[placed]
+    if given in ("data", "tensor"):
+        group = four.get_group(given)
+    else:
+        own = dist.get_process_group_ranks(four.get_group("data"))
+        group = dist.group.WORLD if given == "all processes" else dist.new_group(own)
+    p, plain = distributed(four, placements), nn.Parameter(torch.ones(2))
+    optimizer = fastft.AdamW([p, plain], lr=1e-2, weight_decay=0.1, max_grad_norm=1.0, process_group=group)
+    p.grad = DTensor.from_local(torch.full((2, 3), 0.5), four, placements, run_check=False)
+    plain.grad = torch.full((2,), 0.25)  # of which each process of the group has another one
     optimizer.step()
-    size = dist.get_world_size(group)
-    within = 1 if over == "all processes" else 2  # sums over the tensor group that the given one does not hold
-    expected = math.sqrt(size * (6 * 0.25 + within * 6 * 0.0625))
+    expected = math.sqrt(2 ** len(over) * 6 * 0.25 + dist.get_world_size(group) * 2 * 0.0625)
     assert optimizer.grad_norm is not None
     assert optimizer.grad_norm.item() == pytest.approx(expected, rel=1e-12)
     assert [where for where, _ in reductions.seen][-1] is group
-    assert own is group or own not in [where for where, _ in reductions.seen]
+
+
+def test_experts_beside_what_all_processes_share(four: DeviceMesh, reductions: Reductions) -> None:
+    """Each column of the mesh has experts of its own, over its rows; everything else is over all four processes."""
+    dense = distributed(four, [Shard(0), Shard(0)])
+    copied = distributed(four, [Replicate(), Replicate()])
+    expert = distributed(four["data"], [Shard(0)])
+    optimizer = fastft.AdamW([dense, copied, expert], max_grad_norm=1.0, process_group=four.get_group("tensor"))
+    for p, value in ((dense, 0.5), (copied, 0.25), (expert, 0.125)):
+        p.grad = DTensor.from_local(torch.full((2, 3), value), p.device_mesh, p.placements, run_check=False)  # type: ignore[attr-defined]
+    optimizer.step()
+    expected = math.sqrt(6 * (4 * 0.25 + 0.0625 + 2 * 2 * 0.015625))
+    assert optimizer.grad_norm is not None
+    assert optimizer.grad_norm.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_terms_of_a_sum_are_refused(four: DeviceMesh) -> None:
+    """Their step is no term of the sum's step."""
+    p = distributed(four, [Partial(), Replicate()])
+    optimizer = fastft.AdamW([("w", p)], lr=1e-2)
+    p.grad = DTensor.from_local(torch.ones(2, 3), four, p.placements, run_check=False)
+    before = p.detach().to_local().clone()
+    with pytest.raises(ValueError, match=r"^w: expected a DTensor that is cut or replicated, got \(Partial\(sum\)"):
+        optimizer.step()
+    assert torch.equal(p.detach().to_local(), before) and not optimizer.state
+
+
+def test_a_parameter_of_other_processes_is_refused(four: DeviceMesh) -> None:
+    others = DeviceMesh("cpu", [2, 3])
+    p = nn.Parameter(DTensor.from_local(torch.ones(0, 3), others, [Shard(0)], run_check=False))
+    optimizer = fastft.AdamW([("there", p), ("here", nn.Parameter(torch.ones(2)))], lr=1e-2, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"^there: expected a parameter of which this process has a part, .*\[2, 3\]"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["process_group", "FullyShardedDataParallel"])
+def test_each_process_would_come_to_a_scale_of_its_own(kind: str, four: DeviceMesh) -> None:
+    """A plain GradScaler knows of this process's gradients only; ShardedGradScaler of all."""
+    model = net() if kind == "process_group" else flat(True)
+    group = dist.group.WORLD if kind == "process_group" else None
+    optimizer = fastft.AdamW(model.parameters(), lr=1e-2, max_grad_norm=0.5, process_group=group)
+    plain, sharded = torch.amp.GradScaler("cpu", init_scale=4.0), ShardedGradScaler("cpu", init_scale=4.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    for scaler in (plain, sharded):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.25)
+        scaler.scale(torch.ones(()))
+        if scaler is plain:
+            with pytest.raises(
+                ValueError, match=rf"^scaler: expected .*ShardedGradScaler with .*{kind}, .* got a GradScaler"
+            ):
+                scaler.step(optimizer)
+            assert all(torch.equal(p, start) for p, start in zip(model.parameters(), before, strict=True))
+            continue
+        scaler.step(optimizer)
+        scaler.update()
+        assert not any(torch.equal(p, start) for p, start in zip(model.parameters(), before, strict=True) if p.numel())
+    assert not optimizer._step_supports_amp_scaling  # whoever else asks
 
 
 def test_groups_of_one_are_left_out_and_each_is_named_once(four: DeviceMesh) -> None:
@@ -278,7 +341,7 @@ def test_copies_of_an_optimizer_share_its_group(four: DeviceMesh) -> None:
     optimizer = fastft.AdamW(model.parameters(), lr=1e-2, max_grad_norm=0.5, process_group=group)
     _, copied = copy.deepcopy((model, optimizer))
     train(copied, [0])
-    assert copied._process_group is group and copied._spread.of(copied.param_groups[0]["params"][0]) == (group,)
+    assert copied._process_group is group and copied._spread._beside == (group,)
 
 
 def test_a_group_is_not_pickled(four: DeviceMesh) -> None:
@@ -471,7 +534,7 @@ def test_in_one_process_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -
     p = nn.Parameter(torch.ones(3))
     p._fsdp_flattened = True  # type: ignore[attr-defined]
     spread = Spread([p])
-    assert not spread and spread.of(p) == () and not spread.cuts(p)
+    assert not spread and spread.over(p) == Over() and not spread.cuts(p)
     assert list(wrappers()) == []
 
 
