@@ -14,11 +14,18 @@ from typing import Any
 
 import contract_distributed as contract
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from contract_distributed import like_param
 from low_precision_runs import SETTINGS
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
@@ -198,6 +205,56 @@ def resumed_from_whole_tensors(setting: str) -> dict[str, Any]:
     return outcome(other, resumed)
 
 
+def resumed_from_the_first_process(setting: str) -> dict[str, Any]:
+    """The others have read nothing; DCP sends them their parts."""
+    module = sharded(setting)
+    optimizer = trained(module, setting, 2)
+    weights, moments = get_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=True))
+    other = sharded(setting, seed=6)
+    resumed = make(other, setting)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    mine = contract.RANK == 0
+    set_model_state_dict(other, weights if mine else {}, options=options)
+    set_optimizer_state_dict(other, resumed, moments if mine else {}, options=options)
+    train(other, resumed, range(2, 4))
+    return outcome(other, resumed)
+
+
+def shares_of_zero(setting: str) -> dict[str, Any]:
+    """ZeroRedundancyOptimizer: random rounding by a parameter's place among all, not among a process's own."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns a lot
+
+    def start(seed: int, **options: Any) -> tuple[nn.Module, Any, fastft.AdamW]:
+        module = build(setting, seed)
+        given = {**OPTIONS, **SETTINGS[setting][1], "skip_nonfinite": True, **options}
+        zero = ZeroRedundancyOptimizer(module.parameters(), optimizer_class=fastft.AdamW, **given)
+        own = zero.optim
+        for p, mask in (
+            (module[0].weight, torch.arange(31) % 3 > 0),
+            (module[1].weight, torch.arange(64 * 64).reshape(64, 64) % 5 > 1),
+        ):
+            if any(p is known for group in own.param_groups for known in group["params"]):
+                own.set_update_mask(p, mask)
+        return module, zero, own
+
+    module, zero, own = start(5)
+    train(module, zero, range(2))
+    for p in module.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    zero.step()
+    zero.consolidate_state_dict(0)
+    saved = [zero.state_dict() if contract.RANK == 0 else None]
+    dist.broadcast_object_list(saved, 0)
+    other_seed = {"rounding_seed": 11} if "stochastic" in setting else {}
+    other, resumed, theirs = start(6, **other_seed)
+    other.load_state_dict(module.state_dict())
+    resumed.load_state_dict(saved[0])
+    train(other, resumed, range(2, 4))
+    assert theirs.skipped_steps == own.skipped_steps == 1, theirs.skipped_steps
+    assert not other_seed or theirs._precision.rounding_seed == own._precision.rounding_seed != 11
+    return {name: whole(p) for name, p in other.named_parameters()}
+
+
 def another_format(setting: str) -> dict[str, Any]:
     """A sharded float32 state is brought into the setting's format, shard by shard: as the whole one is."""
 
@@ -220,10 +277,15 @@ def another_format(setting: str) -> dict[str, Any]:
 
 
 KINDS = (fsdp, replicated, columns, resumed_from_a_state_dict, resumed_from_a_distributed_checkpoint)
+BY_MORE_WAYS = (
+    resumed_from_whole_tensors,
+    resumed_from_the_first_process,
+    shares_of_zero,
+    another_format,
+    written_in_one_process,
+)
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
-    f"{kind.__name__}-{setting}": partial(kind, setting)
-    for kind in (*KINDS, resumed_from_whole_tensors, another_format, written_in_one_process)
-    for setting in CHOSEN
+    f"{kind.__name__}-{setting}": partial(kind, setting) for kind in (*KINDS, *BY_MORE_WAYS) for setting in CHOSEN
 }
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import fastft
 from fastft import _C, Anchor
 from fastft.optim import AnchorDecayScheduler, reference
 from fastft.optim.entries import STAGED, Part, parts_of
-from fastft.optim.processes import Over, Spread
+from fastft.optim.processes import HERE, Spread
 from fastft.optim.staging import PART_BYTES, Staging, aligned, staging_for
 
 NAMES = ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias")
@@ -1011,7 +1011,7 @@ def test_parameters_with_their_anchors_beside_them_make_one_part(plans: list[lis
     records = [stepped_record(p, torch.ones(4, 4) if i % 2 else None) for i, p in enumerate(params)]
     records[3] = _C.AdamWRecord(params[3], 0)  # never stepped
     (part,) = parts_of(records, Spread())
-    assert part.staging is None and part.over == Over()
+    assert part.staging is None and part.over == HERE
     (plan,) = plans
     assert stepped_positions(plan) == [0, 1, 2, 4]
     assert all(same_tensors(a, b) for a, b in zip(plan, records, strict=True))

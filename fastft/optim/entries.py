@@ -14,7 +14,7 @@ from .anchoring import anchoring_of
 from .dtensors import like
 from .low_precision import element_index
 from .masks import UpdateMask
-from .processes import Over, Spread
+from .processes import HERE, Over, Spread
 from .staging import PART_BYTES, Staging, staging_for
 from .tensors import DeviceKey, laid_out_like, local, torch_device
 
@@ -91,7 +91,7 @@ def record_of(
 class Part:
     """Tensors stepped together: a plan, its scratch memory, and how its norm is added up over processes."""
 
-    def __init__(self, records: list[_C.AdamWRecord], over: Over, staging: Staging | None = None) -> None:
+    def __init__(self, records: list[_C.AdamWRecord], over: Over = HERE, staging: Staging | None = None) -> None:
         self.plan = _C.AdamWPlan(records)  # which keeps no parameter alive, and so must this
         self.over = over
         self.staging = staging
@@ -144,7 +144,7 @@ def parts_of(records: list[_C.AdamWRecord], spread: Spread) -> Iterator[Part]:
         return Part(chosen, over, staging)
 
     if not live:  # a plan of nothing still notices the first gradient
-        yield part([], Over())
+        yield part([], HERE)
     for key, positions in plain.items():
         yield part(positions, key)
     for (over, device), positions in offloaded.items():

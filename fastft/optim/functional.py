@@ -16,7 +16,7 @@ from .entries import Part, record_of
 from .formats import scales_shape
 from .low_precision import Precision, Rounding
 from .masks import UpdateMask
-from .processes import Over, Spread
+from .processes import Spread
 from .state import CODED, check_like
 from .step import global_sums, take_step
 from .tensors import KERNEL_DTYPES, fit_grad, is_dense, is_wrapper, runs_kernels
@@ -162,7 +162,7 @@ def adamw_(
     shared = _C.overlapping([params[i] for i in live])
     if shared:
         raise ValueError(f"params[{live[shared[0]]}]: expected memory of its own, got some that another one shares")
-    part = Part(records, Over())
+    part = Part(records)
     for i in live:
         grad = grads[i]
         assert grad is not None

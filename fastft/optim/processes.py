@@ -51,6 +51,10 @@ class Over(NamedTuple):
     """And to count so much of it, where the processes of the group beside have copies."""
 
 
+HERE = Over()
+"""All of it lies in this process."""
+
+
 class Spread:
     """How an optimizer's parameters lie spread, and the one sum over processes that a step takes.
 
@@ -106,7 +110,7 @@ class Spread:
 
     def over(self, p: Tensor) -> Over:
         """Over which process groups, but for the one beside, the sums of ``p`` are added up."""
-        return self._over.get(id(p), Over())
+        return self._over.get(id(p), HERE)
 
     def place(self, p: Tensor, own: int) -> int:
         """The place of ``p`` among the parameters of all processes; ``own`` is that among those of this one."""

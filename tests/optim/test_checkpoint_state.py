@@ -722,3 +722,25 @@ def test_one_value_of_flags_means_one_thing_for_good() -> None:
         "IMPORTANCE": 8,
         "ANCHOR_IN_FILE": 16,
     }
+
+
+# -- state dicts of another form ------------------------------------------------------------------------
+
+
+def test_a_dict_without_the_options_of_a_step_is_refused() -> None:
+    """Of another optimizer's class, or of which DCP has found nothing in this process."""
+    model = net()
+    optimizer = fastft.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, anchor="init", anchor_decay=2.0)
+    other = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    for given in (optimizer, other):
+        give_grads(model.parameters(), 0)
+        given.step()
+    before = copy.deepcopy(state_of(optimizer))
+    for loaded, said in (
+        (other.state_dict(), r"param_groups\[0\]: expected lr, betas, eps and weight_decay, got none for betas, eps"),
+        ({"state": {}, "param_groups": [{"params": list(range(6))}]}, r"none for lr, betas, eps, weight_decay; where"),
+        ({}, "expected state and param_groups, got none for state, param_groups; .*flatten_optimizer_state_dict"),
+    ):
+        with pytest.raises(ValueError, match=f"^state_dict: .*{said}"):
+            optimizer.load_state_dict(loaded)
+    assert_same(state_of(optimizer), before, "the state")

@@ -30,6 +30,7 @@ from fastft import Anchor
 from fastft.optim import processes
 from fastft.optim.dtensors import like
 from fastft.optim.processes import (
+    HERE,
     KeptGroup,
     Over,
     Spread,
@@ -185,7 +186,7 @@ def test_dtensors_and_a_group_beside_them_add_up_over_both(four: DeviceMesh, red
     whole.grad = torch.full((2,), 0.25)
     optimizer.step()
     assert optimizer._spread.over(p) == Over((four.get_group("tensor"),))
-    assert optimizer._spread.over(whole) == Over()
+    assert optimizer._spread.over(whole) == HERE
     assert optimizer.grad_norm is not None
     assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(4 * 6 * 0.25 + 2 * 2 * 0.0625), rel=1e-12)
     assert len(reductions.seen) == 2
@@ -245,6 +246,34 @@ def test_a_parameter_of_other_processes_is_refused(four: DeviceMesh) -> None:
     optimizer = fastft.AdamW([("there", p), ("here", nn.Parameter(torch.ones(2)))], lr=1e-2, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"^there: expected a parameter of which this process has a part, .*\[2, 3\]"):
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*use_orig_params|.*FSDP|.*deprecated")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"extra_bits": 16}, {"extra_bits": 8}, {"state_dtype": torch.float32}, {}], ids=str
+)
+def test_fsdp1_says_which_state_its_checkpoints_cannot_hold(
+    options: dict[str, Any], use_orig_params: bool, four: DeviceMesh, recwarn: pytest.WarningsRecorder
+) -> None:
+    """With the first step, hours before the first checkpoint; and there in a sentence."""
+    module = FullyShardedDataParallel(
+        nn.Linear(8, 8, bias=False).bfloat16(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    named = module.named_parameters()
+    optimizer = fastft.AdamW(named, lr=1e-2, weight_decay=0.1, anchor="init", anchor_decay=20.0, **options)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    fault = "expected one floating dtype for all of its state, as FSDP.optim_state_dict needs, got "
+    said = [str(w.message) for w in recwarn if fault in str(w.message)]
+    cannot = "extra_bits" in options or (bool(options) and use_orig_params)
+    assert len(said) == (1 if cannot else 0)
+    assert optimizer.state_dict()["state"]  # of this process, always
+    if cannot:
+        with pytest.raises(ValueError, match=f"^state_dict: .*: {fault}.*in .*; save optimizer.state_dict"):
+            FullyShardedDataParallel.optim_state_dict(module, optimizer)
+        assert ("low_bits" in said[0]) == ("extra_bits" in options)
 
 
 @pytest.mark.parametrize("kind", ["process_group", "FullyShardedDataParallel"])
@@ -534,7 +563,7 @@ def test_in_one_process_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -
     p = nn.Parameter(torch.ones(3))
     p._fsdp_flattened = True  # type: ignore[attr-defined]
     spread = Spread([p])
-    assert not spread and spread.over(p) == Over() and not spread.cuts(p)
+    assert not spread and spread.over(p) == HERE and not spread.cuts(p)
     assert list(wrappers()) == []
 
 
@@ -587,6 +616,49 @@ def test_selective_projection_of_a_flat_piece_is_refused_too(use_orig_params: bo
         ValueError, match="needs the whole tensor in one process, and this is a piece of a flat parameter"
     ):
         optimizer.step()
+
+
+# -- anchors beside DTensors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("importance", [False, True])
+def test_an_anchor_has_to_lie_as_the_parameter_does(importance: bool, four: DeviceMesh) -> None:
+    """Here by chance its part has the shape of the parameter's; and beside a plain parameter."""
+    lies = distributed(four, [Shard(0), Replicate()])
+    other = distributed(four, [Replicate(), Shard(0)], seed=1)
+    anchor = Anchor.snapshot([("w", lies)])
+    if importance:
+        plain = torch.ones(4, 3)
+        anchor = Anchor.snapshot([("w", plain)]).with_importance({"w": lies.detach().abs()})
+    part = "importance" if importance else "anchor"
+    for p, got in ((other, "Shard"), (nn.Parameter(torch.ones(4, 3)), "a plain tensor")):
+        optimizer = fastft.AdamW([("w", p)], lr=1e-2, weight_decay=0.1, anchor=anchor, anchor_decay=4.0)
+        p.grad = torch.zeros_like(p)
+        with pytest.raises(
+            ValueError, match=rf"^w: {part}: expected one that is whole, or lies as .*{got}.*got a DTensor"
+        ):
+            optimizer.step()
+        assert not optimizer.state
+
+
+@pytest.mark.filterwarnings("ignore:params. parameters of another kind")
+def test_a_parameter_replaced_by_one_that_is_placed_otherwise_gets_its_own_part(four: DeviceMesh) -> None:
+    """Shape, stride and device of the whole are the same; the part of the anchor is another."""
+    whole = torch.arange(12.0).reshape(4, 3)
+    first = distributed(four, [Replicate(), Shard(0)])
+    optimizer = fastft.AdamW([("w", first)], lr=1e-2, anchor=Anchor.snapshot([("w", whole)]), anchor_decay=100.0)
+    first.grad = torch.zeros_like(first)
+    optimizer.step()  # lr * anchor_decay = 1: the weights are nearly the anchor's
+    torch.testing.assert_close(first.detach().to_local(), whole[:2], atol=1e-2, rtol=1e-3)
+    second = nn.Parameter(
+        DTensor.from_local(
+            torch.zeros(4, 2), four, [Replicate(), Shard(1)], run_check=False, shape=first.shape, stride=first.stride()
+        )
+    )
+    optimizer.param_groups[0]["params"] = [second]
+    second.grad = torch.zeros_like(second)
+    optimizer.step()
+    torch.testing.assert_close(second.detach().to_local(), whole[:, :2], atol=1e-2, rtol=1e-3)
 
 
 # -- an anchor that each process has whole ---------------------------------------------------------------

@@ -217,7 +217,7 @@ def test_an_anchor_that_lies_otherwise_is_refused(pretended: Any) -> None:
         lambda: drift_report(model, anchor, groups=["weight", "bias"]),
     ]
     for measure in measures:
-        with pytest.raises(ValueError, match=r"^weight: expected an anchor that is whole, or lies as the parameter"):
+        with pytest.raises(ValueError, match=r"^weight: expected one that is whole, or lies as the parameter"):
             measure()
     assert (model.bias.to_local() == 1.0).all()
     with pytest.raises(ValueError, match=r"lies as the parameter does \(a plain tensor\), got a DTensor with"):
