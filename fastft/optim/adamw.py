@@ -22,7 +22,7 @@ from .checks import check_max_grad_norm, check_scalar
 from .entries import Part
 from .low_precision import Precision, Rounding, StateDtype
 from .masks import UpdateMask
-from .processes import ZERO, KeptGroup, Spread, initialized, larger, refuse_plain_scaler
+from .processes import ZERO, KeptGroup, Spread, groups_of_flat, initialized, larger, looks_at_one_process
 from .replaced import KnownParameters, has_names
 from .state import LOW_BITS, as_kept, as_saved
 from .step import global_sums, take_step, unscale_
@@ -148,9 +148,10 @@ class AdamW(torch.optim.AdamW):
     _first_position = 0  # of its parameters; other than 0 where it stands for one of another optimizer's
     _plan_key: Any
     _lent: dict[Tensor, checkpoint.Lent]
-    _compared: tuple[Anchor, int] | None  # the anchor, and its changes, that were compared between the processes
+    _has_checked_scaler: bool  # that it may look at this process only
+    _compared: tuple[Any, ...] | None  # what was compared between the processes
     _spread_of: list[tuple[int, type]] | None
-    _steps_without_gradients: int | None  # one after the other; None: it was said
+    _steps_without_gradients: int | None  # since it was made or loaded; None: one had gradients
     _parts: list[Part]
     _torch_step: TorchStep
 
@@ -267,14 +268,19 @@ class AdamW(torch.optim.AdamW):
         Raises:
             ValueError: a GradScaler asks that looks at its own process only.
         """
-        wrapped = checkpoint.FSDP1 in sys.modules
-        if wrapped and any(flattened(p) for group in self.param_groups for p in group["params"]):
-            where = "the pieces of FullyShardedDataParallel"
-        elif initialized() and larger([self._process_group]):
-            where = "process_group"
-        else:
+        flat = [p for group in self.param_groups for p in group["params"] if flattened(p)] if initialized() else []
+        if not flat and not (initialized() and larger([self._process_group])):
             return True
-        refuse_plain_scaler(sys._getframe(1).f_locals.get("self"), where)
+        asking = sys._getframe(1).f_locals.get("self")
+        if not self._has_checked_scaler and looks_at_one_process(asking):
+            if not flat or groups_of_flat(flat):
+                where = "the pieces of FullyShardedDataParallel" if flat else "process_group"
+                raise ValueError(
+                    f"scaler: expected a torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler with {where}, "
+                    f"which looks at the gradients of all processes, got a {type(asking).__name__}, which would come "
+                    "to another scale in each"
+                )
+            self._has_checked_scaler = True
         return False
 
     @_step_supports_amp_scaling.setter
@@ -442,6 +448,7 @@ class AdamW(torch.optim.AdamW):
         self._spread = Spread()
         self._spread_of = None
         self._compared = None
+        self._has_checked_scaler = False
         self._steps_without_gradients = 0
         self._forget_plan()
 

@@ -402,6 +402,7 @@ class Loading:
                 "not bfloat16): they are dropped. To keep them, save fastft.optim.master_weights(model, optimizer)"
             )
         own_steps(optimizer)
+        optimizer._steps_without_gradients = 0
         if self.restored is not None:
             forget_unstepped(optimizer, self.carried)
             self.restored.apply()
@@ -499,6 +500,7 @@ def adopt(optimizer: AdamW) -> None:
         if LOW_BITS in state:
             state[LOW_BITS] = as_kept(state[LOW_BITS], p)
     optimizer._weight_sums.clear()
+    optimizer._steps_without_gradients = 0
     forget_unstepped(optimizer, found)
     restored.apply()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastft.layers.wrappers import flattened
 
 from .dtensors import placement_of
-from .tensors import is_dtensor
+from .tensors import is_dense, is_dtensor
 
 ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 CPU = torch.device("cpu")
@@ -81,10 +81,13 @@ class Spread:
         self._beside: Groups = ()
         self._covers_world = False
         self._places: dict[int, int] = {}
+        self.is_share = False
+        """Whether a ZeroRedundancyOptimizer has chosen which parameters there are."""
         if not initialized():
             return
         zero = zero_around(optimizer) if process_group is None else None
         self._beside = larger([process_group if zero is None else zero.process_group])
+        self.is_share = zero is not None
         if zero is not None:
             everyones = [p for group in zero.param_groups for p in group["params"]]
             self._places = {id(p): place for place, p in enumerate(everyones)}
@@ -200,8 +203,12 @@ def device_for(group: Any, device: torch.device | None = None) -> torch.device:
     kinds = [pair.partition(":")[0] for pair in torch.distributed.get_backend_config(group).split(",")]
     if device is not None and device.type in kinds:
         return device
-    others = [kind for kind in kinds if kind != "cpu" and torch.get_device_module(kind).is_available()]
-    return torch.device(others[0], torch.get_device_module(others[0]).current_device()) if others else CPU
+    # A backend may be named for kinds of devices that this torch knows nothing of.
+    for kind in kinds:
+        module = None if kind == "cpu" else getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            return torch.device(kind, module.current_device())
+    return CPU
 
 
 def larger(groups: Iterable[Any]) -> Groups:
@@ -236,25 +243,25 @@ def check_placements(p: Tensor, name: str) -> None:
         )
 
 
-def refuse_plain_scaler(asking: Any, where: str) -> None:
-    """Raise if ``asking`` is a GradScaler that each process would set another scale by."""
-    if not isinstance(asking, torch.amp.GradScaler):
-        return
+def looks_at_one_process(scaler: Any) -> bool:
+    """Whether it is one of torch's GradScalers that know of this process's gradients only."""
+    if not isinstance(scaler, torch.amp.GradScaler) or type(scaler).__module__.partition(".")[0] != "torch":
+        return False
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-    if not isinstance(asking, ShardedGradScaler):
-        raise ValueError(
-            f"scaler: expected a torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler with {where}, which "
-            f"looks at the gradients of all processes, got a {type(asking).__name__}, which would come to another "
-            "scale in each"
-        )
+    return not isinstance(scaler, ShardedGradScaler)
 
 
 def fingerprint(whole: Tensor) -> Tensor:
     """A number by which tensors are compared: the sum of their bits as integers, exact in any order; 0-d, int64."""
     values = torch.view_as_real(whole.detach()) if whole.is_complex() else whole.detach()
     bits = values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
-    return bits.sum(dtype=torch.int64)
+    flat = bits.as_strided((bits.numel(),), (1,)) if is_dense(bits) else bits.flatten()
+    at_once = 1 << 18 if flat.device.type == "cpu" else 1 << 24  # elements, which are made int64 for the sum
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for part in flat.split(at_once):
+        total += part.sum(dtype=torch.int64)
+    return total
 
 
 @torch.no_grad()
@@ -269,7 +276,8 @@ def differing(pairs: Sequence[tuple[Groups, Tensor]]) -> list[int]:
     """
     by_groups: dict[Groups, list[int]] = {}
     for i, (groups, _) in enumerate(pairs):
-        by_groups.setdefault(groups, []).append(i)
+        if several := larger(groups):
+            by_groups.setdefault(several, []).append(i)
     found = []
     for groups, places in by_groups.items():
         device = pairs[places[0]][1].device
@@ -287,6 +295,17 @@ def unequal(numbers: Sequence[Tensor], groups: Iterable[Any]) -> list[int]:
         torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
     return [i for i, same in enumerate((least == most).tolist()) if not same]
+
+
+def unlike(own: Mapping[str, int], group: Any) -> list[str]:
+    """The names to which processes of the group have other numbers, of those that several have; a collective."""
+    everyones: list[Any] = [None] * size_of(group)
+    torch.distributed.all_gather_object(everyones, dict(own), group=group)
+    numbers: dict[str, set[int]] = {}
+    for theirs in everyones:
+        for name, number in theirs.items():
+            numbers.setdefault(name, set()).add(number)
+    return [name for name, found in numbers.items() if len(found) > 1]
 
 
 # -- wrappers of plain tensors ---------------------------------------------------------------------------------
@@ -332,11 +351,19 @@ def zero_around(optimizer: Any) -> Any:
     return next((zero for zero in living(kinds) if getattr(zero, "optim", None) is optimizer), None)
 
 
-def averaged_over(params: Iterable[Tensor]) -> dict[int, Any]:
-    """By id(parameter), the process group over which DistributedDataParallel averages its gradients."""
+def averaged_together(params: Iterable[Tensor]) -> Iterator[tuple[Any, list[tuple[str, Tensor]]]]:
+    """For each DistributedDataParallel that averages gradients of some of these: its process group, and they by name.
+
+    Not those that it was to ignore, which it does not make equal either.
+    """
     wanted = {id(p) for p in params}
-    around = living(nn.parallel.DistributedDataParallel) if wanted else ()
-    return {id(p): ddp.process_group for ddp in around for p in ddp.module.parameters() if id(p) in wanted}
+    for ddp in living(nn.parallel.DistributedDataParallel) if wanted else ():
+        module, group = ddp._modules.get("module"), getattr(ddp, "process_group", None)
+        if module is None or not larger([group]):  # one whose making failed has neither
+            continue
+        named = [(name, p) for name, p in module.named_parameters() if id(p) in wanted]
+        if named := [(name, p) for name, p in named if name not in ddp.parameters_to_ignore]:
+            yield group, named
 
 
 def wrappers() -> Iterator[nn.Module]:
@@ -353,7 +380,10 @@ def wrappers() -> Iterator[nn.Module]:
 
 
 def living(kinds: type | tuple[type, ...]) -> Iterator[Any]:
-    """All objects of these classes."""
+    """All objects of these classes.
+
+    After ``gc.freeze()`` all that there is now is left alone by the garbage collector again.
+    """
     frozen = gc.get_freeze_count() > 0  # gc.freeze() hides what there was from get_objects()
     if frozen:
         gc.collect()  # so that no garbage stays for good

@@ -17,7 +17,16 @@ from .dtensors import like, placement_of
 from .entries import Part, parts_of, record_of
 from .lost_changes import stands_still
 from .low_precision import SIXTEEN_BIT
-from .processes import Groups, Spread, averaged_over, check_placements, differing, initialized
+from .processes import (
+    Spread,
+    averaged_together,
+    check_placements,
+    differing,
+    fingerprint,
+    initialized,
+    unlike,
+    zero_around,
+)
 from .state import CODED, LOW_BITS, prepare_state
 from .tensors import is_dtensor, local
 from .torch_step import TorchStep
@@ -154,51 +163,54 @@ def refuse_other_anchors(optimizer: AdamW) -> None:
     """Raise where processes have different anchors in memory for a parameter that they train together.
 
     So it is where a framework loads weights in one process only, and the others have taken a snapshot of what was in
-    memory; or before DistributedDataParallel gives all the weights of the first. Looked at once for each anchor, by all
-    processes at their first step.
+    memory; or before DistributedDataParallel gives all the weights of the first. Looked at by all processes at their
+    first step, and for each other anchor; with ZeroRedundancyOptimizer, where some may have nothing, once.
     """
-    anchor = optimizer._anchor
-    if anchor is None or not initialized():
+    anchor, known, groups = optimizer._anchor, optimizer._compared, optimizer.param_groups
+    pulling = [group["anchor_decay"] != 0.0 for group in groups]
+    if not initialized() or not any(pulling):
         return
-    if (
-        optimizer._compared is not None
-        and optimizer._compared[0] is anchor
-        and optimizer._compared[1] == anchor.changes
-    ):
+    changes = 0 if anchor is None else anchor.changes
+    if known is not None and (optimizer._spread.is_share or (known[0] is anchor and known[1:] == (changes, pulling))):
         return
-    named = [(p, name, optimizer._anchor_name(p, name)) for _, p, name in optimizer._parameters()]
-    kept = [(p, name, anchor.kept(own)[0]) for p, name, own in named if own is not None]
-    whole = [(p, name, tensor) for p, name, tensor in kept if tensor is not None and not is_dtensor(tensor)]
-    averaged = averaged_over(p for p, _, _ in whole if not is_dtensor(p))
-    together: list[tuple[str, Groups, Tensor]] = []
-    for p, name, tensor in whole:
-        if is_dtensor(p):
-            together.append((name, tuple(placement_of(p)[0].get_all_groups()), tensor))
-        elif id(p) in averaged and (groups := optimizer._spread.apart((averaged[id(p)],))):
-            together.append((name, groups, tensor))
-    if others := differing([(groups, tensor) for _, groups, tensor in together]):
+    if optimizer._spread.is_share:
+        groups = zero_around(optimizer).param_groups  # of all processes
+    names = {id(p): name for _, p, name in optimizer._parameters()}
+    pulled = {id(p): p for group in groups if group.get("anchor_decay") for p in group["params"]}
+
+    def kept(p: Tensor, name: str) -> Tensor | None:
+        """What each process has whole."""
+        own = optimizer._anchor_name(p, names.get(id(p), name))
+        tensor = None if anchor is None or own is None else anchor.kept(own)[0]
+        return None if tensor is None or is_dtensor(tensor) else tensor
+
+    cut = [(names[id(p)], p, kept(p, "")) for p in pulled.values() if is_dtensor(p)]
+    together = [(name, tuple(placement_of(p)[0].get_all_groups()), own) for name, p, own in cut if own is not None]
+    others = [together[i][0] for i in differing([(groups, own) for _, groups, own in together])]
+    for group, named in averaged_together(p for p in pulled.values() if not is_dtensor(p)):
+        whole = [(name, kept(p, name)) for name, p in named]
+        others += unlike({name: int(fingerprint(own)) for name, own in whole if own is not None}, group)
+    if others:
         raise ValueError(
-            f"anchor: expected the same weights in every process, got different ones for "
-            f'{listed((together[i][0] for i in others), quoted=False)}: take the snapshot (anchor="init" is one) where '
-            "all processes have loaded the model, after DistributedDataParallel, or of the sharded model, or use "
-            "Anchor.from_safetensors"
+            f"anchor: expected the same weights in every process, got different ones for {listed(others, quoted=False)}"
+            ': take the snapshot (anchor="init" is one) where all processes have loaded the model, after '
+            "DistributedDataParallel, or of the sharded model, or use Anchor.from_safetensors"
         )
-    optimizer._compared = (anchor, anchor.changes)
+    optimizer._compared = (anchor, changes, pulling)
 
 
 def warn_without_gradients(optimizer: AdamW) -> None:
-    """Say, once, that no parameter has had a gradient in two steps, one after the other."""
-    if optimizer._steps_without_gradients is None or optimizer._is_part:
+    """Say, in the second step of a new or resumed run, that no parameter has had a gradient in it."""
+    if optimizer._steps_without_gradients is None:
         return
-    parameters = [p for _, p, _ in optimizer._parameters()]
-    if any(p.grad is not None for p in parameters):
-        optimizer._steps_without_gradients = 0
+    if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]) or optimizer._is_part:
+        optimizer._steps_without_gradients = None
         return
     optimizer._steps_without_gradients += 1
-    if optimizer._steps_without_gradients == 2 and parameters:
-        optimizer._steps_without_gradients = None
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if optimizer._steps_without_gradients == 2 and count:
         warn(
-            f"step: none of the {len(parameters)} parameters has had a gradient in two steps, so it trains nothing; "
+            f"step: none of the {count} parameters has had a gradient in the first two steps, so nothing is trained; "
             "if the model got other parameters after the optimizer was made (fully_shard, "
             "load_state_dict(assign=True), resize_token_embeddings), make the optimizer from those"
         )

@@ -34,7 +34,7 @@ from fastft.optim.processes import (
     KeptGroup,
     Over,
     Spread,
-    averaged_over,
+    averaged_together,
     cut_over,
     device_for,
     fingerprint,
@@ -301,6 +301,38 @@ def test_each_process_would_come_to_a_scale_of_its_own(kind: str, four: DeviceMe
     assert not optimizer._step_supports_amp_scaling  # whoever else asks
 
 
+@pytest.mark.parametrize("strategy", [ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD])
+def test_where_each_process_has_all_a_plain_scaler_serves(
+    strategy: ShardingStrategy, pretended: Any, four: DeviceMesh
+) -> None:
+    """``NO_SHARD``, or one process."""
+    if strategy == ShardingStrategy.FULL_SHARD:
+        pretended(0, (1,))
+    model = flat(True, strategy)
+    optimizer = fastft.AdamW(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.25)
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert not any(torch.equal(p, start) for p, start in zip(model.parameters(), before, strict=True))
+
+
+class ScalerOfTheirOwn(torch.amp.GradScaler):
+    """Which may well look at all processes."""
+
+
+def test_a_scaler_from_elsewhere_is_not_judged(four: DeviceMesh) -> None:
+    model = net()
+    optimizer = fastft.AdamW(model.parameters(), lr=1e-2, process_group=dist.group.WORLD)
+    scaler = ScalerOfTheirOwn("cpu", init_scale=4.0)
+    give_grads(model.parameters(), 0)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert optimizer.state
+
+
 def test_groups_of_one_are_left_out_and_each_is_named_once(four: DeviceMesh) -> None:
     pair, alone = dist.new_group([0, 1]), dist.new_group([0])
     assert larger([pair, None, alone, pair]) == (pair,)
@@ -507,17 +539,15 @@ def test_a_share_without_parameters_is_where_those_of_the_others_are(
         ("cuda:nccl", None, "cuda:1"),
         ("cpu:gloo", "cuda:0", "cpu"),
         ("cpu:gloo", None, "cpu"),
+        ("cpu:fake,no_such_kind:fake", None, "cpu"),
     ],
 )
 def test_numbers_are_sent_from_where_a_backend_sends(
     config: str, given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Gpus:
-        is_available = staticmethod(lambda: True)
-        current_device = staticmethod(lambda: 1)
-
     monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
-    monkeypatch.setattr(torch, "get_device_module", lambda kind: Gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert device_for(None, torch.device(given) if given else None) == torch.device(expected)
 
 
@@ -682,47 +712,104 @@ def test_a_fingerprint_is_of_every_bit(dtype: torch.dtype) -> None:
     assert fingerprint(torch.ones((), dtype=dtype)).shape == ()
 
 
+class Gathered:
+    """What other processes say, beside what this one does."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, dict[str, int]]] = []
+        self.other: Callable[[dict[str, int]], dict[str, int]] = dict
+
+    def __call__(self, everyones: list[Any], own: dict[str, int], group: Any = None) -> None:
+        self.calls.append((group, own))
+        everyones[:] = [own, *[self.other(own)] * (len(everyones) - 1)]
+
+
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> Gathered:
+    found = Gathered()
+    monkeypatch.setattr(dist, "all_gather_object", found)
+    return found
+
+
+def changed(own: dict[str, int], *names: str) -> dict[str, int]:
+    return {name: number + (name in names) for name, number in own.items()}
+
+
 @pytest.mark.parametrize("given", ["init", "snapshot"])
 def test_an_anchor_from_before_ddp_has_to_be_the_same_in_every_process(
-    given: str, four: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+    given: str, four: DeviceMesh, gathered: Gathered
 ) -> None:
     """DDP gives all processes the weights of the first, not the anchors that were taken before."""
     model = net()
     anchor: Any = Anchor.snapshot(model) if given == "snapshot" else given
     optimizer = fastft.AdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, anchor=anchor, anchor_decay=4.0)
     ddp = nn.parallel.DistributedDataParallel(model)
-    assert averaged_over(list(model.parameters())[:2]) == {
-        id(p): ddp.process_group for p in list(model.parameters())[:2]
-    }
     give_grads(model.parameters(), 0)
     before = [p.detach().clone() for p in model.parameters()]
-
-    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
-        assert group is ddp.process_group
-        if op == dist.ReduceOp.MAX:
-            tensor[1] += 1
-
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    name = [name for name, _ in model.named_parameters()][1]
-    with pytest.raises(ValueError, match=rf"different ones for {name}: .*after DistributedDataParallel"):
+    names = [name for name, _ in model.named_parameters()]
+    gathered.other = lambda own: changed(own, names[1])
+    with pytest.raises(ValueError, match=rf"different ones for {names[1]}: .*after DistributedDataParallel"):
         optimizer.step()
     assert all(torch.equal(p, start) for p, start in zip(model.parameters(), before, strict=True))
-    monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: None)
+    gathered.other = lambda own: {"another": 3, names[0]: own[names[0]]}  # who has other parts of the model
     optimizer.step()
-    monkeypatch.delattr(dist, "all_reduce")
-    optimizer.step()  # looked at once
+    assert [group for group, _ in gathered.calls] == [ddp.process_group] * 2 and list(gathered.calls[0][1]) == names
+    for norm in (1.0, None):
+        optimizer.max_grad_norm = norm
+        optimizer.step()
+    assert len(gathered.calls) == 2  # looked at once
+
+
+def test_what_nothing_pulls_and_what_ddp_ignores_may_differ(four: DeviceMesh, gathered: Gathered) -> None:
+    """A new head in a group of its own; experts."""
+    model = net()
+    names = [name for name, _ in model.named_parameters()]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [names[0]])
+    params = list(model.named_parameters())
+    optimizer = fastft.AdamW(
+        [{"params": params[:-1], "anchor_decay": 4.0}, {"params": params[-1:], "anchor_decay": 0.0}],
+        lr=1e-2,
+        anchor="init",
+    )
+    ddp = nn.parallel.DistributedDataParallel(model)
+    give_grads(model.parameters(), 0)
+    gathered.other = lambda own: changed(own, names[0], names[-1])
+    optimizer.step()
+    assert [list(own) for _, own in gathered.calls] == [names[1:-1]]
+    optimizer.param_groups[1]["anchor_decay"] = 1.0  # from now on
+    with pytest.raises(ValueError, match=f"different ones for {names[-1]}: "):
+        optimizer.step()
+    del ddp
+
+
+def test_a_ddp_that_was_never_made_does_no_harm(four: DeviceMesh, gathered: Gathered) -> None:
+    model = net().requires_grad_(False)
+    with pytest.raises(RuntimeError, match="not needed") as kept:  # its traceback has it
+        nn.parallel.DistributedDataParallel(model)
+    optimizer = fastft.AdamW(model.named_parameters(), lr=1e-2, anchor="init", anchor_decay=4.0)
+    give_grads(model.requires_grad_(True).parameters(), 0)
+    optimizer.step()
+    assert gathered.calls == [] and list(averaged_together(model.parameters())) == []
+    del kept
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_shares_of_zero_have_anchors_of_their_own(four: DeviceMesh, reductions: Reductions) -> None:
-    """Each process has another part of the anchor, so they cannot be compared: no process would say the same."""
+@pytest.mark.parametrize("given", ["init", "snapshot"])
+def test_shares_of_zero_are_compared_where_each_has_all(given: str, four: DeviceMesh, gathered: Gathered) -> None:
+    """With "init" each process has the anchor of its own share, and others have other names; once, for all of them."""
     model = net()
-    zero = ZeroRedundancyOptimizer(model.parameters(), fastft.AdamW, lr=1e-2, anchor="init", anchor_decay=4.0)
+    anchor: Any = Anchor.snapshot(model) if given == "snapshot" else given
+    zero = ZeroRedundancyOptimizer(model.parameters(), fastft.AdamW, lr=1e-2, anchor=anchor, anchor_decay=4.0)
     ddp = nn.parallel.DistributedDataParallel(model)
+    share = {id(p) for group in zero.optim.param_groups for p in group["params"]}
+    names = [name for name, p in model.named_parameters() if given == "snapshot" or id(p) in share]
     give_grads(model.parameters(), 0)
+    gathered.other = lambda own: {f"other {name}": number for name, number in own.items()}
     zero.optim.step()
-    assert reductions.seen == []
-    del ddp
+    assert [(group, list(own)) for group, own in gathered.calls] == [(ddp.process_group, names)]
+    zero.optim._anchor = copy.copy(zero.optim._anchor)  # as a checkpoint brings it, to those with a share
+    zero.optim.step()
+    assert len(gathered.calls) == 1
 
 
 @pytest.mark.parametrize("differs", [True, False])
