@@ -60,7 +60,7 @@ WITHOUT_MOMENTS = "without_moments"
 """In ``state_dict["fastft"]``: {its key in ``state``, as a string: what the parameter has}."""
 FLAGS, ANCHOR, IMPORTANCE, MASK = "fastft_flags", "anchor", "anchor_importance", "update_mask"
 SEED, SKIPPED = "fastft_seed", "fastft_skipped"
-"""What the groups hold for all parameters, for ZeroRedundancyOptimizer, which keeps their keys to itself."""
+"""Rounding seed and number of skipped steps, for ZeroRedundancyOptimizer, which does not pass on keys of groups."""
 CARRIED = (FLAGS, ANCHOR, IMPORTANCE, MASK, SEED, SKIPPED)
 PLACE = 8
 """From this bit on, the flags hold the place of the parameter's name in ``names_in_file``, counted from 1, or 0."""

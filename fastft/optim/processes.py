@@ -119,24 +119,24 @@ class Spread:
         """The place of ``p`` among the parameters of all processes; ``own`` is that among those of this one."""
         return self._places.get(id(p), own)
 
-    def apart(self, groups: Groups) -> Groups:
-        """Those of the groups that do not lie within the one over which each process has other parameters."""
-        counted = {rank for group in self._beside for rank in ranks_of(group)}
-        return tuple(group for group in groups if not counted.issuperset(ranks_of(group)))
-
     def _over_beside(self, p: Tensor) -> Over:
-        """Each element is to count once in the sum over the group beside, whichever of its processes have it.
+        """How the sums of ``p`` add up, so that each element counts once in the sum over the group beside.
 
         Of ``members`` processes in that group that ``p`` lies on, each adds its piece, or, where it is cut over other
         groups too, the sum over these. Together they have as many different ones as the groups within it make.
         """
         cut = self._cut[id(p)]
-        groups = self.apart(cut)
-        ranks = {rank for group in cut for rank in ranks_of(group)}
+        if not self._beside or not (cut or is_dtensor(p)):
+            return Over(cut)
+        beside = {rank for group in self._beside for rank in ranks_of(group)}
+        within = [group for group in cut if beside.issuperset(ranks_of(group))]
         if is_dtensor(p):
-            ranks = set(placement_of(p)[0].mesh.flatten().tolist())
-        members = len(ranks.intersection(*(ranks_of(group) for group in self._beside))) if self._beside else 0
-        different = math.prod(size_of(group) for group in cut if group not in groups)
+            ranks = placement_of(p)[0].mesh.flatten().tolist()
+        else:
+            ranks = [rank for group in cut for rank in ranks_of(group)]
+        members = len(beside.intersection(ranks))
+        different = math.prod(size_of(group) for group in within)
+        groups = tuple(group for group in cut if group not in within)
         return Over(groups, different / members if members > 1 else 1.0)
 
     @torch.no_grad()

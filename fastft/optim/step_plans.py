@@ -179,7 +179,7 @@ def refuse_other_anchors(optimizer: AdamW) -> None:
     pulled = {id(p): p for group in groups if group.get("anchor_decay") for p in group["params"]}
 
     def kept(p: Tensor, name: str) -> Tensor | None:
-        """What each process has whole."""
+        """The anchor of ``p``, if it is in memory and whole in each process."""
         own = optimizer._anchor_name(p, names.get(id(p), name))
         tensor = None if anchor is None or own is None else anchor.kept(own)[0]
         return None if tensor is None or is_dtensor(tensor) else tensor

@@ -713,7 +713,7 @@ def test_a_fingerprint_is_of_every_bit(dtype: torch.dtype) -> None:
 
 
 class Gathered:
-    """What other processes say, beside what this one does."""
+    """A stand-in for ``all_gather_object``; ``other`` makes the part of the other processes from that of this one."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, dict[str, int]]] = []
