@@ -67,7 +67,7 @@ def document(results: Results) -> str:
     others = [beside(name, cells, sentences) for name in scenarios.OTHERS]
     parts = [
         "<!-- Made by scripts/distributed_table.py; do not edit. -->",
-        "# What holds in several processes",
+        "# Options in several processes",
         f"Each cell is a run of {STEPS} steps in four processes, with torch {results['torch']}, held to the same run "
         "in one process. *exact*: parameters, gradient norms and the count of skipped steps are equal bit for bit, in "
         "every process. *refused*: a `ValueError` in every process, before the call or step that it refuses has "

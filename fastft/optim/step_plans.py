@@ -184,7 +184,7 @@ def refuse_other_anchors(optimizer: AdamW) -> None:
         tensor = None if anchor is None or own is None else anchor.kept(own)[0]
         return None if tensor is None or is_dtensor(tensor) else tensor
 
-    cut = [(names[id(p)], p, kept(p, "")) for p in pulled.values() if is_dtensor(p)]
+    cut = [(names.get(id(p), ""), p, kept(p, "")) for p in pulled.values() if is_dtensor(p)]
     together = [(name, tuple(placement_of(p)[0].get_all_groups()), own) for name, p, own in cut if own is not None]
     others = [together[i][0] for i in differing([(groups, own) for _, groups, own in together])]
     for group, named in averaged_together(p for p in pulled.values() if not is_dtensor(p)):
